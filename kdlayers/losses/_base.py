@@ -1,0 +1,97 @@
+"""The base class of every distillation loss."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from kdlayers._fitter import Fitter
+from kdlayers.errors import ArgumentError, ArgumentTypeError
+
+Weight: TypeAlias = float | Callable[[int], float]
+
+
+class DistillLoss(nn.Module):
+    r"""Base class: one term of the loss, comparing a student's tensor with the teacher's.
+
+    A subclass implements :meth:`forward` and works on bare tensors as well as through
+    :func:`kdlayers.attach_kd`, which finds the tensors, calls the loss and multiplies by ``weight``:
+
+    .. math:: L = \sum_i w_i(\text{step}) \; L_i(\text{student}_i, \text{teacher}_i, y)
+
+    Args:
+        weight: factor of this term in :meth:`kdlayers.KDHandle.loss`: a number, or a function of the
+            step (an int that starts at 0 and counts calls of ``loss``). Called on its own, the loss
+            gives the plain value, without the weight. Default 1.
+        at: what the loss compares. ``None``: the logits. A name: the outputs of the student's and
+            the teacher's module of that name. A pair: (student's name, teacher's name).
+        name: key of this term in ``kd.terms``; by default made from the class and ``at``.
+
+    Raises:
+        ArgumentError: if ``weight`` is negative or ``at`` is neither a name nor a pair of names.
+        ArgumentTypeError: if ``weight`` is neither a number nor callable.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers import DistillLoss
+        >>> class LogitMSE(DistillLoss):
+        ...     def forward(self, student, teacher, targets=None):
+        ...         return (student - teacher).square().mean()
+        >>> LogitMSE(weight=0.5)(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor(1.)
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, int | float)):
+            raise ArgumentTypeError(
+                f"weight must be a number or a function of the step, got {type(weight).__name__}"
+            )
+        if not callable(weight) and not 0 <= weight < float("inf"):
+            raise ArgumentError(f"weight must be 0 or more and finite, got {weight}")
+        pair = isinstance(at, tuple) and len(at) == 2 and all(isinstance(n, str) for n in at)
+        if at is not None and not isinstance(at, str) and not pair:
+            raise ArgumentError(
+                f"at must be None (logits), a module name or a (student, teacher) pair, got {at!r}"
+            )
+        self.weight = weight
+        self.at = at
+        self.name = name
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Value of the term, a scalar: the student's tensor, the teacher's, the labels."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, targets)")
+
+    def weight_at(self, step: int) -> float:
+        """The weight at ``step``, the number of earlier ``loss`` calls."""
+        return float(self.weight(step)) if callable(self.weight) else float(self.weight)
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Make the parameters whose shapes depend on the tensors; by default there are none.
+
+        ``attach_kd`` calls this once with tensors of a dry run, so that an optimiser made
+        afterwards sees every parameter; a loss used alone calls it at its first forward.
+        """
+
+    def fitter(self, *, seed: int = 0) -> Fitter | None:
+        """What ``kd.fit`` must feed before this loss can be used; ``None``: nothing to learn."""
+        return None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether everything that ``kd.fit`` learns is there; True for losses without a fit."""
+        return True
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached values of the last forward, by name, that go to ``kd.terms`` with the term."""
+        return {}
+
+    def extra_repr(self) -> str:
+        """Shows weight and at in the printed module."""
+        return f"weight={self.weight!r}, at={self.at!r}"
