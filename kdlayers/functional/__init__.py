@@ -1,1 +1,7 @@
-"""Closed forms."""
+"""The closed forms: functions of the student's tensor, the teacher's and the labels."""
+
+from kdlayers.functional._dkd import dkd as dkd
+from kdlayers.functional._dkd import nckd as nckd
+from kdlayers.functional._dkd import tckd as tckd
+from kdlayers.functional._kd import kd as kd
+from kdlayers.functional._template import template_kl as template_kl

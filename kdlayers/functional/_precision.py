@@ -15,17 +15,19 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        first = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
-            return function(
-                *(_widen(arg) for arg in args),
-                **{key: _widen(arg) for key, arg in kwargs.items()},
-            )
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        if not tensors:  # the function's own checks say what is wrong
+            return function(*args, **kwargs)
+        wide = [widen(arg) for arg in args]
+        named = {key: widen(arg) for key, arg in kwargs.items()}
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*wide, **named)  # type: ignore[arg-type]  # the same types, wider
 
-    return wrapper  # type: ignore[return-value]
+    return wrapper
 
 
-def _widen(value: object) -> object:
+def widen(value: object) -> object:
+    """A float16 or bfloat16 tensor in float32; anything else as it is."""
     if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value

@@ -15,14 +15,14 @@ class DistillLoss(nn.Module):
     r"""Base class: one term of the loss, comparing a student's tensor with the teacher's.
 
     A subclass implements :meth:`forward` and works on bare tensors as well as through
-    :func:`kdlayers.attach_kd`, which finds the tensors, calls the loss and multiplies by ``weight``:
+    :func:`kdlayers.attach_kd`, which finds the tensors, calls the loss and applies ``weight``:
 
     .. math:: L = \sum_i w_i(\text{step}) \; L_i(\text{student}_i, \text{teacher}_i, y)
 
     Args:
-        weight: factor of this term in :meth:`kdlayers.KDHandle.loss`: a number, or a function of the
-            step (an int that starts at 0 and counts calls of ``loss``). Called on its own, the loss
-            gives the plain value, without the weight. Default 1.
+        weight: factor of this term in :meth:`kdlayers.KDHandle.loss`: a number, or a function of
+            the step (an int that starts at 0 and counts calls of ``loss``). Called on its own, the
+            loss gives the plain value, without the weight. Default 1.
         at: what the loss compares. ``None``: the logits. A name: the outputs of the student's and
             the teacher's module of that name. A pair: (student's name, teacher's name).
         name: key of this term in ``kd.terms``; by default made from the class and ``at``.
@@ -49,7 +49,9 @@ class DistillLoss(nn.Module):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, int | float)):
+        if not callable(weight) and (
+            isinstance(weight, bool) or not isinstance(weight, int | float)
+        ):
             raise ArgumentTypeError(
                 f"weight must be a number or a function of the step, got {type(weight).__name__}"
             )
@@ -66,7 +68,9 @@ class DistillLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         """Value of the term, a scalar: the student's tensor, the teacher's, the labels."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, targets)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward(student, teacher, targets)"
+        )
 
     def weight_at(self, step: int) -> float:
         """The weight at ``step``, the number of earlier ``loss`` calls."""
@@ -79,7 +83,7 @@ class DistillLoss(nn.Module):
         afterwards sees every parameter; a loss used alone calls it at its first forward.
         """
 
-    def fitter(self, *, seed: int = 0) -> Fitter | None:
+    def fitter(self, *, seed: int = 0) -> Fitter | None:  # noqa: ARG002
         """What ``kd.fit`` must feed before this loss can be used; ``None``: nothing to learn."""
         return None
 

@@ -1,0 +1,60 @@
+"""KL divergence of template scores from the teacher's soft assignment."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdlayers.errors import ShapeError
+from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import Reduction
+from kdlayers.functional._precision import full_precision
+
+
+@full_precision
+def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    r"""KL divergence of the student's template scores from the teacher's soft assignment.
+
+    .. math::
+        L = \frac{1}{N} \sum_{i=1}^{N} \sum_{k=1}^{K} q_{ik}
+            \big[ \log q_{ik} - \log \mathrm{softmax}(a_i)_k \big], \qquad 0 \log 0 = 0
+
+    Summed over templates, averaged over images and positions. There is no temperature: the
+    scores carry a learnable scale.
+
+    Args:
+        scores: the scores :math:`a` before softmax, ``[..., K]``, templates last.
+        targets: the assignment :math:`q` of the same shape: 0 or more, sums to 1 over the last
+            axis (not checked). Exact zeros, as in one-hot rows, are fine. Constants: no gradient
+            reaches them.
+        reduction: ``"mean"`` over all positions (default), ``"sum"``, or ``"none"`` for one value
+            a position.
+
+    Returns:
+        A scalar, or ``[...]`` with ``reduction="none"``; 0 or more.
+
+    Raises:
+        ShapeError: if the shapes differ or there is no position.
+        ArgumentTypeError: if an argument is not a floating-point tensor.
+        ArgumentError: if ``reduction`` is unknown.
+
+    References:
+        O. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
+        Decide", BMVC 2023; the reduction is checked against the authors' code.
+
+    Example:
+        >>> import torch
+        >>> scores, one_hot = torch.zeros(2, 4, 8), torch.eye(8).reshape(2, 4, 8)
+        >>> template_kl(scores, one_hot)
+        tensor(2.0794)
+    """
+    check.floats("scores", scores)
+    check.floats("targets", targets)
+    if scores.dim() == 0 or scores.shape != targets.shape or not scores.numel():
+        raise ShapeError(
+            "scores and targets must have one shape [..., templates] with at least one position, "
+            f"got {check.shape(scores)} and {check.shape(targets)}"
+        )
+    targets = targets.detach()
+    negative_entropy = torch.xlogy(targets, targets).sum(dim=-1)
+    cross_entropy = -(targets * F.log_softmax(scores, dim=-1)).sum(dim=-1)
+    return check.reduce(negative_entropy + cross_entropy, reduction)

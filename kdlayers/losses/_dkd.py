@@ -1,0 +1,76 @@
+"""Decoupled knowledge distillation, as a loss."""
+
+from torch import Tensor
+
+from kdlayers.functional import _checks as check
+from kdlayers.functional import dkd
+from kdlayers.losses._base import DistillLoss, Weight
+
+
+class DKDLoss(DistillLoss):
+    r"""Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022).
+
+    .. math:: L = T^2 \big( \alpha \, \mathrm{TCKD} + \beta \, \mathrm{NCKD} \big)
+
+    See :func:`kdlayers.functional.dkd` for the two terms. The authors add it to the cross-entropy
+    and ramp it up over the first 20 epochs of CIFAR-100: give ``weight`` a
+    :class:`kdlayers.schedules.LinearWarmup`. Needs hard labels.
+
+    Args:
+        alpha: weight of the target-class term. Default 1.
+        beta: weight of the non-target-class term. Default 8, the authors' value for one pair;
+            theirs run from 0.5 (ImageNet) to 8. Start lower on other data.
+        temperature: above 0. Default 4; the authors use 1 on ImageNet.
+        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
+        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
+        name: key in ``kd.terms``.
+
+    Raises:
+        ArgumentError: if a number is out of range, or at the call a label is.
+        ArgumentTypeError: at the call, if the labels are missing, soft or not integers.
+        ShapeError: at the call, if the tensors are not logits of one shape with a label a sample.
+
+    Warns:
+        KDLayersWarning: at the call, with two classes: the non-target term is then always 0.
+
+    Example:
+        >>> import torch
+        >>> loss = DKDLoss(beta=1.0)
+        >>> student, teacher = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[6.0, 1.0, -2.0]])
+        >>> loss(student, teacher, torch.tensor([0]))
+        tensor(4.2928)
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        *,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name)
+        check.not_negative("alpha", alpha)
+        check.not_negative("beta", beta)
+        check.positive("temperature", temperature)
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The weighted sum for logits ``[B, K]`` and labels ``[B]``."""
+        return dkd(
+            student,
+            teacher,
+            check.given(targets, self),
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+        )
+
+    def extra_repr(self) -> str:
+        """Shows the three numbers besides weight and at."""
+        numbers = f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+        return f"{numbers}, {super().extra_repr()}"

@@ -1,0 +1,121 @@
+"""Template supervision: the loss of the KD layers."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from kdlayers._fitter import Fitter
+from kdlayers.errors import ArgumentTypeError, ShapeError
+from kdlayers.functional import _checks as check
+from kdlayers.functional import template_kl
+from kdlayers.losses._base import DistillLoss, Weight
+
+
+class SoftTargets(Protocol):
+    """What `TemplateLoss` asks of template targets, besides being an ``nn.Module``."""
+
+    @property
+    def num_templates(self) -> int | None:
+        """K, or None before ``fit`` where K depends on the data."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether ``fit`` has been done."""
+
+    def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``[..., D]`` to ``[..., K]``."""
+
+    def fitter(self, *, seed: int = 0) -> Fitter:
+        """What learns the targets from passes over the teacher's features."""
+
+
+class TemplateLoss(DistillLoss):
+    r"""KL divergence of the student's template scores from the teacher's soft assignment.
+
+    .. math::
+        L = \frac{1}{BHW} \sum_{i} \mathrm{KL}\big( q_i \,\|\, \mathrm{softmax}(a_i) \big)
+
+    with the scores :math:`a` of a KD layer before its batch norm and :math:`q` from
+    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. Summed over templates,
+    averaged over images and positions; see :func:`kdlayers.functional.template_kl`. This is what
+    :func:`kdlayers.attach_kd` uses at its KD points. No gradient reaches the teacher.
+
+    Both tensors have their channels last and the same positions: ``[B, H, W, K]`` against
+    ``[B, H, W, D]``, or ``[N, K]`` against ``[N, D]``.
+
+    Args:
+        template_targets: what turns the teacher's features into an assignment. ``None`` (default):
+            the second argument of the call already is the assignment.
+        weight: factor in ``kd.loss``, a number or a function of the step. Default 1, the authors'.
+        at: the KD point; :func:`kdlayers.attach_kd` sets it.
+        name: key in ``kd.terms``.
+
+    Raises:
+        ArgumentTypeError: if ``template_targets`` has no ``soft_assignment``.
+        NotFittedError: at the call, before the targets have been fitted.
+        ShapeError: at the call, if positions or the number of templates differ.
+
+    References:
+        O. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
+        Decide", BMVC 2023; checked against the authors' code.
+
+    Example:
+        >>> import torch
+        >>> scores, assignment = torch.zeros(2, 4, 4, 8), torch.full((2, 4, 4, 8), 1 / 8)
+        >>> TemplateLoss()(scores, assignment)
+        tensor(0.)
+    """
+
+    template_targets: nn.Module | None
+
+    def __init__(
+        self,
+        template_targets: nn.Module | None = None,
+        *,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name)
+        if template_targets is not None and not hasattr(template_targets, "soft_assignment"):
+            raise ArgumentTypeError(
+                "template_targets must be CodebookTargets(...), DecisionTargets(...) or None, got "
+                f"{type(template_targets).__name__}"
+            )
+        self.template_targets = template_targets
+
+    @property
+    def _soft_targets(self) -> SoftTargets | None:
+        return self.template_targets  # type: ignore[return-value]  # checked in __init__
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The divergence: scores ``[..., K]``, features ``[..., D]`` at the same positions."""
+        check.floats("student", student)
+        check.floats("teacher", teacher)
+        if student.dim() < 2 or student.shape[:-1] != teacher.shape[:-1]:
+            raise ShapeError(
+                "student scores [..., templates] and teacher features [..., channels] must have "
+                f"the same positions, channels last, got {check.shape(student)} and "
+                f"{check.shape(teacher)}; for maps [B, C, H, W] use .movedim(1, -1)"
+            )
+        return template_kl(student, self._assignment(student, teacher.detach(), targets))
+
+    def _assignment(self, student: Tensor, teacher: Tensor, targets: Tensor | None) -> Tensor:
+        if self._soft_targets is None:
+            return teacher
+        assignment = self._soft_targets.soft_assignment(teacher, targets)
+        if assignment.shape != student.shape:
+            raise ShapeError(
+                f"the KD layer scores {student.shape[-1]} templates, but the targets have "
+                f"{assignment.shape[-1]}; make the layer with num_templates={assignment.shape[-1]}"
+            )
+        return assignment
+
+    def fitter(self, *, seed: int = 0) -> Fitter | None:
+        """The fitter of the template targets; ``None`` without them."""
+        return None if self._soft_targets is None else self._soft_targets.fitter(seed=seed)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the template targets are fitted; True without them."""
+        return self._soft_targets is None or self._soft_targets.fitted
