@@ -1,5 +1,33 @@
-"""Drop-in knowledge distillation for PyTorch vision models."""
+"""Drop-in knowledge distillation for PyTorch vision models, with learnable KD layers.
 
-from kdlayers.losses._base import DistillLoss as DistillLoss
+Example:
+    >>> import torch
+    >>> from torchvision.models import resnet18
+    >>> from kdlayers import CodebookTargets, KDPoint, attach_kd
+    >>> student, teacher = resnet18(num_classes=10), resnet18(num_classes=10)
+    >>> kd = attach_kd(student, teacher, at=[KDPoint("layer4", targets=CodebookTargets(16))])
+    >>> images, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+    >>> kd.fit([(images, labels)])
+    >>> loss = torch.nn.functional.cross_entropy(student(images), labels) + kd.loss(labels)
+    >>> loss.backward()
+"""
+
+from kdlayers import errors as errors
+from kdlayers import functional as functional
+from kdlayers._attach import attach_kd as attach_kd
+from kdlayers._bake import bake as bake
+from kdlayers._handle import KDHandle as KDHandle
+from kdlayers._layer import KDLayer as KDLayer
+from kdlayers._layer import TemplateHead as TemplateHead
+from kdlayers._points import KDPoint as KDPoint
+from kdlayers._points import find_points as find_points
+from kdlayers._save import load_student as load_student
+from kdlayers._save import save_student as save_student
+from kdlayers._targets import CodebookTargets as CodebookTargets
+from kdlayers._targets import DecisionTargets as DecisionTargets
+from kdlayers.losses import DistillLoss as DistillLoss
+from kdlayers.losses import DKDLoss as DKDLoss
+from kdlayers.losses import KDLoss as KDLoss
+from kdlayers.losses import TemplateLoss as TemplateLoss
 
 __version__ = "0.1.0.dev0"

@@ -46,8 +46,8 @@ def run_passes(
             raise FitError(
                 "fit() was given an empty loader: it gave no batch"
                 if passes == 0
-                else f"fit() needs pass {passes + 1} over the data, but the loader gave no batch the "
-                "second time, as a generator does; pass a DataLoader or a list of batches"
+                else f"fit() needs pass {passes + 1} over the data, but the loader gave no batch "
+                "the second time, as a generator does; pass a DataLoader or a list of batches"
             )
         passes += 1
         active = [fitter for fitter in active if fitter.end_pass()]

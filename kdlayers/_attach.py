@@ -1,0 +1,288 @@
+"""`attach_kd`: from two models and some names to a student with KD layers and a handle."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdlayers._distributed import keep_in_step
+from kdlayers._handle import KDHandle
+from kdlayers._hooks import (
+    SLOT,
+    Capture,
+    CloseForward,
+    InsertLayer,
+    OpenForward,
+    Slot,
+    Tape,
+    descend,
+    score_key,
+)
+from kdlayers._models import check_pair, unwrap
+from kdlayers._names import match
+from kdlayers._points import KDPoint
+from kdlayers._resolve import At, resolve_points
+from kdlayers._sites import hook_site, inserts, refuse_norm, slots, store_path, take_out
+from kdlayers._teacher import Teacher
+from kdlayers._terms import Term, example_pair, feature_term, unique_names
+from kdlayers._trace import Trace, example_for, run_example, to_model, trace, undisturbed
+from kdlayers._tree import first_tensor, leaves
+from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
+from kdlayers.losses import DistillLoss, TemplateLoss
+
+
+def attach_kd(
+    student: nn.Module,
+    teacher: nn.Module | None = None,
+    at: At = (),
+    *,
+    losses: Iterable[DistillLoss] = (),
+    example: Any = None,
+) -> KDHandle:
+    """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
+
+    The student keeps its type, its forward, its names and its state-dict keys; the layers' keys are
+    additional (``<point>...kd.*``). Both models are run on an example to find shapes; their flags,
+    buffers and the random state are as before afterwards. Every parameter exists on return: make
+    the optimiser after this call, as ``Optimizer([*student.parameters(), *kd.parameters()])``, and
+    call it before ``torch.compile``, DDP or FSDP wrap the student.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from. It is run in eval mode without gradients and left as it
+            was found. ``None``: layers only, with ``num_templates`` given at the points.
+        at: where the KD layers go: names of modules (the teacher's point has the same name; a name
+            may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
+            ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point
+            in forward order the default targets are ``CodebookTargets()``, at earlier ones
+            ``DecisionTargets()``: one point is letKD-1, two are letKD-2.
+        losses: further :class:`DistillLoss` objects, on logits or on features (their ``at``).
+        example: a small batch of images, or a tuple of the model's arguments, for the dry runs;
+            default: two zero images that suit the student.
+
+    Returns:
+        The :class:`KDHandle`: ``fit``, ``loss``, ``detach``, ``remove``.
+
+    Raises:
+        NoMatchError: if a name stands for no module that runs; the nearest names are listed.
+        AttachError: if a point cannot take a layer, a layer does not reach the output, the student
+            is wrapped or has KD layers already, or teacher and student share parameters.
+        LayoutError: if it cannot be told which axis holds the channels.
+        ArgumentError: if there is nothing to attach, or an example is needed.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import attach_kd
+        >>> student, teacher = resnet18(num_classes=10), resnet18(num_classes=10)
+        >>> kd = attach_kd(student, teacher, at=["layer4.0", "layer4"])
+        >>> sorted(set(k.rsplit(".kd.")[0] for k in student.state_dict() if ".kd." in k))
+        ['layer4.0', 'layer4.1']
+        >>> kd.remove()
+    """
+    student, _ = unwrap(student, "student")
+    called_teacher = teacher
+    losses = _check_losses(losses)
+    args = example_for(student, example)
+    traced = trace(student, args, "student")
+    teachers: list[Teacher] = []
+    if teacher is not None:
+        teacher, called_teacher = unwrap(teacher, "teacher")
+        check_pair(student, teacher)
+        teachers.append(Teacher(teacher, trace(teacher, args, "teacher"), called_teacher))
+    elif losses:
+        raise ArgumentError("losses compare the student with a teacher: pass teacher=")
+    points = resolve_points(at, traced, teachers[0].traced if teachers else None)
+    if not points and not losses:
+        raise ArgumentError(
+            "nothing to attach: give at=[module names], losses=[...] or both; find_points(student) "
+            "lists usable points"
+        )
+    tape = Tape()
+    with ExitStack() as undo, undisturbed(student):
+        undo.callback(take_out, student, tape)
+        _insert_layers(student, points, traced, tape)
+        _check_layers(student, traced, args, tape, [point.student for point in points])
+        terms = _terms(points, losses, traced, teachers)
+        hooks = _record_hooks(student, terms, traced, tape, undo)
+        keep_in_step(p for term in terms for p in term.loss.parameters() if p.requires_grad)
+        undo.pop_all()
+    for module, _, hook in inserts(student):
+        if hook.tape is tape:
+            hook.slot(module).train(module.training)
+    _forget_compiled_graphs()
+    return KDHandle(student, teachers, terms, tape, hooks)
+
+
+def _check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
+    given: list[DistillLoss] = [losses] if isinstance(losses, DistillLoss) else list(losses)
+    for loss in given:
+        if not isinstance(loss, DistillLoss):
+            raise ArgumentTypeError(
+                f"losses must be DistillLoss objects such as KDLoss(), got {type(loss).__name__}"
+            )
+        if isinstance(loss, TemplateLoss):
+            raise ArgumentError(
+                "TemplateLoss needs a KD layer: instead of losses=[TemplateLoss(...)], pass "
+                "at=[KDPoint(name, targets=...)]"
+            )
+    return given
+
+
+def _insert_layers(
+    student: nn.Module, points: Sequence[KDPoint], traced: Trace, tape: Tape
+) -> None:
+    """Register a slot and its hook for every point."""
+    layout_of = {point.student: traced.layout(point.student) for point in points}
+    for point in points:
+        call, layout = traced.call(point.student), layout_of[point.student]
+        refuse_norm(student, point.student)
+        site = hook_site(student, point.student)
+        store = store_path(site)
+        home = descend(site, store)
+        if SLOT in home._modules or hasattr(home, SLOT):
+            raise AttachError(
+                f"there is a {SLOT!r} at {point.student!r} already: two points stand for the same "
+                "module (a stage and its last block, say), or the student was attached before; "
+                "choose one, or call kd.remove() on the earlier handle"
+            )
+        dim = layout.channel_dim
+        # resolve_points has given every point its number of templates.
+        slot = Slot(
+            call.shape[dim], point.num_templates or 0, alpha=point.alpha, channel_dim=dim
+        ).to(call.device, call.dtype)
+        home.add_module(SLOT, slot)
+        site.register_forward_hook(InsertLayer(point.student, store, call.path, tape))
+
+
+def _check_layers(
+    student: nn.Module, traced: Trace, example: tuple[Any, ...], tape: Tape, names: Sequence[str]
+) -> None:
+    """Two dry runs: the layers run once and disturb nothing, and each reaches the output.
+
+    Raises:
+        AttachError: if one of these does not hold.
+    """
+    layers = slots(student)
+    alphas = {name: layers[name].alpha for name in names}
+    example = to_model(example, student)
+    try:
+        for name in names:
+            layers[name].alpha = 0.0
+        tape.active = True
+        with torch.no_grad():
+            plain = first_tensor(run_example(student, example, "student"))
+        missing = [name for name in names if score_key(name) not in tape.features]
+    finally:
+        tape.active = False
+        tape.consume()
+        for name, alpha in alphas.items():
+            layers[name].alpha = alpha
+    if missing:
+        raise AttachError(
+            f"the KD layer at {missing} was bypassed in a dry run: the model calls what is inside "
+            "this module rather than the module; choose a block inside it, find_points(model) "
+            "lists them"
+        )
+    if plain is None or not torch.allclose(plain, traced.logits, rtol=1e-4, atol=1e-6):
+        raise AttachError(
+            "the student's output changed although the KD layers were switched off: its eval-mode "
+            f"forward is random, or it runs all children of a module round {list(names)}; choose "
+            "other points, find_points(model) lists them"
+        )
+    _check_reach(student, example, {name: layers[name] for name in names})
+
+
+def _check_reach(student: nn.Module, example: tuple[Any, ...], layers: dict[str, Slot]) -> None:
+    weights = [layer.value.weight for layer in layers.values()]
+    if not weights:
+        return
+    with torch.enable_grad():
+        outputs = [t for _, t in leaves(student(*example)) if t.requires_grad]
+        total = sum(output.float().sum() for output in outputs)
+    if not isinstance(total, torch.Tensor):
+        grads: Sequence[torch.Tensor | None] = [None] * len(weights)
+    else:
+        grads = torch.autograd.grad(total, weights, allow_unused=True)
+    dead = [name for name, grad in zip(layers, grads, strict=True) if grad is None]
+    if dead:
+        raise AttachError(
+            f"the output of {dead} does not reach the model's output, so a KD layer there would "
+            "learn nothing from the labels and change nothing; choose an earlier point, "
+            "find_points(model) lists them"
+        )
+
+
+def _terms(
+    points: Sequence[KDPoint],
+    losses: Sequence[DistillLoss],
+    traced: Trace,
+    teachers: Sequence[Teacher],
+) -> list[Term]:
+    """One term a point, then one a loss; parameters that depend on shapes are made here."""
+    if not teachers:
+        return []
+    taught = teachers[0].traced
+    terms = []
+    for point in points:
+        tap = point.teacher or point.student
+        loss = TemplateLoss(point.targets, at=(point.student, tap))
+        name = f"TemplateLoss.{point.student}"
+        terms.append(feature_term(name, loss, traced, taught, point.student, tap))
+    terms.extend(_loss_term(loss, traced, taught) for loss in losses)
+    unique_names(terms)
+    for term in terms:
+        term.loss.build(*example_pair(term, traced, taught))
+        term.loss.to(traced.logits.device)
+    return terms
+
+
+def _loss_term(loss: DistillLoss, traced: Trace, taught: Trace) -> Term:
+    name = loss.name or type(loss).__name__
+    if loss.at is None:
+        return Term(name, loss)
+    ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
+    point = _one(ours, traced)
+    return feature_term(
+        loss.name or f"{name}.{point}", loss, traced, taught, point, _one(theirs, taught)
+    )
+
+
+def _one(name: str, traced: Trace) -> str:
+    found = match(name, traced.names, traced.model, traced.label)
+    if len(found) > 1:
+        raise ArgumentError(
+            f"a loss reads one point, but {name!r} stands for {found}; give one name"
+        )
+    return found[0]
+
+
+def _record_hooks(
+    student: nn.Module, terms: Sequence[Term], traced: Trace, tape: Tape, undo: ExitStack
+) -> list[Any]:
+    """Hooks that only recording needs; they go when the handle goes."""
+    if not terms:
+        tape.armed = False
+        return []
+    hooks = [
+        student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True),
+        student.register_forward_hook(CloseForward(tape)),
+    ]
+    points = {term.point for term in terms if term.point is not None and not term.scores}
+    for name in sorted(points):
+        call = traced.call(name)
+        tap = Capture(name, call.path, tape, clone=call.changed)
+        hooks.append(hook_site(student, name).register_forward_hook(tap))
+    for hook in hooks:
+        undo.callback(hook.remove)
+    return hooks
+
+
+def _forget_compiled_graphs() -> None:
+    """Graphs that torch.compile made before do not look at hooks again, so they must go."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

@@ -1,0 +1,99 @@
+"""Baking: hooks become plain submodules."""
+
+import copy
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdlayers._hooks import SLOT, Slot, descend
+from kdlayers._layer import KDLayer
+from kdlayers._models import unwrap
+from kdlayers._sites import inserts
+from kdlayers._tree import Path, pick, put
+from kdlayers.errors import AttachError
+
+
+class BakedPoint(nn.Module):
+    """A module followed by its KD layer, for modules with several arguments or outputs."""
+
+    def __init__(self, module: nn.Module, layer: KDLayer, path: Path) -> None:
+        super().__init__()
+        self.module = module
+        self.layer = layer
+        self.path = path
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, with its features sent through the layer."""
+        output = self.module(*args, **kwargs)
+        return put(output, self.path, self.layer(pick(output, self.path)))
+
+
+def bake(student: nn.Module) -> nn.Module:
+    """A copy of the student in which every KD layer is a plain submodule and no hook is left.
+
+    The copy gives the same outputs, runs without hooks, and can be scripted by TorchScript where
+    the student itself could be; its state-dict keys differ. The student is not changed.
+
+    Args:
+        student: a model with KD layers, attached or detached.
+
+    Raises:
+        AttachError: if the model has no KD layers.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import KDPoint, attach_kd, bake
+        >>> student = resnet18().eval()
+        >>> kd = attach_kd(student, at=[KDPoint("layer4", num_templates=16)])
+        >>> images = torch.randn(2, 3, 64, 64)
+        >>> torch.equal(bake(student)(images), student(images))
+        True
+    """
+    student, _ = unwrap(student, "student")
+    if not inserts(student):
+        raise AttachError(
+            f"this {type(student).__name__} has no KD layers to bake; attach_kd first"
+        )
+    baked = copy.deepcopy(student)
+    for module, key, hook in inserts(baked):
+        del module._forward_hooks[key]
+        slot = descend(module, hook.store)._modules.pop(SLOT)
+        _replace(baked, module, _baked_point(module, _plain(slot), hook.path))  # type: ignore[arg-type]
+    return _without_record_hooks(baked)
+
+
+def _baked_point(module: nn.Module, layer: KDLayer, path: Path) -> nn.Module:
+    point: nn.Module = BakedPoint(module, layer, path)
+    # TorchScript knows no *args; a Sequential serves where the module takes one tensor.
+    if path == () and len(signature(module.forward).parameters) == 1:
+        point = nn.Sequential(module, layer)
+    point.training = module.training
+    return point
+
+
+def _plain(slot: Slot) -> KDLayer:
+    with torch.random.fork_rng(devices=[]):
+        layer = KDLayer(1, 1, alpha=slot.alpha, channel_dim=slot.head.channel_dim)
+    layer.head, layer.norm, layer.value = slot.head, slot.norm, slot.value
+    layer.training = slot.training
+    return layer
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        if parent is new or parent is old:
+            continue
+        for name, child in parent._modules.items():
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
+def _without_record_hooks(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, h in hooks.items() if type(h).__module__ == "kdlayers._hooks"]:
+                del hooks[key]
+    return model

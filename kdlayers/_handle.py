@@ -1,0 +1,358 @@
+"""The handle that `attach_kd` returns: fit, loss, terms, state, and the ways out."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers import _record
+from kdlayers._fitter import Fitter, run_passes
+from kdlayers._hooks import Tape
+from kdlayers._progress import progress as show_progress
+from kdlayers._sites import slots, take_out
+from kdlayers._summary import summarise
+from kdlayers._teacher import Teacher
+from kdlayers._terms import Term
+from kdlayers._trace import cuda_devices
+from kdlayers._watch import OptimiserWatch
+from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    AttachError,
+    CheckpointError,
+    NotFittedError,
+    StaleCaptureError,
+)
+
+STATE_VERSION = 1
+
+
+class KDHandle:
+    """Everything about a distillation that is not the student: made by :func:`kdlayers.attach_kd`.
+
+    It holds the teacher, the losses with their targets and train-only parameters, and the hooks
+    that record the student's forwards. It is a plain object, not a module: nothing of it gets into
+    the student's state dict, copies or checkpoints. Dropping it ends the recording.
+
+    Attributes:
+        student: the model that was given, unwrapped from ``torch.compile``.
+        terms: the last :meth:`loss` as ``{name: detached tensor}``: each term as computed under its
+            name, with its weight under ``name + ".weighted"``, the losses' own metrics under
+            ``name + "." + metric``, and the sum under ``"total"``.
+        step: number of calls of :meth:`loss` so far, which weights and schedules are functions of.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import CodebookTargets, KDPoint, attach_kd
+        >>> student, teacher = resnet18(num_classes=4), resnet18(num_classes=4)
+        >>> images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+        >>> kd = attach_kd(student, teacher, [KDPoint("layer4", targets=CodebookTargets(8))])
+        >>> kd.fit([(images, labels)])
+        >>> loss = torch.nn.functional.cross_entropy(student(images), labels) + kd.loss(labels)
+        >>> sorted(kd.terms)
+        ['TemplateLoss.layer4', 'TemplateLoss.layer4.weighted', 'total']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Sequence[Teacher],
+        terms: Sequence[Term],
+        tape: Tape,
+        hooks: Sequence[Any],
+    ) -> None:
+        self.student = student
+        self.terms: dict[str, Tensor] = {}
+        self.step = 0
+        self._teachers = list(teachers)
+        self._terms = list(terms)
+        self._tape = tape
+        self._release = finalize(self, _release, tape, list(hooks))
+        own, added = _parameter_groups(student, self._terms)
+        self._watch = OptimiserWatch(own, added)
+
+    # ---------------------------------------------------------------- training
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        seed: int = 0,
+        progress: bool = True,
+        refit: bool = False,
+    ) -> None:
+        """Learn from the teacher what the losses need: codebooks, decisions, auto-encoders.
+
+        Runs the teacher over the loader, one pass for all points together: a codebook takes up to
+        two passes, decisions up to four. The student is not run, and no random state is disturbed:
+        each pass starts from ``seed``, so a loader that shuffles gives every pass the same order.
+        Under ``torch.distributed`` all ranks call it together, each with its part of the data.
+
+        Args:
+            loader: gives batches ``(images, labels)``; the training images without augmentation. It
+                must be iterable again, as a ``DataLoader`` or a list is.
+            seed: seed of clustering and of the loader's own randomness; default 0.
+            progress: show a bar or lines on a terminal; default True.
+            refit: also learn again what has been learnt; default: only what is missing.
+
+        Raises:
+            FitError: if the loader is empty or one-shot, or the data cannot be learnt from.
+        """
+        self._need_teacher("fit")
+        wanted = [term for term in self._terms if refit or not term.loss.fitted]
+        pairs = [(term, term.loss.fitter(seed=seed)) for term in wanted]
+        fitters = {id(fitter): (term, fitter) for term, fitter in pairs if fitter is not None}
+        devices = {d for teacher in self._teachers for d in cuda_devices(teacher.model)}
+
+        def batches(active: Sequence[Fitter], index: int) -> Iterator[Any]:
+            torch.manual_seed(seed)
+            terms = [fitters[id(fitter)][0] for fitter in active]
+            title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
+            for batch in show_progress(loader, title, shown=progress):
+                images, labels = split_batch(batch)
+                yield self._teacher_tensors(terms, images), labels
+
+        with torch.random.fork_rng(devices=sorted(devices)):
+            run_passes([fitter for _, fitter in fitters.values()], batches)
+
+    def loss(self, targets: Tensor | None = None, *, logits: Any = None) -> Tensor:
+        r"""Sum of the weighted terms for the student's last training forward.
+
+        .. math:: L = \sum_i w_i(\text{step}) \, L_i
+
+        Runs the teacher on the same images. The task's own loss, such as cross-entropy, stays
+        yours. Each training forward is read once.
+
+        Args:
+            targets: labels ``[B]``, as the losses need them.
+            logits: the student's logits, if it was run inside :meth:`batch`.
+
+        Returns:
+            A scalar tensor with gradients into the student and the train-only parameters.
+
+        Raises:
+            CaptureError: if no training forward was recorded, or a KD layer did not run in it.
+            StaleCaptureError: if several forwards were run, or the batch was changed since.
+            NotFittedError: if :meth:`fit` has not been called.
+        """
+        self._need_teacher("loss")
+        unfitted = [term.name for term in self._terms if not term.loss.fitted]
+        if unfitted:
+            raise NotFittedError(
+                f"{', '.join(unfitted)} has not learnt from the teacher yet; call kd.fit(loader) "
+                "once before training, or kd.load_state_dict(...) when you resume"
+            )
+        keys = {term.key for term in self._terms if term.key is not None}
+        record = _record.read(self._tape, keys, self.student, logits)
+        targets = _labels_for(targets, record.logits)
+        taught = self._teach(record)
+        return self._sum(record, taught, targets)
+
+    @contextmanager
+    def batch(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Record whatever the student does inside, for runs that are no call ``student(x)``.
+
+        Use it round ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
+        student that is part of a larger model; the arguments are the teacher's inputs. Then call
+        ``kd.loss(y, logits=...)``.
+        """
+        self._need_teacher("batch")
+        tape = self._tape
+        tape.consume()
+        tape.open(args, kwargs)
+        tape.manual = tape.active = True
+        try:
+            yield
+            tape.done = 1
+        finally:
+            tape.manual = tape.active = False
+
+    def clear(self) -> None:
+        """Forget recorded forwards, after a training forward whose KD loss is not wanted."""
+        self._tape.consume()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Train-only parameters of the losses, for the optimiser; none of them is the student's."""
+        seen: set[nn.Parameter] = set()
+        for term in self._terms:
+            for parameter in term.loss.parameters():
+                if parameter.requires_grad and parameter not in seen:
+                    seen.add(parameter)
+                    yield parameter
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Targets, train-only parameters and the step: tensors and numbers, safe to save.
+
+        Together with the student's and the optimiser's state a resumed run goes on exactly.
+        """
+        losses = {term.name: term.loss.state_dict() for term in self._terms}
+        return {"version": STATE_VERSION, "step": self.step, "losses": losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
+
+        Raises:
+            CheckpointError: if the state is of other losses, or of an unknown version.
+        """
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            found = state.get("version") if isinstance(state, dict) else type(state).__name__
+            raise CheckpointError(
+                f"this is no state of a KDHandle of version {STATE_VERSION} (found {found!r}); "
+                "pass what kd.state_dict() returned"
+            )
+        ours, theirs = [term.name for term in self._terms], list(state["losses"])
+        if set(ours) != set(theirs):
+            raise CheckpointError(
+                f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
+                "same points and losses as when it was saved"
+            )
+        try:
+            for term in self._terms:
+                term.loss.load_state_dict(state["losses"][term.name])
+        except RuntimeError as error:
+            raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
+        self.step = int(state["step"])
+
+    def summary(self) -> str:
+        """Points, shapes, parameters and multiply-adds added, and what is fitted, as a table."""
+        return summarise(self.student, self._terms)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    # ---------------------------------------------------------------- ways out
+
+    def detach(self) -> None:
+        """Let go of teacher, captures and train-only parts; the student keeps its KD layers."""
+        self._release()
+        self._teachers, self._terms, self.terms = [], [], {}
+
+    def remove(self) -> None:
+        """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
+        self.detach()
+        take_out(self.student, self._tape)
+
+    # ---------------------------------------------------------------- inside
+
+    def _need_teacher(self, method: str) -> None:
+        if not self._teachers:
+            raise AttachError(
+                f"kd.{method}() needs a teacher: this handle was detached, or attached with "
+                "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
+            )
+
+    def _teach(self, record: _record.Record) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        autocast = record.autocast_dtype(self.student)
+        return [
+            teacher.run(record.args, record.kwargs, self._taps(index, self._terms), autocast)
+            for index, teacher in enumerate(self._teachers)
+        ]
+
+    def _taps(self, index: int, terms: Iterable[Term]) -> list[str]:
+        names = [t.tap for t in terms if t.tap is not None and t.teacher_index == index]
+        return list(dict.fromkeys(names))
+
+    def _teacher_tensors(self, terms: Sequence[Term], images: Any) -> list[Tensor]:
+        args = images if isinstance(images, tuple) else (images,)
+        taught = [t.run(args, {}, self._taps(i, terms)) for i, t in enumerate(self._teachers)]
+        return [term.teacher_alone(_teacher_tensor(term, taught)) for term in terms]
+
+    def _sum(
+        self,
+        record: _record.Record,
+        taught: list[tuple[Tensor, dict[str, Tensor]]],
+        targets: Tensor | None,
+    ) -> Tensor:
+        total = torch.zeros((), device=record.logits.device)
+        terms: dict[str, Tensor] = {}
+        live = set()
+        for term in self._terms:
+            student = record.logits if term.key is None else record.features[term.key]
+            _follow(term.loss, student.device)
+            value = term.loss(*term.pair(student, _teacher_tensor(term, taught)), targets)
+            weight = term.loss.weight_at(self.step)
+            live |= {term.name} if weight else set()
+            total = total + weight * value
+            terms[term.name] = value.detach()
+            terms[f"{term.name}.weighted"] = weight * value.detach()
+            terms.update({f"{term.name}.{k}": v for k, v in term.loss.metrics().items()})
+        terms["total"] = total.detach()
+        self.terms = terms
+        self._watch.look(live)
+        self.step += 1
+        return total
+
+
+def _release(tape: Tape, hooks: Sequence[Any]) -> None:
+    """End the recording; called by `detach`, and when the handle is garbage."""
+    tape.consume()
+    tape.armed = tape.active = False
+    for hook in hooks:
+        hook.remove()
+
+
+def _teacher_tensor(term: Term, taught: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
+    logits, features = taught[term.teacher_index]
+    return logits if term.tap is None else features[term.tap]
+
+
+def _parameter_groups(
+    student: nn.Module, terms: Iterable[Term]
+) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
+    """The student's own parameters, and by term those that attach_kd added."""
+    layers = slots(student)
+    new = {id(p) for slot in layers.values() for p in slot.parameters()}
+    own = [p for p in student.parameters() if id(p) not in new]
+    added: dict[str, list[nn.Parameter]] = {}
+    for term in terms:
+        added[term.name] = list(term.loss.parameters())
+        if term.scores and term.point in layers:
+            # The loss alone reaches the templates whatever alpha is.
+            added[term.name].append(layers[term.point].head.weight)
+    return own, added
+
+
+def _follow(loss: nn.Module, device: torch.device) -> None:
+    """Move the loss to the student's device; parameters keep their identity for the optimiser."""
+    tensors = (*loss.parameters(), *loss.buffers())
+    if any(tensor.device != device for tensor in tensors):
+        loss.to(device)
+
+
+def _labels_for(targets: Tensor | None, logits: Tensor) -> Tensor | None:
+    if targets is None:
+        return None
+    if not isinstance(targets, Tensor):
+        raise ArgumentTypeError(
+            f"kd.loss(targets) takes the labels as a tensor, got {type(targets).__name__}"
+        )
+    if targets.dim() == 0 or targets.shape[0] != logits.shape[0]:
+        raise StaleCaptureError(
+            f"{tuple(targets.shape)} labels for a forward of {logits.shape[0]} images: these are "
+            "the labels of another batch; call kd.loss(y) with the y of the last student(x)"
+        )
+    return targets.to(logits.device)
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """Images and labels of a loader's batch: a pair, or images alone.
+
+    Raises:
+        ArgumentError: if the batch is neither.
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        labels = batch[1] if len(batch) > 1 else None
+        if labels is None or isinstance(labels, Tensor):
+            return batch[0], labels
+    raise ArgumentError(
+        f"fit() expects batches (images, labels) of tensors, got {type(batch).__name__}; wrap the "
+        "loader: [(b['image'], b['label']) for b in loader] shows the form"
+    )

@@ -1,0 +1,208 @@
+"""The KD layer of letKD and its first half, the template head."""
+
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+
+EPS = 1e-12
+
+
+class CosineProjection(nn.Module):
+    r"""Scaled cosine of every vector with every row of a matrix, over the last axis.
+
+    .. math:: y_o = s \left\langle \frac{M_o}{\max(\lVert M_o\rVert, \epsilon)},
+              \frac{u}{\max(\lVert u\rVert, \epsilon)} \right\rangle, \qquad \epsilon = 10^{-12}
+
+    Norms are taken in float32 or better, also under autocast and in half-precision models; the
+    matrix product runs in the precision that autocast asks for. A vector of zeros gives zeros, and
+    passes no gradient on.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) * sqrt(2 / in_features))
+        # One element rather than none: FSDP cannot shard a parameter without axes.
+        self.scale = nn.Parameter(torch.tensor([float(scale)]))
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Cosines of ``vectors`` [..., in_features] with the rows: [..., out_features]."""
+        weight = self.weight
+        unit = (weight * _inverse_norm(weight)).to(weight.dtype)
+        product = F.linear(vectors, unit)
+        factor = _inverse_norm(vectors) * self.scale
+        return (product * factor).to(product.dtype)
+
+
+def _inverse_norm(vectors: Tensor) -> Tensor:
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
+    return torch.where(norm > 0, norm.clamp_min(EPS).reciprocal(), 0.0)
+
+
+class TemplateHead(CosineProjection):
+    r"""Scores of every position against K templates: a cosine 1x1 convolution with a learnt scale.
+
+    .. math:: a_k = s \left\langle \frac{W_k}{\lVert W_k\rVert}, \frac{x}{\lVert x\rVert}
+              \right\rangle \in [-s, s]
+
+    Args:
+        in_channels: channels C of the features.
+        num_templates: number of templates K.
+        scale: initial value of the learnable scale s; default 3, as in the authors' code.
+        channel_dim: axis of the channels; default 1 (NCHW). Use -1 for NHWC and for tokens.
+
+    Attributes:
+        weight: the templates, ``[K, C]``, drawn from N(0, 2/C).
+        scale: the learnable scale, ``[1]``.
+
+    Raises:
+        ArgumentError: if a size is below 1, the scale is not positive, or ``channel_dim`` is 0.
+        ShapeError: in ``forward``, if the channels are not ``in_channels``.
+
+    Source: Gorgun, Gurbuz, Alatan, "Knowledge Distillation Layer that Lets the Student Decide",
+    BMVC 2023; scale and initialisation checked against the authors' code.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers import TemplateHead
+        >>> TemplateHead(16, 32)(torch.randn(2, 16, 7, 7)).shape
+        torch.Size([2, 32, 7, 7])
+    """
+
+    def __init__(
+        self, in_channels: int, num_templates: int, *, scale: float = 3.0, channel_dim: int = 1
+    ) -> None:
+        check_count("in_channels", in_channels)
+        check_count("num_templates", num_templates)
+        if not 0 < scale < float("inf"):
+            raise ArgumentError(
+                f"scale must be positive and finite, got {scale}; the default is 3.0"
+            )
+        if channel_dim == 0:
+            raise ArgumentError(
+                "channel_dim must not be 0, the batch; use 1 (NCHW) or -1 (NHWC, tokens)"
+            )
+        super().__init__(in_channels, num_templates, scale)
+        self.channel_dim = channel_dim
+
+    @property
+    def in_channels(self) -> int:
+        """Channels C of the features."""
+        return self.weight.shape[1]
+
+    @property
+    def num_templates(self) -> int:
+        """Number of templates K."""
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores with K in the place of C: ``[B, C, H, W]`` gives ``[B, K, H, W]``."""
+        return self.project(self.channels_last(x)).movedim(-1, self.channel_dim)
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """``x`` with its channels on the last axis, after checking that they are there."""
+        dim = self.channel_dim
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.in_channels:
+            raise ShapeError(
+                f"this layer was made for {self.in_channels} channels on axis {dim}, but got a "
+                f"tensor of shape {tuple(x.shape)}; make it with in_channels={_channels(x, dim)}, "
+                "or give the axis of the channels as channel_dim (1 for NCHW, -1 for NHWC and "
+                "tokens)"
+            )
+        return x.movedim(dim, -1)
+
+    def extra_repr(self) -> str:
+        """Shows the sizes in the printed module."""
+        return f"{self.in_channels}, {self.num_templates}, channel_dim={self.channel_dim}"
+
+
+class KDLayer(nn.Module):
+    r"""Learnable KD layer: what its templates recognise is added to the features.
+
+    .. math::
+        a &= \operatorname{cos}(x; W, s_t) \qquad&
+        p &= \operatorname{ReLU}(\operatorname{BN}(a)) \\
+        v &= \operatorname{cos}(p; V, s_v) \qquad&
+        \hat x &= x + \alpha v
+
+    where :math:`\operatorname{cos}` is the scaled cosine of :class:`TemplateHead`: x is normalised
+    over its channels, p over the templates, each template over C, and V over K for each output
+    channel. A position whose p is all zero passes unchanged. The KD loss acts on the scores a. The
+    layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds a position.
+
+    Args:
+        in_channels: channels C of the features.
+        num_templates: number of templates K.
+        alpha: value ratio, the factor of v; default 1, as in all but one of the authors'
+            configurations. 0 keeps the features as they are (the loss still acts on the scores).
+        channel_dim: axis of the channels; default 1 (NCHW). Use -1 for NHWC and for tokens.
+
+    Attributes:
+        head: the :class:`TemplateHead`, ``weight [K, C]`` and ``scale`` (initially 3).
+        norm: batch norm over the K scores (eps 1e-5, momentum 0.1).
+        value: ``weight [C, K]``, drawn from N(0, 2/K), and ``scale`` (initially 1).
+
+    Raises:
+        ArgumentError: if a size is below 1, ``alpha`` is negative or ``channel_dim`` is 0.
+        ShapeError: in ``forward``, if the channels are not ``in_channels``.
+
+    Source: Gorgun, Gurbuz, Alatan, BMVC 2023; values and gradients follow the authors' code.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers import KDLayer
+        >>> KDLayer(16, 32)(torch.randn(2, 16, 7, 7)).shape
+        torch.Size([2, 16, 7, 7])
+        >>> KDLayer(16, 32, channel_dim=-1)(torch.randn(2, 49, 16)).shape
+        torch.Size([2, 49, 16])
+    """
+
+    def __init__(
+        self, in_channels: int, num_templates: int, *, alpha: float = 1.0, channel_dim: int = 1
+    ) -> None:
+        super().__init__()
+        self.head = TemplateHead(in_channels, num_templates, channel_dim=channel_dim)
+        self.norm = nn.BatchNorm1d(num_templates)
+        self.value = CosineProjection(num_templates, in_channels, scale=1.0)
+        self.alpha = check_alpha(alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features with the recognised knowledge added: same shape, same dtype."""
+        return self.enhance(x)[0]
+
+    def enhance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The new features, and the scores with K in the place of C."""
+        features = self.head.channels_last(x)
+        scores = self.head.project(features)
+        # Batch norm wants two axes: positions of all images, templates.
+        assignment = F.relu(self.norm(scores.flatten(0, -2))).view_as(scores)
+        value = self.value.project(assignment).movedim(-1, self.head.channel_dim)
+        return x + (self.alpha * value).to(x.dtype), scores.movedim(-1, self.head.channel_dim)
+
+    def extra_repr(self) -> str:
+        """Shows alpha in the printed module."""
+        return f"alpha={self.alpha}"
+
+
+def check_count(name: str, value: int) -> int:
+    """``value`` if it is an int of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ArgumentError(f"{name} must be 1 or more, got {value}")
+    return value
+
+
+def check_alpha(alpha: float) -> float:
+    """``alpha`` if it is a finite number of 0 or more."""
+    if not 0 <= alpha < float("inf"):
+        raise ArgumentError(f"alpha must be 0 or more and finite, got {alpha}; the default is 1.0")
+    return alpha
+
+
+def _channels(x: Tensor, dim: int) -> int | str:
+    return x.shape[dim] if -x.dim() <= dim < x.dim() else "..."

@@ -1,0 +1,60 @@
+"""Finding modules by name or glob, and naming the nearest ones where nothing is found."""
+
+from collections.abc import Collection
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from kdlayers.errors import NoMatchError
+
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+def match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> list[str]:
+    """The ``names`` that ``pattern``, a name or a glob, stands for, in their order.
+
+    Raises:
+        NoMatchError: if there is none.
+    """
+    plain = strip(pattern)
+    if plain in names:
+        return [plain]
+    found = [name for name in names if _glob(name, plain)] if is_glob(plain) else []
+    if not found:
+        raise NoMatchError(no_match(pattern, names, model, label))
+    return found
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether ``pattern`` may stand for several names."""
+    return any(character in pattern for character in "*?[")
+
+
+def _glob(name: str, pattern: str) -> bool:
+    """Part by part, so that ``layer*`` stands for the stages and not for all that is in them."""
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def strip(name: str) -> str:
+    """``name`` without the prefixes that DDP and torch.compile put before it."""
+    for prefix in WRAPPERS:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def no_match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> str:
+    """The sentence for a name that is not there."""
+    near = get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
+    shallow = [name for name in names if name and name.count(".") == 0]
+    hint = ", ".join(repr(name) for name in near or shallow[-6:])
+    unused = f"; {pattern!r} exists but does not run in forward" if _exists(pattern, model) else ""
+    return (
+        f"no module {pattern!r} runs in the {label} ({type(model).__name__}){unused}; nearest "
+        f"names: {hint}; find_points(model) lists usable points"
+    )
+
+
+def _exists(name: str, model: nn.Module) -> bool:
+    return name in dict(model.named_modules())

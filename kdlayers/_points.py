@@ -1,0 +1,151 @@
+"""Points: where in student and teacher a KD layer and its supervision are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from kdlayers._layer import check_alpha, check_count
+from kdlayers._layouts import Layout
+from kdlayers._targets import TemplateTargets
+from kdlayers._trace import Call, Trace, example_for, trace
+from kdlayers.errors import ArgumentTypeError, LayoutError
+
+
+@dataclass(frozen=True)
+class KDPoint:
+    """A KD layer at one module of the student, supervised from one module of the teacher.
+
+    Args:
+        student: name of the student's module after which the layer goes.
+        teacher: name of the teacher's module that supervises it; default: the student's name.
+        targets: :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. Default:
+            ``CodebookTargets()`` at the last point in forward order, ``DecisionTargets()`` before.
+        num_templates: number of templates K; default: what the targets need.
+        alpha: value ratio of the layer, default 1; 0 keeps the features and only supervises.
+
+    Raises:
+        ArgumentTypeError: if a name is no string or ``targets`` no template targets.
+        ArgumentError: if ``num_templates`` is below 1 or ``alpha`` negative.
+
+    Example:
+        >>> from kdlayers import CodebookTargets, KDPoint
+        >>> point = KDPoint("layer4", "stages.3", targets=CodebookTargets(512))
+        >>> point.student, point.teacher, point.alpha
+        ('layer4', 'stages.3', 1.0)
+    """
+
+    student: str
+    teacher: str | None = None
+    targets: TemplateTargets | None = field(default=None, kw_only=True)
+    num_templates: int | None = field(default=None, kw_only=True)
+    alpha: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for label, name in (("student", self.student), ("teacher", self.teacher)):
+            if not isinstance(name, str) and not (label == "teacher" and name is None):
+                raise ArgumentTypeError(
+                    f"KDPoint: {label} must be a module's name, got {type(name).__name__}"
+                )
+        if self.targets is not None and not isinstance(self.targets, TemplateTargets):
+            raise ArgumentTypeError(
+                "KDPoint: targets must be CodebookTargets(...) or DecisionTargets(...), got "
+                f"{type(self.targets).__name__}"
+            )
+        if self.num_templates is not None:
+            check_count("num_templates", self.num_templates)
+        check_alpha(self.alpha)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that can take a KD layer: its name, output shape (of the example) and layout."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+
+
+class Candidates(list[Candidate]):
+    """Candidate points in forward order; prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("name", "shape", "layout")]
+        rows += [(c.name, "x".join(map(str, c.shape)), c.layout) for c in self]
+        return table(rows)
+
+
+def find_points(model: nn.Module, example: Any = None) -> Candidates:
+    """Stages and blocks of ``model`` that can take a KD layer, in forward order.
+
+    Runs the model once, in eval mode, without changing it. A candidate has parameters, runs once in
+    a forward and gives features whose layout can be told. Stages and blocks are listed, what is
+    inside a block is not; any other module that runs once can be named as well.
+
+    Args:
+        model: any ``nn.Module`` that takes images.
+        example: a small batch of images (or a tuple of arguments); default: two zero images of the
+            size that the model states, else 224.
+
+    Returns:
+        A list of candidates, each with ``.name``, ``.shape`` and ``.layout``.
+
+    Raises:
+        ArgumentError: if the model cannot run on the example.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import find_points
+        >>> find_points(resnet18(), torch.zeros(2, 3, 64, 64))[-1]
+        Candidate(name='layer4', shape=(2, 512, 2, 2), layout='NCHW')
+    """
+    traced = trace(model, example_for(model, example), "model")
+    names = set(_stages_and_blocks(model))
+    found = Candidates()
+    for call in sorted(traced.calls.values(), key=lambda call: call.order):
+        if call.name in names and call.calls == 1:
+            layout = _layout_or_none(traced, call)
+            if layout is not None and layout.kind != "vector":
+                found.append(Candidate(call.name, call.shape, str(layout)))
+    return found
+
+
+def _layout_or_none(traced: Trace, call: Call) -> Layout | None:
+    try:
+        return traced.layout(call.name)
+    except LayoutError:
+        return None
+
+
+def _stages_and_blocks(model: nn.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in model.named_children():
+        if not any(True for _ in child.parameters()) or _depth(child) == 0:
+            continue
+        yield prefix + name
+        if _is_stage(child):
+            yield from _stages_and_blocks(child, f"{prefix}{name}.")
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """A container of blocks, or a module that holds such a container."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    if isinstance(module, containers):
+        return any(_depth(child) >= 1 for child in module.children())
+    return any(
+        isinstance(child, containers) and any(_depth(part) >= 2 for part in child.children())
+        for child in module.children()
+    )
+
+
+def _depth(module: nn.Module) -> int:
+    return max((1 + _depth(child) for child in module.children()), default=0)
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of text in columns of equal width; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,80 @@
+"""Where in a model a KD layer's hook and its parameters go."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from kdlayers._hooks import SLOT, InsertLayer, Slot, descend
+from kdlayers.errors import AttachError
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def hook_site(model: nn.Module, name: str) -> nn.Module:
+    """The module whose output hook stands for the output of module ``name``.
+
+    Code that iterates over an ``nn.Sequential`` (checkpointing, feature extractors) never calls the
+    Sequential itself, so the hook goes to its last child. It stays above a batch norm, which
+    ``convert_sync_batchnorm`` replaces together with its hooks.
+
+    """
+    module = model.get_submodule(name)
+    while _stock_sequential(module) and len(module._modules):
+        last = next(reversed(module._modules.values()))
+        if last is None or isinstance(last, _NormBase):
+            break
+        module = last
+    return module
+
+
+def refuse_norm(model: nn.Module, name: str) -> None:
+    """Raise AttachError if ``name`` is a batch norm, which is replaced without its KD layer."""
+    module = model.get_submodule(name)
+    if isinstance(module, _NormBase):
+        raise AttachError(
+            f"{name!r} is a {type(module).__name__}, which convert_sync_batchnorm would replace "
+            "without its KD layer; choose the module round it, or the activation after it"
+        )
+
+
+def _stock_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def store_path(hooked: nn.Module) -> tuple[str, ...]:
+    """Child names from ``hooked`` to the module that gets the layer as its child ``kd``.
+
+    The layer does not become a child of a container, whose children other code counts and runs.
+    """
+    path: list[str] = []
+    module = hooked
+    while isinstance(module, _CONTAINERS) and len(module._modules):
+        key = next(reversed(module._modules))
+        child = module._modules[key]
+        if child is None:
+            break
+        path.append(key)
+        module = child
+    return tuple(path)
+
+
+def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:
+    """Every KD-layer hook in ``model``: the hooked module, the hook's key, the hook."""
+    return [
+        (module, key, hook)
+        for module in model.modules()
+        for key, hook in module._forward_hooks.items()
+        if isinstance(hook, InsertLayer)
+    ]
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """The KD layers in ``model``, by the names of their points."""
+    return {hook.name: hook.slot(module) for module, _, hook in inserts(model)}
+
+
+def take_out(model: nn.Module, tape: object = None) -> None:
+    """Remove KD layers and their hooks: all of them, or those that write to ``tape``."""
+    for module, key, hook in inserts(model):
+        if tape is None or hook.tape is tape:
+            del module._forward_hooks[key]
+            descend(module, hook.store)._modules.pop(SLOT)

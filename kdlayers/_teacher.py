@@ -1,0 +1,85 @@
+"""Runs a teacher on the student's batch, and leaves it as it was found."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._hooks import Capture, Tape
+from kdlayers._sites import hook_site
+from kdlayers._trace import Trace, placement, to_model
+from kdlayers._tree import first_tensor
+from kdlayers.errors import CaptureError
+
+
+class Teacher:
+    """A frozen model with taps. A plain object: never part of the student or its state."""
+
+    def __init__(self, model: nn.Module, traced: Trace, called: nn.Module) -> None:
+        self.model = model
+        self.called = called
+        """What is called for a forward: the model, or its compiled form."""
+        self.traced = traced
+
+    def run(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        names: Collection[str],
+        autocast: torch.dtype | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and the features of the modules ``names``, for the student's inputs.
+
+        Runs in eval mode without gradients, with the inputs on the teacher's device and in its
+        dtype; ``autocast`` is the dtype of an autocast that the student ran under and that has
+        ended since.
+
+        Raises:
+            CaptureError: if a tapped module did not run.
+        """
+        tape = Tape()
+        tape.active = True
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_eval_mode(self.model))
+            stack.enter_context(_autocast(self.model, autocast))
+            for name in names:
+                call = self.traced.call(name)
+                tap = Capture(name, call.path, tape, clone=call.changed)
+                hook = hook_site(self.model, name).register_forward_hook(tap)
+                stack.callback(hook.remove)
+            args = to_model(tuple(args), self.model)
+            output = self.called(*args, **kwargs)
+        missing = [name for name in names if name not in tape.features]
+        if missing:
+            raise CaptureError(
+                f"the teacher's modules {missing} did not run in its forward, though they did at "
+                "attach; a teacher compiled and called before attach_kd skips new hooks: pass the "
+                "teacher uncompiled, or attach before its first call"
+            )
+        logits = first_tensor(output)
+        if logits is None:
+            raise CaptureError("the teacher returned no tensor, though it did at attach")
+        return logits, tape.features
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; the modules that were training are set back, one by one."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype | None) -> Any:
+    device = placement(model)[0].type
+    if dtype is None or torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, dtype=dtype)

@@ -1,0 +1,110 @@
+"""A term of the loss: a `DistillLoss` together with the tensors it reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdlayers._hooks import score_key
+from kdlayers._layouts import Layout, common_size, pool
+from kdlayers._trace import Trace
+from kdlayers.errors import ArgumentError
+from kdlayers.losses import DistillLoss, TemplateLoss
+
+
+@dataclass
+class Term:
+    """One loss, and how its student's and teacher's tensors are taken from a batch.
+
+    With ``point`` None the loss compares logits. Else it compares features at ``point``: the scores
+    of the KD layer if ``scores``, with channels last as template losses read them, or the features
+    that the next module gets, as maps ``[B, C, H, W]``.
+    """
+
+    name: str
+    loss: DistillLoss
+    teacher_index: int = 0
+    point: str | None = None
+    tap: str | None = None
+    scores: bool = False
+    student_layout: Layout | None = None
+    teacher_layout: Layout | None = None
+    shrink: tuple[float, float] = (1.0, 1.0)
+    """The pooled teacher grid over the teacher's own, height and width, seen at attach."""
+    positions: int = 1
+    """Positions of the student at this point, for images of the size of the example."""
+
+    @property
+    def key(self) -> str | None:
+        """Key of the student's tensor on the tape; None for the logits."""
+        if self.point is None:
+            return None
+        return score_key(self.point) if self.scores else self.point
+
+    def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Both tensors as the loss reads them: on one grid, and on the student's device."""
+        teacher = teacher.to(student.device)
+        if self.student_layout is None or self.teacher_layout is None:
+            return student, teacher
+        if student.shape[0] != teacher.shape[0]:
+            return student, teacher  # the loss or the handle says what is wrong
+        ours, theirs = self.student_layout.to_grid(student), self.teacher_layout.to_grid(teacher)
+        size = common_size(_size(ours), _size(theirs))
+        return self._form(pool(ours, size)), self._form(pool(theirs, size))
+
+    def teacher_alone(self, teacher: Tensor) -> Tensor:
+        """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
+        if self.teacher_layout is None:
+            return teacher
+        grid = self.teacher_layout.to_grid(teacher)
+        height, width = _size(grid)
+        size = (max(1, round(height * self.shrink[0])), max(1, round(width * self.shrink[1])))
+        return self._form(pool(grid, size))
+
+    def _form(self, grid: Tensor) -> Tensor:
+        return grid if self.scores else grid.movedim(-1, 1)
+
+
+def _size(grid: Tensor) -> tuple[int, int]:
+    return grid.shape[1], grid.shape[2]
+
+
+def feature_term(
+    name: str, loss: DistillLoss, student: Trace, teacher: Trace, point: str, tap: str
+) -> Term:
+    """Term of a loss that compares the features at ``point`` and ``tap``."""
+    term = Term(name, loss, point=point, tap=tap, scores=isinstance(loss, TemplateLoss))
+    term.student_layout, term.teacher_layout = student.layout(point), teacher.layout(tap)
+    ours = _size(term.student_layout.to_grid(_empty(student, point)))
+    theirs = _size(term.teacher_layout.to_grid(_empty(teacher, tap)))
+    term.positions = ours[0] * ours[1] + term.student_layout.prefix
+    small = common_size(ours, theirs)
+    term.shrink = (small[0] / theirs[0], small[1] / theirs[1])
+    return term
+
+
+def example_pair(term: Term, student: Trace, teacher: Trace) -> tuple[Tensor, Tensor]:
+    """Tensors of the shapes that the loss will get, from the dry runs, for `DistillLoss.build`."""
+    if term.point is None or term.tap is None:
+        return student.logits, teacher.logits
+    return term.pair(_empty(student, term.point), _empty(teacher, term.tap))
+
+
+def _empty(traced: Trace, name: str) -> Tensor:
+    call = traced.call(name)
+    return torch.zeros(call.shape, dtype=call.dtype, device=call.device)
+
+
+def unique_names(terms: list[Term]) -> None:
+    """Check that no two terms are logged under one name.
+
+    Raises:
+        ArgumentError: if two losses have the same name.
+    """
+    seen: set[str] = set()
+    for term in terms:
+        if term.name in seen:
+            raise ArgumentError(
+                f"two losses are called {term.name!r}; give one of them another name=..."
+            )
+        seen.add(term.name)

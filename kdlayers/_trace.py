@@ -1,0 +1,203 @@
+"""Dry runs: what every module of a model returns, without leaving a trace in the model."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._layouts import Layout, find_layout
+from kdlayers._tree import Path, first_tensor, leaves, main_tensor
+from kdlayers.errors import ArgumentError, AttachError, LayoutError
+
+
+@dataclass
+class Call:
+    """One module's part in a dry run: where its features are in its output, and of what shape."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    order: int
+    calls: int = 1
+    changed: bool = False
+    """Whether a later module changed the features in place."""
+
+
+@dataclass
+class Trace:
+    """A dry run of a model: the calls in forward order, and the first tensor of the output."""
+
+    model: nn.Module
+    calls: dict[str, Call]
+    logits: Tensor
+    image: tuple[int, int]
+    label: str
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the modules that gave features; the model itself is not among them."""
+        return [name for name in self.calls if name]
+
+    def call(self, name: str) -> Call:
+        """The call of module ``name``, checked to be one that features can be taken from.
+
+        Raises:
+            AttachError: if the module did not run, ran more than once, or gave no features.
+        """
+        call = self.calls.get(name)
+        if call is None:
+            raise AttachError(
+                f"module {name!r} of the {self.label} gave no features in a dry run: it is not "
+                "called, or its output is no floating-point tensor; find_points(model) lists "
+                "usable points"
+            )
+        if call.calls > 1:
+            raise AttachError(
+                f"module {name!r} of the {self.label} runs {call.calls} times in one forward, so "
+                "its features are ambiguous; choose a module that runs once, find_points(model) "
+                "lists them"
+            )
+        return call
+
+    def layout(self, name: str) -> Layout:
+        """Layout of the features of module ``name``."""
+        shape = self.call(name).shape
+        if shape[0] != self.logits.shape[0]:
+            raise LayoutError(
+                f"the output of {name!r} has shape {shape}, but the batch has "
+                f"{self.logits.shape[0]} images: its first axis is not the batch; "
+                "find_points(model) lists usable points"
+            )
+        return find_layout(name, self.model.get_submodule(name), self.model, shape, self.image)
+
+
+def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
+    """Run ``model`` once on ``example``, in eval mode, and note what every module returns."""
+    example = to_model(example, model)
+    calls: dict[str, Call] = {}
+    tensors: dict[str, tuple[Tensor, int]] = {}
+
+    def note(name: str, output: Any) -> None:
+        found = main_tensor(output)
+        if name in calls:
+            calls[name].calls += 1
+        elif found is not None:
+            path, tensor = found
+            shape = tuple(tensor.shape)
+            calls[name] = Call(name, path, shape, tensor.dtype, tensor.device, len(calls))
+            tensors[name] = (tensor, tensor._version)
+
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.no_grad())
+        for name, module in model.named_modules():
+            hook = module.register_forward_hook(lambda _m, _a, out, name=name: note(name, out))
+            stack.callback(hook.remove)
+        logits = first_tensor(run_example(model, example, label))
+    if logits is None:
+        raise AttachError(
+            f"the {label} returns no tensor; kdlayers needs a model that returns logits"
+        )
+    for name, (tensor, version) in tensors.items():
+        calls[name].changed = tensor._version != version
+    return Trace(model, calls, logits, image_size(example), label)
+
+
+def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
+    """Output of ``model``, or an error that asks for ``example=``."""
+    try:
+        return model(*example)
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for _, tensor in leaves(example)]
+        raise ArgumentError(
+            f"the {label} ({type(model).__name__}) could not run on an example of shape {shapes}: "
+            f"{error}; pass example= with a small batch of your images"
+        ) from error
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module's own training flag and all random states come back."""
+    flags = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that hold parts of ``model``."""
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
+    """``example`` on the model's device; floating-point tensors in its dtype."""
+    device, dtype = placement(model)
+
+    def move(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        return item.to(device, dtype if item.is_floating_point() else None)
+
+    return tuple(move(item) for item in example)
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating dtype of the model's first parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def image_size(example: tuple[Any, ...]) -> tuple[int, int]:
+    """Height and width of the images in ``example``; (1, 1) if there are none."""
+    images = (tensor for _, tensor in leaves(example) if tensor.dim() == 4)
+    image = next(images, None)
+    return (1, 1) if image is None else (image.shape[2], image.shape[3])
+
+
+def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
+    """The arguments of a dry run: the user's ``example``, or two zero images that suit the model.
+
+    The size comes from timm's ``pretrained_cfg`` or the model's ``image_size``, else it is 224; the
+    channels come from the first convolution.
+
+    Raises:
+        ArgumentError: if ``example`` is no tensor or tuple, or no first convolution is found.
+    """
+    if isinstance(example, Tensor):
+        return (example,)
+    if isinstance(example, tuple | list):
+        return tuple(example)
+    if example is not None:
+        raise ArgumentError(
+            f"example must be a tensor or a tuple of arguments, got {type(example).__name__}"
+        )
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ArgumentError(
+            f"no input can be made for {type(model).__name__}, which has no convolution; pass "
+            "example= with a small batch of your images"
+        )
+    size = _stated_size(model)
+    return (torch.zeros(2, first.in_channels, *size),)
+
+
+def _stated_size(model: nn.Module) -> tuple[int, int]:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    for stated in (patches, getattr(model, "image_size", None), config.get("input_size")):
+        if isinstance(stated, int):
+            return stated, stated
+        if isinstance(stated, tuple | list) and len(stated) >= 2:
+            return stated[-2], stated[-1]
+    return 224, 224

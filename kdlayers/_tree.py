@@ -1,0 +1,54 @@
+"""Tensors inside the tuples, lists and dicts that modules return."""
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Path: TypeAlias = tuple[int | str, ...]
+
+
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor of ``tree`` with the keys that lead to it, in order."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, branch in tree.items():
+            yield from leaves(branch, (*path, key))
+    elif isinstance(tree, tuple | list):
+        for index, branch in enumerate(tree):
+            yield from leaves(branch, (*path, index))
+
+
+def pick(tree: Any, path: Path) -> Any:
+    """What stands at ``path``."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def put(tree: Any, path: Path, value: Tensor) -> Any:
+    """A copy of ``tree`` with ``value`` at ``path``; containers keep their types."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    branch = put(tree[key], rest, value)
+    if isinstance(tree, dict):
+        copied = tree.copy()
+        copied[key] = branch
+        return copied
+    items = [branch if index == key else item for index, item in enumerate(tree)]
+    if isinstance(tree, list):
+        return items
+    return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor, which for the output of a classifier is the logits."""
+    return next((tensor for _, tensor in leaves(tree)), None)
+
+
+def main_tensor(tree: Any) -> tuple[Path, Tensor] | None:
+    """The largest floating-point tensor, the earlier of equals: the features of a stage."""
+    found = [(path, t) for path, t in leaves(tree) if t.is_floating_point() and t.dim() > 1]
+    return max(found, key=lambda item: item[1].numel()) if found else None
