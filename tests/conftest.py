@@ -1,0 +1,14 @@
+"""What every test gets: two threads, a fixed seed, and no debris in the global random state."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(2)

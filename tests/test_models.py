@@ -1,0 +1,69 @@
+"""attach_kd on the architectures that people use, in pairs that differ in everything."""
+
+import pytest
+import timm
+from torchvision import models
+
+from tests.attach_tester import CLASSES, AttachCase
+
+
+def tv(name, **kwargs):
+    return lambda: getattr(models, name)(num_classes=CLASSES, **kwargs)
+
+
+def tm(name, **kwargs):
+    return lambda: timm.create_model(name, num_classes=CLASSES, **kwargs)
+
+
+CASES = {
+    "resnet18": AttachCase(
+        tv("resnet18"), tv("wide_resnet50_2"), {"layer4.0": "layer4.0", "layer4": "layer4"}
+    ),
+    "wide_resnet50_2": AttachCase(
+        tv("wide_resnet50_2"), tv("resnet18"), {"layer4.0": "layer4.0", "layer4": "layer4"}
+    ),
+    "mobilenet_v3_small": AttachCase(
+        tv("mobilenet_v3_small"), tv("resnet18"), {"features.11": "layer3", "features": "layer4"}
+    ),
+    "shufflenet_v2_x0_5": AttachCase(
+        tv("shufflenet_v2_x0_5"), tv("resnet18"), {"stage4.0": "layer4.0", "conv5": "layer4"}
+    ),
+    "efficientnet_b0": AttachCase(
+        tv("efficientnet_b0"), tv("convnext_tiny"), {"features.7": "features.6", "features": "features"}
+    ),
+    "convnext_tiny": AttachCase(
+        tv("convnext_tiny"), tv("resnet18"), {"features.7.0": "layer4.0", "features.7": "layer4"}
+    ),
+    "vit_b_16": AttachCase(
+        tv("vit_b_16", image_size=64),
+        tv("resnet18"),
+        {"encoder.layers.encoder_layer_8": "layer4.0", "encoder.layers.encoder_layer_11": "layer4"},
+    ),
+    "swin_t": AttachCase(
+        tv("swin_t"), tv("vit_b_16", image_size=64), {"features.7.0": "encoder.layers.encoder_layer_6", "features.7": "encoder"}
+    ),
+    "densenet121": AttachCase(
+        tv("densenet121"),
+        tv("densenet121"),
+        {"features.denseblock4.denselayer1": "features.denseblock3", "features": "features"},
+    ),
+    "timm resnet10t": AttachCase(
+        tm("resnet10t"), tm("mobilenetv4_conv_small"), {"layer3": "blocks.2", "layer4": "blocks.4"}
+    ),
+    "timm vit_tiny": AttachCase(
+        tm("vit_tiny_patch16_224", img_size=64), tm("convnext_atto"), {"blocks.8": "stages.2", "blocks.11": "stages.3"}
+    ),
+    "timm mobilenetv4": AttachCase(
+        tm("mobilenetv4_conv_small"), tm("resnet10t"), {"blocks.3": "layer3", "blocks.4": "layer4"}
+    ),
+    "timm convnext_atto": AttachCase(
+        tm("convnext_atto"),
+        tm("vit_tiny_patch16_224", img_size=64),
+        {"stages.3.blocks.0": "blocks.6", "stages.3": "blocks.11"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_attach(case, tmp_path):
+    case.run(tmp_path)
