@@ -1,5 +1,6 @@
 """The closed forms: functions of the student's tensor, the teacher's and the labels."""
 
+from kdlayers.functional._aekt import aekt as aekt
 from kdlayers.functional._dkd import dkd as dkd
 from kdlayers.functional._dkd import nckd as nckd
 from kdlayers.functional._dkd import tckd as tckd

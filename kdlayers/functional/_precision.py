@@ -6,6 +6,7 @@ from typing import ParamSpec
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 P = ParamSpec("P")
 
@@ -31,3 +32,9 @@ def widen(value: object) -> object:
     if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value
+
+
+@full_precision
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``inputs @ weight.T + bias`` in float32 or better."""
+    return F.linear(inputs, weight, bias)

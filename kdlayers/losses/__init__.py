@@ -1,6 +1,12 @@
 """The losses: each a term that compares the student's tensor with the teacher's."""
 
+from kdlayers.losses._aekt import AEKTLoss as AEKTLoss
+from kdlayers.losses._attention import AttentionTransferLoss as AttentionTransferLoss
 from kdlayers.losses._base import DistillLoss as DistillLoss
 from kdlayers.losses._dkd import DKDLoss as DKDLoss
+from kdlayers.losses._fitnet import FitNetLoss as FitNetLoss
 from kdlayers.losses._kd import KDLoss as KDLoss
+from kdlayers.losses._mutual import MutualLoss as MutualLoss
+from kdlayers.losses._simplifier import AttentionSimplifier as AttentionSimplifier
+from kdlayers.losses._student_friendly import StudentFriendlyKDLoss as StudentFriendlyKDLoss
 from kdlayers.losses._template import TemplateLoss as TemplateLoss

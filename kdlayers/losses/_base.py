@@ -1,7 +1,7 @@
 """The base class of every distillation loss."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
@@ -41,6 +41,9 @@ class DistillLoss(nn.Module):
         tensor(1.)
     """
 
+    detaches_teacher: ClassVar[bool] = False
+    """Whether no gradient reaches the second argument, even where it asks for one."""
+
     def __init__(
         self,
         *,
@@ -65,6 +68,7 @@ class DistillLoss(nn.Module):
         self.weight = weight
         self.at = at
         self.name = name
+        self._metrics: dict[str, Tensor] = {}
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         """Value of the term, a scalar: the student's tensor, the teacher's, the labels."""
@@ -94,7 +98,19 @@ class DistillLoss(nn.Module):
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached values of the last forward, by name, that go to ``kd.terms`` with the term."""
-        return {}
+        return dict(self._metrics)
+
+    def _record(self, **values: Tensor) -> None:
+        """Keep ``values`` for :meth:`metrics`."""
+        self._metrics = {name: value.detach() for name, value in values.items()}
+
+    def _build_from(self, state: dict[str, Tensor]) -> None:
+        """Make, for a loss not built yet, the parameters that a state dict to be loaded has."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
+        self._build_from(own)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Shows weight and at in the printed module."""

@@ -1,0 +1,148 @@
+"""The adaptive term of AEKT: explicit knowledge weighted by the teacher/student ratio."""
+
+from math import exp
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from kdlayers.errors import ArgumentError
+from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import Reduction
+from kdlayers.functional._dkd import target_log_probs
+from kdlayers.functional._precision import full_precision
+
+Form: TypeAlias = Literal["chi2", "ratio_sq", "ratio", "is"]
+
+_LOG_RATIO_LIMIT = 60.0
+"""exp(60) is 1e26: times a temperature squared and a batch it is still finite in float32."""
+
+_HALF_LIMIT = 1024.0
+"""Times a temperature of 16, a gradient of this size is still a float16 number."""
+
+
+def aekt(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    *,
+    form: Form = "chi2",
+    temperature: float = 4.0,
+    ratio_clip: float | None = None,
+    drop_one_minus_s: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Adaptive term of AEKT alone, without the target and non-target terms that go with it.
+
+    With the probabilities of the labelled class, :math:`a` of the teacher and :math:`s` of the
+    student, softened by the temperature, and their ratio :math:`r = a / s`:
+
+    .. math::
+        L = T^2 \, \frac{1}{B} \sum_b \ell_b, \qquad
+        \frac{\partial \ell}{\partial \log s} = c
+
+    ============  ========================  =================  ======================
+    form          :math:`\ell`              :math:`c`          optimum
+    ============  ========================  =================  ======================
+    ``chi2``      :math:`(s - a)^2 / s`     :math:`s - r a`    :math:`s = a`
+    ``ratio_sq``  :math:`a^2 / s`           :math:`-r a`       :math:`s = 1`
+    ``ratio``     :math:`a / s`             :math:`-r`         :math:`s = 1`
+    ``is``        :math:`r - \log r - 1`    :math:`1 - r`      :math:`s = a`
+    ============  ========================  =================  ======================
+
+    **A reconstruction.** The public summary of the method says that the term weights the teacher's
+    confidence in the target class by the teacher/student ratio; its formula was not at hand.
+    ``chi2`` turns the gradient :math:`s - a` of the target term into :math:`s - r a`; ``ratio_sq``
+    and ``ratio`` fit the summary as well, but pull :math:`s` beyond :math:`a`.
+
+    The value is the closed form; the gradient is that of the surrogate
+    :math:`\mathrm{sg}(c) \log s`, equal to the closed form's unless ``ratio_clip`` or
+    ``drop_one_minus_s`` change it. Only the student gets a gradient from this term. To stay finite,
+    :math:`r` is limited to :math:`e^{60}`, and in the gradient to 1024 for float16 logits.
+
+    Args:
+        student: logits, ``[B, K]``; in the method these have passed the extra linear layer.
+        teacher: logits of the same shape.
+        targets: class indices, ``[B]``: the labels, also where the teacher is wrong.
+        form: one of the table. Default ``"chi2"``, our choice.
+        temperature: above 0. Default 4. At 1 the ratio starts near K: use ``ratio_clip``.
+        ratio_clip: largest :math:`r` in the gradient, above 0; ``None`` (default): no clip.
+        drop_one_minus_s: divide the gradient by :math:`1 - s`, the factor that any function of
+            :math:`s` has in its gradient with respect to the target's logit. Default False.
+        reduction: ``"mean"`` over samples (default), ``"sum"``, or ``"none"`` for one value a
+            sample; the squared temperature is always included.
+
+    Returns:
+        A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
+
+    Raises:
+        ShapeError: if the tensors are not logits of one shape with one label a sample.
+        ArgumentTypeError: if the labels are soft or not integers.
+        ArgumentError: if a label is out of range, or a number, ``form`` or ``reduction`` unusable.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[6.0, 1.0, -2.0]])
+        >>> aekt(student, teacher, torch.tensor([0]))
+        tensor(1.9949)
+    """
+    if form not in get_args(Form):
+        raise ArgumentError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+    if ratio_clip is not None:
+        check.positive("ratio_clip", ratio_clip)
+    check.logits(student, teacher)
+    limit = ratio_limit(student.dtype, ratio_clip)
+    values = _adaptive(student, teacher, targets, form, temperature, limit, drop_one_minus_s)
+    return check.reduce(values, reduction)
+
+
+def ratio_limit(dtype: torch.dtype, ratio_clip: float | None) -> float:
+    """Largest ratio in the gradient with respect to logits of ``dtype``."""
+    largest = _HALF_LIMIT if dtype == torch.float16 else exp(_LOG_RATIO_LIMIT)
+    return largest if ratio_clip is None else min(ratio_clip, largest)
+
+
+@full_precision
+def _adaptive(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    form: Form,
+    temperature: float,
+    limit: float,
+    drop_one_minus_s: bool,
+) -> Tensor:
+    check.positive("temperature", temperature)
+    targets = check.labels(targets, student)
+    log_s, log_rest = target_log_probs(student / temperature, targets).unbind(dim=1)
+    log_a = target_log_probs(teacher.detach() / temperature, targets)[:, 0]
+    with torch.no_grad():
+        log_r = (log_a - log_s).clamp(max=_LOG_RATIO_LIMIT)
+        value = _value(form, log_s.exp(), log_a.exp(), log_r)
+        slope = _slope(form, log_s.exp(), log_a.exp(), log_r.exp().clamp(max=limit))
+        if drop_one_minus_s:
+            slope = slope / log_rest.exp().clamp(min=torch.finfo(slope.dtype).eps)
+    surrogate = slope * log_s
+    # The difference is exactly 0, so the value stays exact; its gradient is the surrogate's.
+    return temperature**2 * (value + (surrogate - surrogate.detach()))
+
+
+def _value(form: Form, s: Tensor, a: Tensor, log_r: Tensor) -> Tensor:
+    r = log_r.exp()
+    if form == "chi2":
+        return (s - a) * (1 - r)  # = s (1 - r)^2, without the square that would overflow
+    if form == "ratio_sq":
+        return a * r
+    if form == "ratio":
+        return r
+    return log_r.expm1() - log_r
+
+
+def _slope(form: Form, s: Tensor, a: Tensor, r: Tensor) -> Tensor:
+    if form == "chi2":
+        return s - r * a
+    if form == "ratio_sq":
+        return -r * a
+    if form == "ratio":
+        return -r
+    return 1 - r

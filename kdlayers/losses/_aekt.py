@@ -1,0 +1,174 @@
+"""AEKT: decoupled distillation behind a linear layer, with an adaptive target term."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
+from kdlayers.functional import _checks as check
+from kdlayers.functional import aekt, nckd, tckd
+from kdlayers.functional._aekt import Form, ratio_limit
+from kdlayers.functional._precision import linear
+from kdlayers.losses._base import DistillLoss, Weight
+
+
+class AEKTLoss(DistillLoss):
+    r"""AEKT: adaptive transfer of explicit knowledge, after one train-only linear layer.
+
+    .. math::
+        z_d = W z^S + b, \qquad
+        L = T^2 \big( \alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD} + \gamma\,L_\mathrm{AEKT} \big)
+        (z_d, z^T, y)
+
+    Decoupled distillation and the adaptive term of :func:`kdlayers.functional.aekt` compare the
+    teacher with :math:`z_d`, so the distillation reaches the student through :math:`W` only, while
+    the cross-entropy stays the user's, **on the student's own logits** :math:`z^S`. The layer is
+    in :meth:`parameters` for the optimiser and never in the exported student.
+    :meth:`relations` gives :math:`W`, which the method reads as relations between classes.
+
+    **A reconstruction from the public summary.** Certain: three terms, the linear layer between the
+    student's logits and the distillation, cross-entropy before it, the teacher/student ratio. Ours:
+    the form of the adaptive term, all weights, the temperature, bias and initialisation. No
+    published accuracy is claimed.
+
+    Args:
+        form: of the adaptive term: ``"chi2"`` (default), ``"ratio_sq"``, ``"ratio"``, ``"is"``.
+        alpha: weight of the target-class term. Default 1.
+        beta: weight of the non-target-class term. Default 8, as for decoupled distillation, where
+            it belongs to particular pairs of networks: start lower on other data.
+        gamma: weight of the adaptive term. Default 1; ``form="ratio"`` needs 0.1 or so.
+        temperature: above 0. Default 4. With 1, give ``ratio_clip`` or a small ``gamma``.
+        ratio_clip: largest ratio in the gradient; ``None`` (default): no clip.
+        drop_one_minus_s: drop the factor 1 - s from the gradient. Default False.
+        fc_bias: whether the linear layer has a bias. Default True.
+        fc_init: ``"identity"`` (default: step 0 equals the distillation of the raw logits) or
+            ``"default"``, PyTorch's initialisation of a linear layer.
+        weight: factor in ``kd.loss``; a :class:`~kdlayers.schedules.LinearWarmup` is advised, as
+            the ratio is largest in the first epochs. Default 1.
+        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
+        name: key in ``kd.terms``.
+
+    The linear layer is made for the number of classes by :func:`kdlayers.attach_kd`, or at the
+    first call. :meth:`metrics` gives ``target``, ``others``, ``adaptive`` (the three terms before
+    their weights) and ``ratio``, the mean of r.
+
+    Raises:
+        ArgumentError: if an option or number is unusable, or at the call a label is out of range.
+        ArgumentTypeError: at the call, if the labels are missing, soft or not integers.
+        ShapeError: at the call, if shapes differ or the number of classes has changed.
+
+    Warns:
+        KDLayersWarning: at the call, with two classes: the non-target term is then always 0.
+
+    Example:
+        >>> import torch
+        >>> loss = AEKTLoss(beta=1.0)
+        >>> student, teacher = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[6.0, 1.0, -2.0]])
+        >>> loss(student, teacher, torch.tensor([0])).detach()
+        tensor(6.2878)
+        >>> loss.relations().shape
+        torch.Size([3, 3])
+    """
+
+    fc: nn.Linear | None
+
+    def __init__(
+        self,
+        form: Form = "chi2",
+        *,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        gamma: float = 1.0,
+        temperature: float = 4.0,
+        ratio_clip: float | None = None,
+        drop_one_minus_s: bool = False,
+        fc_bias: bool = True,
+        fc_init: Literal["identity", "default"] = "identity",
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name)
+        if form not in get_args(Form):
+            raise ArgumentError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+        if fc_init not in ("identity", "default"):
+            raise ArgumentError(f'fc_init must be "identity" or "default", got {fc_init!r}')
+        for key, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            check.not_negative(key, value)
+        check.positive("temperature", temperature)
+        if ratio_clip is not None:
+            check.positive("ratio_clip", ratio_clip)
+        self.form: Form = form
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.temperature = temperature
+        self.ratio_clip = ratio_clip
+        self.drop_one_minus_s = drop_one_minus_s
+        self.fc_bias, self.fc_init = fc_bias, fc_init
+        self.register_module("fc", None)
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Make the linear layer for the number of classes."""
+        check.logits(student, teacher)
+        if self.fc is None:
+            dtype = torch.promote_types(student.dtype, torch.float32)
+            self._make_fc(student.shape[1], dtype, student.device)
+
+    def _make_fc(self, classes: int, dtype: torch.dtype, device: torch.device) -> None:
+        fc = nn.Linear(classes, classes, bias=self.fc_bias)
+        if self.fc_init == "identity":
+            nn.init.eye_(fc.weight)
+            if self.fc_bias:
+                nn.init.zeros_(fc.bias)
+        self.fc = fc.to(device, dtype)
+
+    def _build_from(self, state: dict[str, Tensor]) -> None:
+        if self.fc is None and "fc.weight" in state:
+            saved = state["fc.weight"]
+            self._make_fc(len(saved), saved.dtype, saved.device)
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The three weighted terms for logits ``[B, K]`` and labels ``[B]``."""
+        targets = check.given(targets, self)
+        self.build(student, teacher)
+        mapped = self._mapped(student)
+        temperature = self.temperature
+        target = tckd(mapped, teacher, targets, temperature=temperature)
+        others = torch.zeros_like(target)
+        if self.beta:
+            others = nckd(mapped, teacher, targets, temperature=temperature)
+        adaptive = aekt(
+            mapped,
+            teacher,
+            targets,
+            form=self.form,
+            temperature=temperature,
+            ratio_clip=ratio_limit(student.dtype, self.ratio_clip),
+            drop_one_minus_s=self.drop_one_minus_s,
+        )
+        ratio = aekt(mapped.detach(), teacher, targets, form="ratio", temperature=temperature)
+        self._record(target=target, others=others, adaptive=adaptive, ratio=ratio / temperature**2)
+        return self.alpha * target + self.beta * others + self.gamma * adaptive
+
+    def _mapped(self, student: Tensor) -> Tensor:
+        if self.fc is None or self.fc.in_features != student.shape[1]:
+            made = self.fc.in_features if self.fc is not None else 0
+            raise ShapeError(
+                f"this AEKTLoss was made for {made} classes, but the logits are "
+                f"{check.shape(student)}; use one AEKTLoss for each student"
+            )
+        return linear(student, self.fc.weight, self.fc.bias)
+
+    def relations(self) -> Tensor:
+        """``[K, K]``: the linear layer's matrix, detached: row i weighs the student's logits."""
+        if self.fc is None:
+            raise NotFittedError(
+                "AEKTLoss has no matrix yet: attach_kd makes it, or the first call of the loss"
+            )
+        return self.fc.weight.detach()
+
+    def extra_repr(self) -> str:
+        """Shows form, numbers, weight and at."""
+        numbers = f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}"
+        rest = f"temperature={self.temperature}, {super().extra_repr()}"
+        return f"form={self.form!r}, {numbers}, {rest}"

@@ -1,0 +1,42 @@
+"""What the losses on feature maps share."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdlayers.errors import ShapeError
+from kdlayers.functional import _checks as check
+
+
+def check_maps(student: Tensor, teacher: Tensor) -> None:
+    """Raise unless both are feature maps of one batch."""
+    check_map("student", student)
+    check_map("teacher", teacher)
+    if len(student) != len(teacher):
+        raise ShapeError(
+            "student and teacher must be maps of the same images, got batches of "
+            f"{len(student)} and {len(teacher)}"
+        )
+
+
+def check_map(name: str, value: Tensor) -> None:
+    """Raise unless ``value`` is a feature map with at least one image, channel and position."""
+    check.floats(name, value)
+    if value.dim() != 4 or not value.numel():
+        raise ShapeError(
+            f"{name} must be feature maps [batch, channels, height, width], got "
+            f"{check.shape(value)}; attach_kd converts tokens and channels-last maps, alone use "
+            "tokens.transpose(1, 2).unflatten(2, (height, width)) or maps.movedim(-1, 1)"
+        )
+
+
+def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps on the smaller grid, axis by axis: the larger one average-pooled."""
+    height = min(student.shape[2], teacher.shape[2])
+    width = min(student.shape[3], teacher.shape[3])
+    return _pool(student, height, width), _pool(teacher, height, width)
+
+
+def _pool(maps: Tensor, height: int, width: int) -> Tensor:
+    if maps.shape[2:] == (height, width):
+        return maps
+    return F.adaptive_avg_pool2d(maps, (height, width))

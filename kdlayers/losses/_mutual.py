@@ -1,0 +1,61 @@
+"""Deep mutual learning: the divergence of one student from another."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from kdlayers.functional import _checks as check
+from kdlayers.functional import kd
+from kdlayers.losses._base import DistillLoss, Weight
+
+
+class MutualLoss(DistillLoss):
+    r"""Deep mutual learning (Zhang, Xiang, Hospedales, Lu, CVPR 2018): each learns from the other.
+
+    .. math:: L_i = T^2 \, \mathrm{KL}\big( \mathrm{softmax}(z_j / T) \,\|\,
+        \mathrm{softmax}(z_i / T) \big), \qquad T = 1
+
+    for student :math:`i` and its peer :math:`j`, whose logits are detached: each network's loss
+    trains that network alone. Summed over classes, averaged over samples. The value equals
+    :func:`kdlayers.functional.kd`; checked against code published by authors of "Revisiting
+    Knowledge Distillation: An Inheritance and Exploration Framework", CVPR 2021.
+
+    Args:
+        temperature: above 0. Default 1, as published.
+        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
+        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
+        name: key in ``kd.terms``.
+
+    Raises:
+        ArgumentError: if ``temperature`` is not above 0.
+        ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]``.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> MutualLoss()(a, b), MutualLoss()(b, a)
+        (tensor(0.4338), tensor(0.3278))
+    """
+
+    detaches_teacher: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name)
+        check.positive("temperature", temperature)
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The divergence from the peer, for logits ``[B, K]``; the labels are not used."""
+        check.logits(student, teacher)
+        return kd(student, teacher.detach(), temperature=self.temperature)
+
+    def extra_repr(self) -> str:
+        """Shows the temperature besides weight and at."""
+        return f"temperature={self.temperature}, {super().extra_repr()}"

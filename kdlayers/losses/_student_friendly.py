@@ -1,0 +1,223 @@
+"""Student-friendly knowledge distillation: the teacher's logits are simplified for the student."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+from kdlayers.functional import _checks as check
+from kdlayers.functional import kd
+from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._kd import KDLoss
+from kdlayers.losses._simplifier import AttentionSimplifier
+
+
+class StudentFriendlyKDLoss(DistillLoss):
+    r"""Student-friendly knowledge distillation (SKD): a learnt simplifier between teacher and loss.
+
+    .. math::
+        x = z^T / T, \qquad u = \mathrm{simplifier}(x), \qquad \tilde z = T u, \qquad
+        L = L_\mathrm{base}(z^S, \tilde z, y)
+
+    The base loss is unchanged; its gradient trains the simplifier through the teacher's side,
+    together with the student. The teacher itself gets no gradient. With the default simplifier
+    step 0 equals the base loss. The simplifier is in :meth:`parameters` for the optimiser (left
+    out, this is the base loss with no error) and never in the exported student.
+
+    **A reconstruction from the public summary.** Certain: softening by a temperature first, then a
+    learnt attention, joint training by an unchanged distillation loss. Ours: the attention's
+    layout, residual and initialisation, temperature and weights. No published accuracy is claimed.
+    ("SKD" names several other methods too.)
+
+    **Collapse.** The loss is 0 when the simplifier copies the student, so cross-entropy must stay
+    strong: equal weights, not 0.1 to 0.9. :meth:`metrics` shows it: ``entropy`` of softmax(u),
+    ``agreement`` of its largest class with the teacher's, ``teacher_kl`` =
+    KL(softmax(x) || softmax(u)), each a mean over the batch. When the mean agreement over
+    ``check_every`` calls is below ``min_agreement``, a warning says so.
+
+    Args:
+        base: the loss that compares logits. Default ``KDLoss(temperature)``; also DKDLoss,
+            AEKTLoss (our combination) or your own, if it does not detach the teacher. Its own
+            ``weight``, ``at`` and ``name`` must be left alone.
+        simplifier: any module ``[B, K] -> [B, K]`` from x to u. Default
+            :class:`~kdlayers.losses.AttentionSimplifier`, made for the number of classes by
+            :func:`kdlayers.attach_kd` or at the first call.
+        temperature: T, above 0. Default: the base loss's, or 4. The base must have the same.
+        simplifier_grad_scale: factor of the gradient from the base loss into the simplifier, 0 or
+            more; 1/T^2 takes the base's T^2 away there. Default 1.
+        anchor: factor, 0 or more, of KL(softmax(x) || softmax(u)), which holds the simplifier at
+            the teacher. Default 0: the method trains it by the distillation loss alone.
+        min_agreement: between 0 and 1; default 0.5 (healthy toy runs stay above 0.98, collapsed
+            ones fall below 0.1). 0 never warns.
+        check_every: calls between two looks at the agreement, each of which waits for the device.
+            Default 100. Under ``torch.compile`` there is no look; watch ``kd.terms``.
+        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
+        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
+        name: key in ``kd.terms``.
+
+    Raises:
+        ArgumentError: if a number is out of range or ``base`` cannot be used.
+        ArgumentTypeError: if ``base`` is no DistillLoss or ``simplifier`` no module.
+        ShapeError: at the call, if shapes differ.
+
+    Warns:
+        KDLayersWarning: when the simplified logits no longer agree with the teacher.
+
+    Example:
+        >>> import torch
+        >>> loss = StudentFriendlyKDLoss()
+        >>> loss(torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[6.0, 1.0, -2.0]])).detach()
+        tensor(2.6012)
+        >>> loss.student_friendly(torch.tensor([[6.0, 1.0, -2.0]])).detach()
+        tensor([[ 6.,  1., -2.]])
+    """
+
+    detaches_teacher: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base: DistillLoss | None = None,
+        *,
+        simplifier: nn.Module | None = None,
+        temperature: float | None = None,
+        simplifier_grad_scale: float = 1.0,
+        anchor: float = 0.0,
+        min_agreement: float = 0.5,
+        check_every: int = 100,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name)
+        check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
+        check.not_negative("anchor", anchor)
+        check.not_negative("min_agreement", min_agreement)
+        check.positive("check_every", check_every)
+        if simplifier is not None and not isinstance(simplifier, nn.Module):
+            raise ArgumentTypeError(
+                f"simplifier must be an nn.Module, got {type(simplifier).__name__}"
+            )
+        self.base = KDLoss(4.0 if temperature is None else temperature) if base is None else base
+        self.temperature = _temperature(self.base, temperature)
+        self.simplifier = simplifier
+        self.simplifier_grad_scale = simplifier_grad_scale
+        self.anchor = anchor
+        self.min_agreement = min_agreement
+        self.check_every = check_every
+        self._calls = 0
+        self._agreement: Tensor | float = 0.0
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Make the default simplifier for the number of classes, and what the base loss needs."""
+        check.logits(student, teacher)
+        self.base.build(student, teacher)
+        self._build_simplifier(teacher)
+
+    def _build_simplifier(self, teacher: Tensor) -> None:
+        if self.simplifier is None:
+            dtype = torch.promote_types(teacher.dtype, torch.float32)
+            self.simplifier = AttentionSimplifier(teacher.shape[1]).to(teacher.device, dtype)
+
+    def _build_from(self, state: dict[str, Tensor]) -> None:
+        saved = state.get("simplifier.query.weight")
+        if self.simplifier is None and saved is not None:
+            width, classes = saved.shape
+            self.simplifier = AttentionSimplifier(classes, width).to(saved.device, saved.dtype)
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The base loss against the simplified logits, for logits ``[B, K]``."""
+        self.build(student, teacher)
+        softened = self._softened(teacher)
+        simplified = self._simplified(softened)
+        scale = self.simplifier_grad_scale
+        passed = simplified
+        if scale != 1:  # the same value, another gradient
+            passed = simplified.detach() + scale * (simplified - simplified.detach())
+        loss: Tensor = self.base(student, self.temperature * passed, targets)
+        teacher_kl = kd(simplified, softened, temperature=1.0)
+        self._watch(softened, simplified, teacher_kl)
+        return loss if self.anchor == 0 else loss + self.anchor * teacher_kl
+
+    def student_friendly(self, teacher: Tensor) -> Tensor:
+        """``[B, K]``: the simplified logits at the teacher's own scale, a drop-in teacher.
+
+        Args:
+            teacher: the teacher's logits, ``[B, K]``; no gradient reaches them.
+
+        Raises:
+            ShapeError: if they are not logits, or the simplifier changes their shape.
+        """
+        check.logits(teacher, teacher)
+        self._build_simplifier(teacher)
+        return self.temperature * self._simplified(self._softened(teacher))
+
+    def _softened(self, teacher: Tensor) -> Tensor:
+        wide = torch.promote_types(teacher.dtype, torch.float32)
+        return teacher.detach().to(wide) / self.temperature
+
+    def _simplified(self, softened: Tensor) -> Tensor:
+        if self.simplifier is None:
+            raise ArgumentError("StudentFriendlyKDLoss has no simplifier: do not set it to None")
+        simplified: Tensor = self.simplifier(softened)
+        if simplified.shape != softened.shape:
+            raise ShapeError(
+                f"the simplifier must keep the shape [batch, classes]: it got "
+                f"{check.shape(softened)} and gave {check.shape(simplified)}"
+            )
+        return simplified
+
+    def _watch(self, softened: Tensor, simplified: Tensor, teacher_kl: Tensor) -> None:
+        with torch.no_grad():
+            logs = simplified.log_softmax(dim=1)
+            agrees = simplified.argmax(dim=1) == softened.argmax(dim=1)
+            agreement = agrees.to(logs.dtype).mean()
+            entropy = -(logs.exp() * logs).sum(dim=1).mean()
+        self._record(entropy=entropy, agreement=agreement, teacher_kl=teacher_kl)
+        self._metrics.update(self.base.metrics())
+        if not torch.compiler.is_compiling():
+            self._warn_on_collapse(agreement)
+
+    def _warn_on_collapse(self, agreement: Tensor) -> None:
+        self._calls += 1
+        self._agreement = self._agreement + agreement
+        if self._calls < self.check_every:
+            return
+        mean = float(self._agreement) / self._calls  # the only wait for the device
+        self._calls, self._agreement = 0, 0.0
+        if mean < self.min_agreement:
+            check.warn(
+                f"the simplified logits agree with the teacher's class on {mean:.0%} of the last "
+                "samples: the simplifier seems to copy the student. Give cross-entropy more "
+                "weight (1 to 1), lower simplifier_grad_scale, or set anchor"
+            )
+
+    def extra_repr(self) -> str:
+        """Shows numbers, weight and at."""
+        return f"temperature={self.temperature}, anchor={self.anchor}, {super().extra_repr()}"
+
+
+def _temperature(base: object, temperature: float | None) -> float:
+    """The one temperature of simplifier and base; raise if ``base`` cannot be used."""
+    if not isinstance(base, DistillLoss):
+        raise ArgumentTypeError(f"base must be a DistillLoss, got {type(base).__name__}")
+    kind = type(base).__name__
+    if base.detaches_teacher:
+        raise ArgumentError(
+            f"base={kind} sends no gradient to the teacher's side, so the simplifier would never "
+            "learn; use KDLoss, DKDLoss or AEKTLoss"
+        )
+    if callable(base.weight) or base.weight != 1 or base.at is not None or base.name is not None:
+        raise ArgumentError(
+            f"weight, at and name of base={kind} would be ignored; give them to "
+            "StudentFriendlyKDLoss"
+        )
+    own = getattr(base, "temperature", None)
+    if own is not None and temperature is not None and own != temperature:
+        raise ArgumentError(
+            f"base={kind} divides by temperature={own}, StudentFriendlyKDLoss was given "
+            f"{temperature}; leave the second out"
+        )
+    chosen = own if own is not None else temperature if temperature is not None else 4.0
+    check.positive("temperature", chosen)
+    return float(chosen)
