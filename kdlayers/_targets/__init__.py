@@ -1,1 +1,5 @@
 """What the teacher says the scores should be."""
+
+from kdlayers._targets._base import TemplateTargets as TemplateTargets
+from kdlayers._targets._codebook import CodebookTargets as CodebookTargets
+from kdlayers._targets._decisions import DecisionTargets as DecisionTargets
