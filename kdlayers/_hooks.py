@@ -143,7 +143,7 @@ class OpenForward:
         recording = tape.armed and module.training and torch.is_grad_enabled()
         recording = recording and not torch.compiler.is_exporting()
         if recording and not torch.compiler.is_compiling():
-            recording = not _in_backward() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+            recording = not _in_backward() and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         # Assigned each time: a forward that ended in an exception cannot leave it set.
         tape.active = recording
         if recording:
@@ -202,7 +202,9 @@ def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
 def version_of(args: tuple[Any, ...]) -> int | None:
     """In-place counter of the first tensor among ``args``, to notice later changes."""
     tensor = first_tensor(args)
-    return None if tensor is None or tensor.is_inference() else tensor._version
+    if tensor is None or (not torch.compiler.is_compiling() and tensor.is_inference()):
+        return None
+    return tensor._version
 
 
 def _in_backward() -> bool:

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
-EPS = 1e-12
-
 
 class CosineProjection(nn.Module):
     r"""Scaled cosine of every vector with every row of a matrix, over the last axis.
@@ -37,10 +35,11 @@ class CosineProjection(nn.Module):
         return (product * factor).to(product.dtype)
 
 
-def _inverse_norm(vectors: Tensor) -> Tensor:
-    dtype = torch.promote_types(vectors.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
-    return torch.where(norm > 0, norm.clamp_min(EPS).reciprocal(), 0.0)
+def _inverse_norm(vectors: Tensor, eps: float = 1e-12) -> Tensor:
+    if vectors.dtype != torch.float64:
+        vectors = vectors.float()
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return torch.where(norm > 0, norm.clamp_min(eps).reciprocal(), 0.0)
 
 
 class TemplateHead(CosineProjection):
@@ -105,6 +104,11 @@ class TemplateHead(CosineProjection):
 
     def channels_last(self, x: Tensor) -> Tensor:
         """``x`` with its channels on the last axis, after checking that they are there."""
+        if not torch.jit.is_scripting():  # TorchScript knows no exceptions of ours
+            self._check(x)
+        return x.movedim(self.channel_dim, -1)
+
+    def _check(self, x: Tensor) -> None:
         dim = self.channel_dim
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.in_channels:
             raise ShapeError(
@@ -113,7 +117,6 @@ class TemplateHead(CosineProjection):
                 "or give the axis of the channels as channel_dim (1 for NCHW, -1 for NHWC and "
                 "tokens)"
             )
-        return x.movedim(dim, -1)
 
     def extra_repr(self) -> str:
         """Shows the sizes in the printed module."""

@@ -64,7 +64,12 @@ def codebook_assignment(features: Tensor, centers: Tensor, temperature: float = 
 
 
 def decision_assignment(
-    features: Tensor, labels: Tensor, projection: Tensor, shift: Tensor, centers: Tensor, table: Tensor
+    features: Tensor,
+    labels: Tensor,
+    projection: Tensor,
+    shift: Tensor,
+    centers: Tensor,
+    table: Tensor,
 ) -> Tensor:
     """The row of the count table at the nearest sub-class of the label's own class."""
     classes = int(labels.max()) + 1

@@ -29,7 +29,9 @@ CASES = {
         tv("shufflenet_v2_x0_5"), tv("resnet18"), {"stage4.0": "layer4.0", "conv5": "layer4"}
     ),
     "efficientnet_b0": AttachCase(
-        tv("efficientnet_b0"), tv("convnext_tiny"), {"features.7": "features.6", "features": "features"}
+        tv("efficientnet_b0"),
+        tv("convnext_tiny"),
+        {"features.7": "features.6", "features": "features"},
     ),
     "convnext_tiny": AttachCase(
         tv("convnext_tiny"), tv("resnet18"), {"features.7.0": "layer4.0", "features.7": "layer4"}
@@ -40,7 +42,9 @@ CASES = {
         {"encoder.layers.encoder_layer_8": "layer4.0", "encoder.layers.encoder_layer_11": "layer4"},
     ),
     "swin_t": AttachCase(
-        tv("swin_t"), tv("vit_b_16", image_size=64), {"features.7.0": "encoder.layers.encoder_layer_6", "features.7": "encoder"}
+        tv("swin_t"),
+        tv("vit_b_16", image_size=64),
+        {"features.7.0": "encoder.layers.encoder_layer_6", "features.7": "encoder"},
     ),
     "densenet121": AttachCase(
         tv("densenet121"),
@@ -51,7 +55,9 @@ CASES = {
         tm("resnet10t"), tm("mobilenetv4_conv_small"), {"layer3": "blocks.2", "layer4": "blocks.4"}
     ),
     "timm vit_tiny": AttachCase(
-        tm("vit_tiny_patch16_224", img_size=64), tm("convnext_atto"), {"blocks.8": "stages.2", "blocks.11": "stages.3"}
+        tm("vit_tiny_patch16_224", img_size=64),
+        tm("convnext_atto"),
+        {"blocks.8": "stages.2", "blocks.11": "stages.3"},
     ),
     "timm mobilenetv4": AttachCase(
         tm("mobilenetv4_conv_small"), tm("resnet10t"), {"blocks.3": "layer3", "blocks.4": "layer4"}

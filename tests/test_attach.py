@@ -1,0 +1,282 @@
+"""What attach_kd accepts as points, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdlayers import CodebookTargets, DecisionTargets, KDLoss, KDPoint, TemplateLoss, attach_kd
+from kdlayers._sites import slots
+from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    AttachError,
+    KDLayersError,
+    LayoutError,
+    NoMatchError,
+)
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def attach(at, student=None, teacher=None, **kwargs):
+    student = student or Net(4)
+    kd = attach_kd(student, teacher or Net(6), at, example=IMAGES, **kwargs)
+    return student, kd
+
+
+@pytest.mark.parametrize(
+    ("at", "points"),
+    [
+        ("last", ["last"]),
+        (["last", "first"], ["first", "last"]),
+        ({"first": "last"}, ["first"]),
+        ([KDPoint("last", "first"), "first"], ["first", "last"]),
+        (["*st"], ["first", "last"]),
+        (["[fl]*t"], ["first", "last"]),
+        (["module.last"], ["last"]),
+        (["_orig_mod.first"], ["first"]),
+    ],
+)
+def test_ways_of_naming_points(at, points):
+    student, _ = attach(at)
+    assert list(slots(student)) == points
+
+
+def test_default_targets_are_codebook_last_and_decisions_before():
+    _, kd = attach(["last", "first"])
+    losses = {term.point: term.loss.template_targets for term in kd._terms}
+    assert isinstance(losses["first"], DecisionTargets)
+    assert losses["first"].num_templates == 24
+    assert isinstance(losses["last"], CodebookTargets)
+    assert losses["last"].num_templates == 4096
+    _, kd = attach([KDPoint("first", num_templates=6), KDPoint("last", num_templates=9)])
+    assert kd._terms[0].loss.template_targets.subclasses == 2
+    assert kd._terms[1].loss.template_targets.num_templates == 9
+
+
+def test_layers_only_without_a_teacher():
+    student = Net(4)
+    kd = attach_kd(student, at=[KDPoint("last", num_templates=7)], example=IMAGES)
+    assert slots(student)["last"].head.num_templates == 7
+    student(IMAGES)
+    with pytest.raises(AttachError, match="teacher=None"):
+        kd.loss(LABELS)
+
+
+def test_parameters_follow_the_students_dtype_and_mode():
+    student = Net(4).double()
+    student.last.eval()
+    attach_kd(
+        student,
+        at=[KDPoint("last", num_templates=7), KDPoint("first", num_templates=7)],
+        example=IMAGES,
+    )
+    layers = slots(student)
+    assert layers["last"].head.weight.dtype == torch.float64
+    assert not layers["last"].norm.training
+    assert layers["first"].norm.training
+
+
+def test_initialisation_follows_the_global_seed():
+    torch.manual_seed(3)
+    first, _ = attach(["last"])
+    torch.manual_seed(3)
+    second, _ = attach(["last"])
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Twice(Net):
+    """Runs ``last`` twice, ``side`` off the path to the output, ``idle`` never."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.again = nn.Sequential(nn.Conv2d(5, 5, 1), nn.ReLU())
+        self.side = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU())
+        self.idle = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU())
+        self.norm = nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        self.side(x)
+        x = self.last(self.first(self.stem(x)))
+        return self.head(self.norm(self.again(self.again(x))).mean((2, 3)))
+
+
+class Dropped(Net):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(())
+
+
+class Flat(Net):
+    def forward(self, x):
+        return {"no": "tensor"}
+
+
+def shared():
+    student, teacher = Net(4), Net(4)
+    teacher.stem = student.stem
+    return student, teacher
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: attach(["lats"]), NoMatchError, "no module 'lats' runs .* nearest names: 'last'"),
+        (lambda: attach(["layer*"]), NoMatchError, "no module 'layer\\*'"),
+        (lambda: attach({"last": "lost"}), NoMatchError, "runs in the teacher .*'last'"),
+        (lambda: attach(["idle"], Twice()), NoMatchError, "exists but does not run in forward"),
+        (lambda: attach(["again"], Twice()), NoMatchError, "teacher"),
+        (lambda: attach({"again": "last"}, Twice()), AttachError, "runs 2 times in one forward"),
+        (
+            lambda: attach({"side": "last"}, Twice()),
+            AttachError,
+            "does not reach the model's output",
+        ),
+        (lambda: attach({"norm": "last"}, Twice()), AttachError, "is a BatchNorm2d"),
+        (lambda: attach(["last", "last"]), ArgumentError, "more than once"),
+        (lambda: attach(["last", "last.1"]), AttachError, "two points stand for the same module"),
+        (lambda: attach([]), ArgumentError, "nothing to attach"),
+        (lambda: attach(3), ArgumentTypeError, "at must be names"),
+        (lambda: attach([3]), ArgumentTypeError, "at holds a int"),
+        (lambda: attach({"*st": "last"}), ArgumentError, "give a KDPoint for each"),
+        (lambda: attach({"last": "*st"}), ArgumentError, "must be one name"),
+        (
+            lambda: attach([KDPoint("first", num_templates=5), "last"]),
+            ArgumentError,
+            "no whole number",
+        ),
+        (
+            lambda: attach([KDPoint("last", targets=CodebookTargets(3), num_templates=5)]),
+            ArgumentError,
+            "num_templates=5, but its targets have 3",
+        ),
+        (lambda: KDPoint("last", targets=3), ArgumentTypeError, "targets must be CodebookTargets"),
+        (lambda: KDPoint(None), ArgumentTypeError, "student must be a module's name"),
+        (
+            lambda: KDPoint("last", num_templates=0),
+            ArgumentError,
+            "num_templates must be 1 or more",
+        ),
+        (lambda: KDPoint("last", alpha=-1.0), ArgumentError, "alpha must be 0 or more"),
+        (
+            lambda: attach_kd(Net(), at=["last"], example=IMAGES),
+            ArgumentError,
+            "pass KDPoint\\('last', num_templates",
+        ),
+        (
+            lambda: attach_kd(Net(), losses=[KDLoss()], example=IMAGES),
+            ArgumentError,
+            "pass teacher=",
+        ),
+        (
+            lambda: attach(["last"], losses=[torch.nn.MSELoss()]),
+            ArgumentTypeError,
+            "DistillLoss objects",
+        ),
+        (lambda: attach(["last"], losses=[TemplateLoss()]), ArgumentError, "needs a KD layer"),
+        (
+            lambda: attach(["last"], losses=[KDLoss(), KDLoss()]),
+            ArgumentError,
+            "two losses are called 'KDLoss'",
+        ),
+        (
+            lambda: attach_kd("student", Net(), "last"),
+            ArgumentTypeError,
+            "must be a torch.nn.Module, got str",
+        ),
+        (
+            lambda: attach_kd(Net(), Net(), "last", example=3),
+            ArgumentError,
+            "example must be a tensor",
+        ),
+        (
+            lambda: attach_kd(Net(), Net(), "last", example=IMAGES[:, :2]),
+            ArgumentError,
+            "could not run on an example",
+        ),
+        (lambda: attach_kd(nn.Linear(3, 3), Net(), ""), ArgumentError, "pass example="),
+        (
+            lambda: attach(["last"], nn.DataParallel(Net())),
+            AttachError,
+            "use DistributedDataParallel",
+        ),
+        (lambda: attach(["last"], *shared()), AttachError, "share 4 parameters"),
+        (lambda: attach(["last"], Flat()), AttachError, "returns no tensor"),
+        (lambda: attach(["last"], Dropped()), AttachError, "random"),
+    ],
+)
+def test_refusals(call, error, sentence):
+    with pytest.raises(error, match=sentence) as caught:
+        call()
+    assert isinstance(caught.value, KDLayersError)
+
+
+def test_a_refused_student_is_as_it_was():
+    student = Twice().eval()
+    student.first.train()
+    flags = [m.training for m in student.modules()]
+    keys, output = list(student.state_dict()), student(IMAGES)
+    for at in (
+        {"last": "last", "side": "first"},
+        {"last": "last", "again": "last"},
+        {"last": "no"},
+    ):
+        with pytest.raises(KDLayersError):
+            attach(at, student)
+    assert list(student.state_dict()) == keys
+    assert torch.equal(student(IMAGES), output)
+    assert [m.training for m in student.modules()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+
+
+def test_teacher_is_student():
+    student = Net()
+    with pytest.raises(AttachError, match=r"copy\.deepcopy\(student\)"):
+        attach_kd(student, student, "last", example=IMAGES)
+
+
+def test_attaching_twice():
+    student, kd = attach(["last"])
+    with pytest.raises(AttachError, match=r"call kd\.remove\(\)"):
+        attach(["last"], student)
+    kd.remove()
+    attach(["last"], student)
+
+
+class Gray(nn.Module):
+    """Square maps with as many channels as rows: nothing tells the axes apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Shift()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x.mean(1, keepdim=True).expand(-1, 8, -1, -1)).mean((2, 3)))
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + self.by
+
+
+def test_ambiguous_layout_is_refused_and_another_example_resolves_it():
+    with pytest.raises(LayoutError, match="which axis holds the channels"):
+        attach_kd(Gray(), Net(), {"body": "last"}, example=IMAGES)
+    wide = torch.zeros(2, 3, 8, 12)
+    attach_kd(Gray(), Net(), {"body": "last"}, example=wide)
+
+
+def test_example_is_made_from_the_model():
+    student = Net(4)
+    kd = attach_kd(student, Net(6), "last")
+    assert "last" in kd.summary()
+    twin = copy.deepcopy(student)
+    assert torch.equal(twin.eval()(IMAGES), student.eval()(IMAGES))

@@ -1,0 +1,227 @@
+"""Saving, loading, resuming and baking, also in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdlayers import (
+    CodebookTargets,
+    DecisionTargets,
+    KDPoint,
+    attach_kd,
+    bake,
+    load_student,
+    save_student,
+)
+from kdlayers._sites import slots
+from kdlayers.errors import AttachError, CheckpointError
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def attached():
+    torch.manual_seed(2)
+    student, teacher = Net(4), Net(6)
+    points = [
+        KDPoint("first", targets=DecisionTargets(1, components=2)),
+        KDPoint("last", targets=CodebookTargets(4)),
+    ]
+    return student, attach_kd(student, teacher, points, example=IMAGES)
+
+
+def train(student, kd, optimiser, steps):
+    student.train()
+    for _ in range(steps):
+        optimiser.zero_grad()
+        (F.cross_entropy(student(IMAGES), LABELS) + kd.loss(LABELS)).backward()
+        optimiser.step()
+
+
+def sgd(student):
+    return torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_three_steps_and_three_after_resuming_equal_six(tmp_path):
+    student, kd = attached()
+    kd.fit([(IMAGES, LABELS)])
+    optimiser = sgd(student)
+    train(student, kd, optimiser, 3)
+    file = tmp_path / "resume.pt"
+    torch.save([student.state_dict(), optimiser.state_dict(), kd.state_dict()], file)
+    train(student, kd, optimiser, 3)
+
+    again, kd_again = attached()
+    optimiser_again = sgd(again)
+    states = torch.load(file, weights_only=True)
+    for target, state in zip((again, optimiser_again, kd_again), states, strict=True):
+        target.load_state_dict(state)
+    assert kd_again.step == 3
+    train(again, kd_again, optimiser_again, 3)
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_state_of_other_losses_is_refused():
+    student, kd = attached()
+    other = attach_kd(Net(4), Net(6), [KDPoint("last", targets=CodebookTargets(4))], example=IMAGES)
+    with pytest.raises(CheckpointError, match="attach with the same points"):
+        other.load_state_dict(kd.state_dict())
+    with pytest.raises(CheckpointError, match="no state of a KDHandle"):
+        kd.load_state_dict(student.state_dict())
+    with pytest.raises(CheckpointError, match="version"):
+        kd.load_state_dict({**kd.state_dict(), "version": 99})
+
+
+def test_a_saved_student_predicts_the_same_in_a_fresh_process(tmp_path):
+    student, kd = attached()
+    kd.fit([(IMAGES, LABELS)])
+    train(student, kd, sgd(student), 2)
+    kd.detach()
+    save_student(student, tmp_path / "student.pt")
+    torch.save({"images": IMAGES, "logits": student.eval()(IMAGES)}, tmp_path / "seen.pt")
+    code = (
+        "import sys, torch\n"
+        "from kdlayers import load_student\n"
+        "from tests.nets import Net\n"
+        "seen = torch.load(sys.argv[2], weights_only=True)\n"
+        "model = load_student(Net(4), sys.argv[1]).eval()\n"
+        "assert torch.equal(model(seen['images']), seen['logits'])\n"
+    )
+    files = [str(tmp_path / "student.pt"), str(tmp_path / "seen.pt")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
+
+
+def test_loading_keeps_flags_and_random_state(tmp_path):
+    student, _ = attached()
+    save_student(student, tmp_path / "student.pt")
+    fresh = Net(4).eval()
+    state = torch.get_rng_state()
+    assert load_student(fresh, tmp_path / "student.pt") is fresh
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(m.training for m in fresh.modules())
+    fresh.train()(IMAGES)
+    assert list(slots(fresh)) == ["first", "last"]
+
+
+def content(tmp_path):
+    student, _ = attached()
+    save_student(student, tmp_path / "student.pt")
+    return torch.load(tmp_path / "student.pt", weights_only=True)
+
+
+def change(path, value):
+    def apply(content):
+        inner = content
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        return content
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (change(["format"], "other"), "no file of save_student"),
+        (change(["version"], 2), "install a newer kdlayers"),
+        (change(["layers"], None), "is damaged"),
+        (change(["layers", 0, "name"], "lost"), "has a KD layer at 'lost'"),
+        (change(["layers", 0, "num_templates"], 10**12), "the file is damaged"),
+        (change(["layers", 0, "alpha"], float("nan")), "is damaged: a KD layer is described"),
+        (change(["layers", 0, "in_channels"], "4"), "is damaged: a KD layer is described"),
+        (change(["layers", 0, "path"], [[0]]), "is damaged: a KD layer is described"),
+        (change(["layers", 0], {"name": "first"}), "is damaged: a KD layer is described"),
+        (change(["state", "head.weight"], torch.zeros(7, 5)), "head.weight has shape"),
+        (change(["state", "extra"], torch.zeros(7)), "extra is unknown"),
+        (change(["state"], {}), "the file is damaged"),
+    ],
+)
+def test_damaged_files_are_refused_and_the_model_is_untouched(tmp_path, damage, sentence):
+    torch.save(damage(content(tmp_path)), tmp_path / "bad.pt")
+    model = Net(4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=sentence):
+        load_student(model, tmp_path / "bad.pt")
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_files_that_hold_code_or_are_cut_off_are_refused(tmp_path, capfd):
+    torch.save({**content(tmp_path), "layers": Hostile()}, tmp_path / "hostile.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "student.pt").read_bytes()[:500])
+    for name in ("hostile.pt", "cut.pt"):
+        with pytest.raises(CheckpointError, match="could not be read"):
+            load_student(Net(4), tmp_path / name)
+    assert "executed" not in capfd.readouterr().out
+    with pytest.raises(FileNotFoundError):
+        load_student(Net(4), tmp_path / "absent.pt")
+
+
+def test_refusals(tmp_path):
+    student, _ = attached()
+    save_student(student, tmp_path / "student.pt")
+    with pytest.raises(AttachError, match="has KD layers already"):
+        load_student(student, tmp_path / "student.pt")
+    with pytest.raises(CheckpointError, match="do not fit this Net"):
+        load_student(Net(4, classes=7), tmp_path / "student.pt")
+    with pytest.raises(AttachError, match="has no KD layers"):
+        save_student(Net(4), tmp_path / "none.pt")
+    with pytest.raises(AttachError, match="no KD layers to bake"):
+        bake(Net(4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")
+def test_a_baked_student_is_free_of_hooks_and_can_be_scripted():
+    student, kd = attached()
+    student.eval()
+    expected = student(IMAGES)
+    baked = bake(student)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in baked.modules())
+    assert torch.equal(baked(IMAGES), expected)
+    assert torch.equal(student(IMAGES), expected)
+    assert list(slots(student)) == ["first", "last"]
+    scripted = torch.jit.script(baked)
+    torch.testing.assert_close(scripted(IMAGES), expected)
+
+
+class Pair(nn.Module):
+    """Takes two arguments and returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x, shift):
+        return {"mask": shift, "maps": (self.conv(x) + shift,)}
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = Pair()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.pair(x, shift=0.5)["maps"][0].mean((2, 3)))
+
+
+def test_points_with_several_arguments_and_nested_outputs(tmp_path):
+    student = Outer().eval()
+    attach_kd(student, at=[KDPoint("pair", num_templates=6)], example=IMAGES)
+    expected = student(IMAGES)
+    assert torch.equal(bake(student)(IMAGES), expected)
+    save_student(student, tmp_path / "student.pt")
+    assert torch.equal(load_student(Outer().eval(), tmp_path / "student.pt")(IMAGES), expected)
