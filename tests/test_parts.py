@@ -1,0 +1,82 @@
+"""The small parts: trees of tensors, names, progress."""
+
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+
+from kdlayers._names import match
+from kdlayers._progress import progress
+from kdlayers._tree import first_tensor, leaves, main_tensor, pick, put
+from kdlayers.errors import NoMatchError
+from tests.nets import Net
+
+Out = namedtuple("Out", ["logits", "aux"])
+
+
+def test_trees_keep_their_types_and_their_other_branches():
+    a, b, c = torch.zeros(2, 1), torch.ones(2, 5), torch.ones(2, 3, dtype=torch.long)
+    tree = Out({"x": [a, (b, c)]}, OrderedDict(y=None))
+    assert [path for path, _ in leaves(tree)] == [(0, "x", 0), (0, "x", 1, 0), (0, "x", 1, 1)]
+    path, tensor = main_tensor(tree)
+    assert tensor is b
+    assert pick(tree, path) is b
+    changed = put(tree, path, a)
+    assert isinstance(changed, Out)
+    assert isinstance(changed.aux, OrderedDict)
+    assert pick(changed, path) is a
+    assert pick(tree, path) is b
+    assert first_tensor(tree) is a
+    assert first_tensor({"n": 3}) is None
+    assert main_tensor([c]) is None
+
+
+def test_names_are_matched_part_by_part():
+    names = ["layer1", "layer1.0", "layer1.1", "layer2", "layer2.0", "head"]
+    assert match("layer*", names, Net(), "student") == ["layer1", "layer2"]
+    assert match("layer?.0", names, Net(), "student") == ["layer1.0", "layer2.0"]
+    assert match("*", names, Net(), "student") == ["layer1", "layer2", "head"]
+    with pytest.raises(NoMatchError, match=r"nearest names: 'layer2'"):
+        match("layer3", ["layer2", "head"], Net(), "student")
+
+
+class Terminal:
+    def __init__(self, tty):
+        self.tty, self.text = tty, ""
+
+    def isatty(self):
+        return self.tty
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tty", "shown", "tqdm", "expected"),
+    [
+        (False, True, True, ""),
+        (True, False, True, ""),
+        (True, True, False, "fit: 3 batches\n"),
+        (True, True, True, "0/3"),
+    ],
+)
+def test_progress(monkeypatch, tty, shown, tqdm, expected):
+    terminal = Terminal(tty)
+    monkeypatch.setattr("sys.stderr", terminal)
+    if not tqdm:
+        monkeypatch.setattr("kdlayers._progress.find_spec", lambda name: None)
+    assert list(progress([1, 2, 3], "fit", shown=shown)) == [1, 2, 3]
+    assert expected in terminal.text
+    assert bool(expected) == bool(terminal.text)
+
+
+def test_progress_lines_tell_how_far(monkeypatch):
+    from kdlayers import _progress
+
+    terminal = Terminal(True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert list(_progress._lines([1, 2], "fit, pass 1", every=-1)) == [1, 2]
+    assert "fit, pass 1: batch 1 of 2" in terminal.text
