@@ -63,7 +63,7 @@ class Constant(Schedule):
     def __post_init__(self) -> None:
         _at_least("value", self.value, 0)
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int) -> float:  # noqa: ARG002
         """The value."""
         return self.value
 

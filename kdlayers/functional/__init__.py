@@ -4,5 +4,7 @@ from kdlayers.functional._aekt import aekt as aekt
 from kdlayers.functional._dkd import dkd as dkd
 from kdlayers.functional._dkd import nckd as nckd
 from kdlayers.functional._dkd import tckd as tckd
+from kdlayers.functional._inherit import exploration as exploration
+from kdlayers.functional._inherit import inheritance as inheritance
 from kdlayers.functional._kd import kd as kd
 from kdlayers.functional._template import template_kl as template_kl

@@ -38,6 +38,14 @@ def not_negative(name: str, value: float) -> None:
         raise ArgumentError(f"{name} must be 0 or more and finite, got {value}")
 
 
+def count(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ArgumentError(f"{name} must be 1 or more, got {value}")
+
+
 def floats(name: str, value: object) -> None:
     """Raise unless ``value`` is a tensor of real floating-point numbers."""
     if not isinstance(value, Tensor):

@@ -5,6 +5,7 @@ from kdlayers.losses._attention import AttentionTransferLoss as AttentionTransfe
 from kdlayers.losses._base import DistillLoss as DistillLoss
 from kdlayers.losses._dkd import DKDLoss as DKDLoss
 from kdlayers.losses._fitnet import FitNetLoss as FitNetLoss
+from kdlayers.losses._inherit_explore import InheritExploreLoss as InheritExploreLoss
 from kdlayers.losses._kd import KDLoss as KDLoss
 from kdlayers.losses._mutual import MutualLoss as MutualLoss
 from kdlayers.losses._simplifier import AttentionSimplifier as AttentionSimplifier

@@ -66,4 +66,10 @@ def _difference(student: Tensor, teacher: Tensor) -> Tensor:
 
 def unit_attention(maps: Tensor) -> Tensor:
     """``[B, H * W]``: the energy at each position, of unit length for each sample."""
-    return F.normalize(maps.square().mean(dim=1).flatten(1), dim=1)
+    return F.normalize(attention(maps), dim=1)
+
+
+@full_precision
+def attention(maps: Tensor) -> Tensor:
+    """``[B, H * W]``: the energy at each position, a mean over channels."""
+    return maps.square().mean(dim=1).flatten(1)

@@ -68,6 +68,7 @@ class DistillLoss(nn.Module):
         self.weight = weight
         self.at = at
         self.name = name
+        self.teacher: int | None = None
         self._metrics: dict[str, Tensor] = {}
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:

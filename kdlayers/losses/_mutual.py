@@ -17,8 +17,8 @@ class MutualLoss(DistillLoss):
 
     for student :math:`i` and its peer :math:`j`, whose logits are detached: each network's loss
     trains that network alone. Summed over classes, averaged over samples. The value equals
-    :func:`kdlayers.functional.kd`; checked against code published by authors of "Revisiting
-    Knowledge Distillation: An Inheritance and Exploration Framework", CVPR 2021.
+    :func:`kdlayers.functional.kd`; checked against the mutual learning in the released code of
+    "Revisiting Knowledge Distillation: An Inheritance and Exploration Framework", CVPR 2021.
 
     Args:
         temperature: above 0. Default 1, as published.

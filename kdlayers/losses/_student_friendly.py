@@ -93,7 +93,7 @@ class StudentFriendlyKDLoss(DistillLoss):
         check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
         check.not_negative("anchor", anchor)
         check.not_negative("min_agreement", min_agreement)
-        check.positive("check_every", check_every)
+        check.count("check_every", check_every)
         if simplifier is not None and not isinstance(simplifier, nn.Module):
             raise ArgumentTypeError(
                 f"simplifier must be an nn.Module, got {type(simplifier).__name__}"

@@ -1,6 +1,6 @@
 """Template supervision: the loss of the KD layers."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -66,6 +66,7 @@ class TemplateLoss(DistillLoss):
         tensor(0.)
     """
 
+    detaches_teacher: ClassVar[bool] = True
     template_targets: nn.Module | None
 
     def __init__(

@@ -1,0 +1,316 @@
+"""Inheritance and exploration: one half of the features follows the teacher, the other leaves."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from kdlayers._fitter import Fitter, fit_rows
+from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
+from kdlayers.functional import _checks as check
+from kdlayers.functional import exploration, inheritance
+from kdlayers.functional._inherit import Measure, Scale, check_measure
+from kdlayers.losses._attention import attention
+from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._coder import AutoEncoder, AutoEncoderFitter, Coder, freeze
+from kdlayers.losses._maps import check_maps, on_one_grid
+
+Split: TypeAlias = Literal["natural", "random"]
+Host: TypeAlias = Literal["factor", "attention"]
+Made = TypeVar("Made")
+
+
+class InheritExploreLoss(DistillLoss):
+    r"""Inheritance and exploration, IE-KD (Huang et al., CVPR 2021).
+
+    The student's channels are split in two. One part shall hold what the teacher knows, the other
+    something else:
+
+    .. math::
+        L = \lambda_\mathrm{inh} \, d(E_i(f^S_\mathrm{inh}), F^T)
+            - \lambda_\mathrm{exp} \, d(E_e(f^S_\mathrm{exp}), F^T), \qquad
+        F^T = \mathrm{sg}\, E_T(f^T)
+
+    with the distances of :func:`kdlayers.functional.inheritance` and
+    :func:`~kdlayers.functional.exploration` between factors of one shape. :math:`E_T` is the
+    encoder of an auto-encoder that ``kd.fit`` learns from the teacher before training; then it is
+    frozen, in evaluation mode. :math:`E_i, E_e` are learnt with the student: give
+    :meth:`parameters` to its optimiser. The student's forward is unchanged, and nothing of this is
+    in the exported student.
+
+    Meant for the last feature map after its ReLU, before pooling. Maps of different size are
+    compared on the smaller grid, the larger one average-pooled (our extension).
+
+    Args:
+        factor_channels: k, channels of the factors; default half the student's channels.
+        split: ``"natural"`` (default: the first channels inherit) or ``"random"``, drawn from
+            ``seed``. The channels are buffers, so a resumed run keeps its split.
+        inherit_ratio: part of the channels that inherits, between 0 and 1. Default 0.5.
+        p: exponent of the distance, 1 (default) or 2.
+        measure: ``"norm"`` (default), ``"cosine"`` or ``"cka"``.
+        scale: ``"mean"`` (default, as published), or ``"sqrt_dim"``: the weights then do not depend
+            on the size of the maps; start near 1 instead of 50.
+        inherit_weight: :math:`\lambda_\mathrm{inh}`, 0 or more. Default 50, reported as best.
+        explore_weight: :math:`\lambda_\mathrm{exp}`, 0 or more. Default 50, reported as best.
+        host: ``"factor"`` (default), or ``"attention"``, our extension: the attention maps of
+            :class:`~kdlayers.losses.AttentionTransferLoss` take the place of the factors, so there
+            are no encoders and nothing to fit.
+        reconstruction: of the auto-encoder, ``"l1"`` (default, as in the authors' code) or
+            ``"l2"``, the squared error that the paper writes.
+        epochs: passes over the data of ``kd.fit``. Default 30.
+        fit_lr: its learning rate, constant. Default 0.1.
+        seed: of the random split.
+        weight: factor in ``kd.loss``, on top of the two weights. Default 1.
+        at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
+        name: key in ``kd.terms``.
+
+    :meth:`metrics` gives the two terms apart, without their weights, as ``inheritance`` and
+    ``exploration``: with equal weights their sum is near 0 and says nothing.
+
+    Raises:
+        ArgumentError: if an option or number is unusable.
+        NotFittedError: at the call, before the auto-encoder has been fitted.
+        ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, or
+            channels differ from those at the first call.
+
+    Differences from the authors' code: its variables call the trained network teacher and the
+    frozen one student, here the names are the paper's; the decoders of the student's halves, which
+    take part in no loss, are left out; the teacher's factor is detached, which changes no gradient.
+    Losses and gradients agree with that code.
+
+    Example:
+        >>> import torch
+        >>> loss = InheritExploreLoss(host="attention", at="layer4")
+        >>> value = loss(torch.rand(2, 8, 4, 4), torch.rand(2, 16, 4, 4))
+        >>> sorted(loss.metrics())
+        ['exploration', 'inheritance']
+    """
+
+    detaches_teacher: ClassVar[bool] = True
+    inherit_channels: Tensor | None
+    explore_channels: Tensor | None
+    inherit_encoder: Coder | None
+    explore_encoder: Coder | None
+    auto_encoder: AutoEncoder | None
+    is_fitted: Tensor
+
+    def __init__(
+        self,
+        factor_channels: int | None = None,
+        *,
+        split: Split = "natural",
+        inherit_ratio: float = 0.5,
+        p: int = 1,
+        measure: Measure = "norm",
+        scale: Scale = "mean",
+        inherit_weight: float = 50.0,
+        explore_weight: float = 50.0,
+        host: Host = "factor",
+        reconstruction: Literal["l1", "l2"] = "l1",
+        epochs: int = 30,
+        fit_lr: float = 0.1,
+        seed: int = 0,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name)
+        check_measure(p, measure, scale)
+        _one_of("split", split, ("natural", "random"))
+        _one_of("host", host, ("factor", "attention"))
+        _one_of("reconstruction", reconstruction, ("l1", "l2"))
+        check.not_negative("inherit_weight", inherit_weight)
+        check.not_negative("explore_weight", explore_weight)
+        check.positive("inherit_ratio", inherit_ratio)
+        for key, value in (("factor_channels", factor_channels), ("epochs", epochs)):
+            if value is not None:
+                check.count(key, value)
+        check.positive("fit_lr", fit_lr)
+        self.factor_channels = factor_channels
+        self.split, self.inherit_ratio, self.seed = split, inherit_ratio, seed
+        self.p, self.measure, self.scale = p, measure, scale
+        self.inherit_weight, self.explore_weight = inherit_weight, explore_weight
+        self.host, self.reconstruction = host, reconstruction
+        self.epochs, self.fit_lr = epochs, fit_lr
+        for part in ("inherit_encoder", "explore_encoder", "auto_encoder"):
+            self.register_module(part, None)
+        self.register_buffer("inherit_channels", None)
+        self.register_buffer("explore_channels", None)
+        self.register_buffer("is_fitted", torch.tensor(host == "attention"))
+        self._is_fitted = host == "attention"  # the buffer's value, without a wait for the device
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Split the student's channels, and make the encoders for both networks' channels."""
+        check_maps(student, teacher)
+        if self.inherit_channels is None:
+            self._split_channels(student.shape[1], student.device)
+        if self.host == "attention" or self.inherit_encoder is not None:
+            return
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        factor = self.factor_channels or max(1, student.shape[1] // 2)
+        if self.auto_encoder is None:
+            self._hold(AutoEncoder(teacher.shape[1], factor).to(student.device, dtype))
+        inherits = self._inherits(student.shape[1])
+        self.inherit_encoder = Coder(inherits, factor).to(student.device, dtype)
+        self.explore_encoder = Coder(student.shape[1] - inherits, factor).to(student.device, dtype)
+        self.train(self.training)
+
+    def _inherits(self, channels: int) -> int:
+        count = int(channels * self.inherit_ratio)
+        if not 0 < count < channels:
+            raise ShapeError(
+                f"inherit_ratio={self.inherit_ratio} of {channels} student channels leaves "
+                f"{count} to inherit and {channels - count} to explore; each needs one or more"
+            )
+        return count
+
+    def _split_channels(self, channels: int, device: torch.device) -> None:
+        order = torch.arange(channels)
+        if self.split == "random":
+            order = torch.randperm(channels, generator=torch.Generator().manual_seed(self.seed))
+        parts = order.split([self._inherits(channels), channels - self._inherits(channels)])
+        self.inherit_channels, self.explore_channels = (part.to(device) for part in parts)
+
+    def _hold(self, coder: AutoEncoder) -> None:
+        freeze(coder)
+        self.auto_encoder = coder.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the student's encoders; the teacher's stays in evaluation mode."""
+        super().train(mode)
+        if self.auto_encoder is not None:
+            self.auto_encoder.eval()
+        return self
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The two weighted terms for maps ``[B, C, H, W]``; the labels are not used."""
+        self.build(student, teacher)
+        self._check_use(student, teacher)
+        student, teacher = on_one_grid(student, teacher.detach())
+        inherits, explores, theirs = self._factors(student, teacher)
+        near = inheritance(inherits, theirs, p=self.p, measure=self.measure, scale=self.scale)
+        far = exploration(explores, theirs, p=self.p, measure=self.measure, scale=self.scale)
+        self._record(inheritance=near, exploration=far)
+        return self.inherit_weight * near + self.explore_weight * far
+
+    def _factors(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inherits = student.index_select(1, _made(self.inherit_channels))
+        explores = student.index_select(1, _made(self.explore_channels))
+        if self.host == "attention":
+            return attention(inherits), attention(explores), attention(teacher)
+        with torch.no_grad():
+            theirs = _made(self.auto_encoder).encoder(teacher)
+        return _made(self.inherit_encoder)(inherits), _made(self.explore_encoder)(explores), theirs
+
+    def _check_use(self, student: Tensor, teacher: Tensor) -> None:
+        inherit, explore = _made(self.inherit_channels), _made(self.explore_channels)
+        ours = len(inherit) + len(explore)
+        theirs = teacher.shape[1] if self.auto_encoder is None else self.auto_encoder.channels
+        if (student.shape[1], teacher.shape[1]) != (ours, theirs):
+            raise ShapeError(
+                f"this InheritExploreLoss was made for {ours} student and {theirs} teacher channels"
+                f", got {check.shape(student)} and {check.shape(teacher)}; use one loss a point"
+            )
+        if not self._is_fitted:
+            raise NotFittedError(
+                "InheritExploreLoss needs an auto-encoder of the teacher's features: call "
+                "kd.fit(loader) before training; without attach_kd, call loss.fit(batches)"
+            )
+        positions = min(student.shape[2], teacher.shape[2]) * min(
+            student.shape[3], teacher.shape[3]
+        )
+        if self.host == "factor" and self.training and len(student) * positions == 1:
+            raise ShapeError(
+                "one image with a 1x1 map has no batch statistics; use drop_last=True in the "
+                "loader, or a point with larger maps"
+            )
+
+    def fitter(self, *, seed: int = 0) -> Fitter | None:
+        """What learns the auto-encoder from the teacher's maps; ``None`` for the attention host."""
+        if self.host == "attention":
+            return None
+        return AutoEncoderFitter(
+            self._fresh_coder,
+            self._take,
+            epochs=self.epochs,
+            power=1 if self.reconstruction == "l1" else 2,
+            lr=self.fit_lr,
+            seed=seed,
+        )
+
+    def _fresh_coder(self, teacher: Tensor) -> AutoEncoder:
+        if self.auto_encoder is not None:
+            held = self.auto_encoder
+            return AutoEncoder(held.channels, held.factor_channels).to(held.weight)
+        if self.factor_channels is None:
+            raise ArgumentError(
+                "the number of factor channels is not known yet: give factor_channels=, or call "
+                "build(student_maps, teacher_maps) first, as attach_kd does"
+            )
+        dtype = torch.promote_types(teacher.dtype, torch.float32)
+        return AutoEncoder(teacher.shape[1], self.factor_channels).to(teacher.device, dtype)
+
+    def _take(self, coder: AutoEncoder) -> None:
+        self._hold(coder)
+        self.is_fitted.fill_(True)
+        self._is_fitted = True
+
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, seed: int = 0) -> Self:
+        """Learn the auto-encoder without :func:`kdlayers.attach_kd`.
+
+        Args:
+            batches: (teacher maps ``[B, C, H, W]``, anything) pairs, iterable again and again.
+            seed: of the initial weights. Default 0.
+
+        Returns:
+            The loss itself.
+
+        Raises:
+            ArgumentError: if the factor channels are not known: ``factor_channels`` was not given
+                and :meth:`build` not called.
+            FitError: if there is no batch, or the reconstruction loss is not finite.
+        """
+        fitter = self.fitter(seed=seed)
+        if fitter is not None:
+            fit_rows(fitter, batches)
+        return self
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the auto-encoder has been learnt; always True for the attention host."""
+        return self._is_fitted
+
+    def _build_from(self, state: dict[str, Tensor]) -> None:
+        for key in ("inherit_channels", "explore_channels"):
+            if getattr(self, key) is None and key in state:
+                setattr(self, key, state[key].clone())
+        for key in ("inherit_encoder", "explore_encoder"):
+            saved = state.get(f"{key}.4.weight")  # the convolution from in to out
+            if getattr(self, key) is None and saved is not None:
+                setattr(self, key, Coder(saved.shape[1], saved.shape[0]).to(saved))
+        saved = state.get("auto_encoder.encoder.4.weight")
+        if self.auto_encoder is None and saved is not None:
+            self._hold(AutoEncoder(saved.shape[1], saved.shape[0]).to(saved))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._is_fitted = bool(self.is_fitted)
+
+    def extra_repr(self) -> str:
+        """Shows the options that decide what is compared, weight and at."""
+        options = f"host={self.host!r}, measure={self.measure!r}, p={self.p}, split={self.split!r}"
+        weights = f"inherit_weight={self.inherit_weight}, explore_weight={self.explore_weight}"
+        return f"{options}, {weights}, {super().extra_repr()}"
+
+
+def _made(part: Made | None) -> Made:
+    if part is None:
+        raise NotFittedError("InheritExploreLoss is not built: build() or the first call does it")
+    return part
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -1,0 +1,38 @@
+import pytest
+
+from kdlayers.errors import ArgumentError, ArgumentTypeError
+from kdlayers.losses import KDLoss
+
+from . import naive
+from .loss_tester import LossTester
+
+
+class TestKD(LossTester):
+    make = KDLoss
+    reference = staticmethod(lambda loss, *tensors: naive.kd(*tensors))
+
+
+class TestKDAtTemperatureOne(LossTester):
+    make = staticmethod(lambda: KDLoss(1.0))
+    reference = staticmethod(lambda loss, *tensors: naive.kd(*tensors, temperature=1.0))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan")])
+def test_temperature_must_be_above_zero(temperature):
+    with pytest.raises(ArgumentError, match="temperature must be above 0 and finite, got"):
+        KDLoss(temperature)
+
+
+def test_weights_are_numbers_or_functions_of_the_step():
+    assert KDLoss(weight=0.5).weight_at(7) == 0.5
+    assert KDLoss(weight=lambda step: 2 * step).weight_at(7) == 14.0
+    with pytest.raises(ArgumentError, match="weight must be 0 or more and finite, got -1"):
+        KDLoss(weight=-1)
+    with pytest.raises(ArgumentTypeError, match="weight must be a number or a function"):
+        KDLoss(weight="big")
+    with pytest.raises(ArgumentError, match=r"at must be None .*, a module name or a .* pair"):
+        KDLoss(at=["a", "b"])
+
+
+def test_the_printed_loss_shows_its_numbers():
+    assert repr(KDLoss(2.0, weight=0.9)) == "KDLoss(temperature=2.0, weight=0.9, at=None)"
