@@ -14,20 +14,29 @@ Example:
 
 from kdlayers import errors as errors
 from kdlayers import functional as functional
+from kdlayers import losses as losses
+from kdlayers import schedules as schedules
 from kdlayers._attach import attach_kd as attach_kd
 from kdlayers._bake import bake as bake
 from kdlayers._handle import KDHandle as KDHandle
 from kdlayers._layer import KDLayer as KDLayer
 from kdlayers._layer import TemplateHead as TemplateHead
+from kdlayers._mutual import attach_mutual as attach_mutual
 from kdlayers._points import KDPoint as KDPoint
 from kdlayers._points import find_points as find_points
 from kdlayers._save import load_student as load_student
 from kdlayers._save import save_student as save_student
 from kdlayers._targets import CodebookTargets as CodebookTargets
 from kdlayers._targets import DecisionTargets as DecisionTargets
+from kdlayers.losses import AEKTLoss as AEKTLoss
+from kdlayers.losses import AttentionTransferLoss as AttentionTransferLoss
 from kdlayers.losses import DistillLoss as DistillLoss
 from kdlayers.losses import DKDLoss as DKDLoss
+from kdlayers.losses import FitNetLoss as FitNetLoss
+from kdlayers.losses import InheritExploreLoss as InheritExploreLoss
 from kdlayers.losses import KDLoss as KDLoss
+from kdlayers.losses import MutualLoss as MutualLoss
+from kdlayers.losses import StudentFriendlyKDLoss as StudentFriendlyKDLoss
 from kdlayers.losses import TemplateLoss as TemplateLoss
 
 __version__ = "0.1.0.dev0"

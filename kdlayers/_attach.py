@@ -21,12 +21,12 @@ from kdlayers._hooks import (
     descend,
     score_key,
 )
-from kdlayers._models import check_pair, unwrap
+from kdlayers._models import unwrap
 from kdlayers._names import match
 from kdlayers._points import KDPoint
 from kdlayers._resolve import At, resolve_points
 from kdlayers._sites import hook_site, inserts, refuse_norm, slots, store_path, take_out
-from kdlayers._teacher import Teacher
+from kdlayers._teacher import Teacher, make_teachers
 from kdlayers._terms import Term, example_pair, feature_term, unique_names
 from kdlayers._trace import Trace, example_for, run_example, to_model, trace, undisturbed
 from kdlayers._tree import first_tensor, leaves
@@ -36,11 +36,12 @@ from kdlayers.losses import DistillLoss, TemplateLoss
 
 def attach_kd(
     student: nn.Module,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
     at: At = (),
     *,
     losses: Iterable[DistillLoss] = (),
     example: Any = None,
+    teacher_weights: Sequence[float] | None = None,
 ) -> KDHandle:
     """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
 
@@ -53,7 +54,9 @@ def attach_kd(
     Args:
         student: the model to train.
         teacher: the model to learn from. It is run in eval mode without gradients and left as it
-            was found. ``None``: layers only, with ``num_templates`` given at the points.
+            was found. ``None``: layers only, with ``num_templates`` given at the points. A list:
+            losses on logits compare with the teachers' mean logits, KD layers and losses on
+            features with the first teacher, unless a loss names one by its ``teacher`` index.
         at: where the KD layers go: names of modules (the teacher's point has the same name; a name
             may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
             ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point
@@ -62,6 +65,8 @@ def attach_kd(
         losses: further :class:`DistillLoss` objects, on logits or on features (their ``at``).
         example: a small batch of images, or a tuple of the model's arguments, for the dry runs;
             default: two zero images that suit the student.
+        teacher_weights: weights of the teachers in the mean of their logits, made to sum to 1;
+            default: all equal.
 
     Returns:
         The :class:`KDHandle`: ``fit``, ``loss``, ``detach``, ``remove``.
@@ -84,16 +89,11 @@ def attach_kd(
         >>> kd.remove()
     """
     student, _ = unwrap(student, "student")
-    called_teacher = teacher
     losses = _check_losses(losses)
     args = example_for(student, example)
     traced = trace(student, args, "student")
-    teachers: list[Teacher] = []
-    if teacher is not None:
-        teacher, called_teacher = unwrap(teacher, "teacher")
-        check_pair(student, teacher)
-        teachers.append(Teacher(teacher, trace(teacher, args, "teacher"), called_teacher))
-    elif losses:
+    teachers = make_teachers(student, teacher, args, teacher_weights)
+    if losses and not teachers:
         raise ArgumentError("losses compare the student with a teacher: pass teacher=")
     points = resolve_points(at, traced, teachers[0].traced if teachers else None)
     if not points and not losses:
@@ -225,30 +225,31 @@ def _terms(
     """One term a point, then one a loss; parameters that depend on shapes are made here."""
     if not teachers:
         return []
-    taught = teachers[0].traced
     terms = []
     for point in points:
         tap = point.teacher or point.student
         loss = TemplateLoss(point.targets, at=(point.student, tap))
         name = f"TemplateLoss.{point.student}"
-        terms.append(feature_term(name, loss, traced, taught, point.student, tap))
-    terms.extend(_loss_term(loss, traced, taught) for loss in losses)
+        terms.append(feature_term(name, loss, traced, teachers, point.student, tap))
+    terms.extend(_loss_term(loss, traced, teachers) for loss in losses)
     unique_names(terms)
     for term in terms:
-        term.loss.build(*example_pair(term, traced, taught))
+        term.loss.build(*example_pair(term, traced, teachers))
         term.loss.to(traced.logits.device)
     return terms
 
 
-def _loss_term(loss: DistillLoss, traced: Trace, taught: Trace) -> Term:
+def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) -> Term:
     name = loss.name or type(loss).__name__
+    if loss.teacher is not None and loss.teacher >= len(teachers):
+        raise ArgumentError(
+            f"{name} reads teacher {loss.teacher}, but there are {len(teachers)}, counted from 0"
+        )
     if loss.at is None:
-        return Term(name, loss)
+        return Term(name, loss, teacher_index=loss.teacher)
     ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
-    point = _one(ours, traced)
-    return feature_term(
-        loss.name or f"{name}.{point}", loss, traced, taught, point, _one(theirs, taught)
-    )
+    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher or 0].traced)
+    return feature_term(loss.name or f"{name}.{point}", loss, traced, teachers, point, tap)
 
 
 def _one(name: str, traced: Trace) -> str:

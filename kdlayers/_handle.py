@@ -14,7 +14,7 @@ from kdlayers._hooks import Tape
 from kdlayers._progress import progress as show_progress
 from kdlayers._sites import slots, take_out
 from kdlayers._summary import summarise
-from kdlayers._teacher import Teacher
+from kdlayers._teacher import Taught, Teacher
 from kdlayers._terms import Term
 from kdlayers._trace import cuda_devices
 from kdlayers._watch import OptimiserWatch
@@ -247,7 +247,7 @@ class KDHandle:
                 "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
             )
 
-    def _teach(self, record: _record.Record) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    def _teach(self, record: _record.Record) -> list[Taught]:
         autocast = record.autocast_dtype(self.student)
         return [
             teacher.run(record.args, record.kwargs, self._taps(index, self._terms), autocast)
@@ -255,19 +255,16 @@ class KDHandle:
         ]
 
     def _taps(self, index: int, terms: Iterable[Term]) -> list[str]:
-        names = [t.tap for t in terms if t.tap is not None and t.teacher_index == index]
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(t.tap for t in terms if t.tap is not None and t.reads(index)))
 
     def _teacher_tensors(self, terms: Sequence[Term], images: Any) -> list[Tensor]:
         args = images if isinstance(images, tuple) else (images,)
         taught = [t.run(args, {}, self._taps(i, terms)) for i, t in enumerate(self._teachers)]
-        return [term.teacher_alone(_teacher_tensor(term, taught)) for term in terms]
+        found = [term.teacher_tensor(self._teachers, taught) for term in terms]
+        return [term.teacher_alone(tensor) for term, tensor in zip(terms, found, strict=True)]
 
     def _sum(
-        self,
-        record: _record.Record,
-        taught: list[tuple[Tensor, dict[str, Tensor]]],
-        targets: Tensor | None,
+        self, record: _record.Record, taught: Sequence[Taught], targets: Tensor | None
     ) -> Tensor:
         total = torch.zeros((), device=record.logits.device)
         terms: dict[str, Tensor] = {}
@@ -275,7 +272,8 @@ class KDHandle:
         for term in self._terms:
             student = record.logits if term.key is None else record.features[term.key]
             _follow(term.loss, student.device)
-            value = term.loss(*term.pair(student, _teacher_tensor(term, taught)), targets)
+            teacher = term.teacher_tensor(self._teachers, taught)
+            value = term.loss(*term.pair(student, teacher), targets)
             weight = term.loss.weight_at(self.step)
             live |= {term.name} if weight else set()
             total = total + weight * value
@@ -295,11 +293,6 @@ def _release(tape: Tape, hooks: Sequence[Any]) -> None:
     tape.armed = tape.active = False
     for hook in hooks:
         hook.remove()
-
-
-def _teacher_tensor(term: Term, taught: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
-    logits, features = taught[term.teacher_index]
-    return logits if term.tap is None else features[term.tap]
 
 
 def _parameter_groups(

@@ -104,7 +104,8 @@ class TemplateHead(CosineProjection):
 
     def channels_last(self, x: Tensor) -> Tensor:
         """``x`` with its channels on the last axis, after checking that they are there."""
-        if not torch.jit.is_scripting():  # TorchScript knows no exceptions of ours
+        # TorchScript knows no exceptions of ours.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._check(x)
         return x.movedim(self.channel_dim, -1)
 

@@ -8,20 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._hooks import Capture, Tape
+from kdlayers._models import check_pair, unwrap
 from kdlayers._sites import hook_site
-from kdlayers._trace import Trace, placement, to_model
+from kdlayers._trace import Trace, placement, to_model, trace
 from kdlayers._tree import first_tensor
-from kdlayers.errors import CaptureError
+from kdlayers.errors import ArgumentError, CaptureError
 
 
 class Teacher:
     """A frozen model with taps. A plain object: never part of the student or its state."""
 
-    def __init__(self, model: nn.Module, traced: Trace, called: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, traced: Trace, called: nn.Module, weight: float = 1.0
+    ) -> None:
         self.model = model
+        self.traced = traced
         self.called = called
         """What is called for a forward: the model, or its compiled form."""
-        self.traced = traced
+        self.weight = weight
+        """Its share in the mean of several teachers' logits."""
+        self.eval_mode = True
+        """False for the peer of mutual learning, which runs in the mode it is in."""
 
     def run(
         self,
@@ -43,7 +50,8 @@ class Teacher:
         tape.active = True
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_eval_mode(self.model))
+            if self.eval_mode:
+                stack.enter_context(_eval_mode(self.model))
             stack.enter_context(_autocast(self.model, autocast))
             for name in names:
                 call = self.traced.call(name)
@@ -63,6 +71,54 @@ class Teacher:
         if logits is None:
             raise CaptureError("the teacher returned no tensor, though it did at attach")
         return logits, tape.features
+
+
+Taught = tuple[Tensor, dict[str, Tensor]]
+
+
+def mean_logits(teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
+    """The weighted mean of the teachers' logits; those of one teacher as they are."""
+    if len(taught) == 1:
+        return taught[0][0]
+    device = taught[0][0].device
+    parts = [t.weight * logits.to(device) for t, (logits, _) in zip(teachers, taught, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def make_teachers(
+    student: nn.Module,
+    given: nn.Module | Sequence[nn.Module] | None,
+    example: tuple[Any, ...],
+    weights: Sequence[float] | None,
+) -> list[Teacher]:
+    """Check and dry-run the teachers that the user gave.
+
+    Raises:
+        AttachError: if one is the student, or shares parameters with it.
+        ArgumentError: if the weights, or the teachers' classes, do not fit together.
+    """
+    models: list[nn.Module] = []
+    if given is not None:
+        models = [given] if isinstance(given, nn.Module) else list(given)
+    weights = [1.0] * len(models) if weights is None else list(weights)
+    if len(weights) != len(models) or any(not w > 0 for w in weights):
+        raise ArgumentError(
+            f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
+            f"{weights}"
+        )
+    teachers = []
+    for model, weight in zip(models, weights, strict=True):
+        inner, called = unwrap(model, "teacher")
+        check_pair(student, inner)
+        traced = trace(inner, example, "teacher")
+        teachers.append(Teacher(inner, traced, called, weight / sum(weights)))
+    classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
+    if len(classes) > 1:
+        raise ArgumentError(
+            f"the teachers' logits have shapes {sorted(classes)}: their mean is not defined; pass "
+            "teachers of the same classes"
+        )
+    return teachers
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A term of the loss: a `DistillLoss` together with the tensors it reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from kdlayers._hooks import score_key
 from kdlayers._layouts import Layout, common_size, pool
+from kdlayers._teacher import Taught, Teacher, mean_logits
 from kdlayers._trace import Trace
 from kdlayers.errors import ArgumentError
 from kdlayers.losses import DistillLoss, TemplateLoss
@@ -18,12 +20,13 @@ class Term:
 
     With ``point`` None the loss compares logits. Else it compares features at ``point``: the scores
     of the KD layer if ``scores``, with channels last as template losses read them, or the features
-    that the next module gets, as maps ``[B, C, H, W]``.
+    that the next module gets, as maps ``[B, C, H, W]``. With ``teacher_index`` None the teacher is
+    the mean of all teachers' logits, or the first one's features.
     """
 
     name: str
     loss: DistillLoss
-    teacher_index: int = 0
+    teacher_index: int | None = None
     point: str | None = None
     tap: str | None = None
     scores: bool = False
@@ -40,6 +43,18 @@ class Term:
         if self.point is None:
             return None
         return score_key(self.point) if self.scores else self.point
+
+    def reads(self, teacher: int) -> bool:
+        """Whether the loss needs the features of the teacher of this index."""
+        return self.tap is not None and teacher == (self.teacher_index or 0)
+
+    def teacher_tensor(self, teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
+        """The teacher's tensor in its own layout, from what the teachers returned."""
+        if self.tap is not None:
+            return taught[self.teacher_index or 0][1][self.tap]
+        if self.teacher_index is not None:
+            return taught[self.teacher_index][0]
+        return mean_logits(teachers, taught)
 
     def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both tensors as the loss reads them: on one grid, and on the student's device."""
@@ -70,10 +85,16 @@ def _size(grid: Tensor) -> tuple[int, int]:
 
 
 def feature_term(
-    name: str, loss: DistillLoss, student: Trace, teacher: Trace, point: str, tap: str
+    name: str,
+    loss: DistillLoss,
+    student: Trace,
+    teachers: Sequence[Teacher],
+    point: str,
+    tap: str,
 ) -> Term:
     """Term of a loss that compares the features at ``point`` and ``tap``."""
-    term = Term(name, loss, point=point, tap=tap, scores=isinstance(loss, TemplateLoss))
+    term = Term(name, loss, loss.teacher, point, tap, scores=isinstance(loss, TemplateLoss))
+    teacher = teachers[term.teacher_index or 0].traced
     term.student_layout, term.teacher_layout = student.layout(point), teacher.layout(tap)
     ours = _size(term.student_layout.to_grid(_empty(student, point)))
     theirs = _size(term.teacher_layout.to_grid(_empty(teacher, tap)))
@@ -83,8 +104,9 @@ def feature_term(
     return term
 
 
-def example_pair(term: Term, student: Trace, teacher: Trace) -> tuple[Tensor, Tensor]:
+def example_pair(term: Term, student: Trace, teachers: Sequence[Teacher]) -> tuple[Tensor, Tensor]:
     """Tensors of the shapes that the loss will get, from the dry runs, for `DistillLoss.build`."""
+    teacher = teachers[term.teacher_index or 0].traced
     if term.point is None or term.tap is None:
         return student.logits, teacher.logits
     return term.pair(_empty(student, term.point), _empty(teacher, term.tap))

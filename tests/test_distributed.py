@@ -1,0 +1,109 @@
+"""Two processes on one machine: gradients, train-only parameters and fits stay in step."""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdlayers import CodebookTargets, DecisionTargets, DistillLoss, KDPoint, attach_kd
+from kdlayers._sites import slots
+from kdlayers.errors import AttachError
+from tests.nets import Net, batch
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+class Projected(DistillLoss):
+    """A loss with a parameter of its own, drawn at random on each rank."""
+
+    def build(self, student, teacher):
+        self.matrix = nn.Parameter(torch.randn(student.shape[1], student.shape[1]))
+
+    def forward(self, student, teacher, targets=None):
+        return (student @ self.matrix - teacher).square().mean()
+
+
+def build(images):
+    torch.manual_seed(0)
+    student, teacher = Net(4), Net(6)
+    # Batch norm over part of a batch is another function; eval mode makes ranks comparable.
+    points = [
+        KDPoint("first", targets=DecisionTargets(1, components=2)),
+        KDPoint("last", targets=CodebookTargets(4)),
+    ]
+    kd = attach_kd(student, teacher, points, losses=[Projected()], example=images[:2])
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.eval()
+    return student, kd
+
+
+def one_step(called, student, kd, images, labels, accumulate=1):
+    optimiser = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.1)
+    for x, y in zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True):
+        loss = F.cross_entropy(called(x), y) + kd.loss(y)
+        (loss / accumulate).backward()
+    grads = [p.grad.clone() for p in [*student.parameters(), *kd.parameters()]]
+    optimiser.step()
+    return grads
+
+
+def worker(rank, port, folder, find_unused):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    images, labels = batch(12)
+    mine = slice(rank, None, 2)
+    student, kd = build(images)
+    # Fit sees this rank's half; one process sees all.
+    kd.fit([(images[mine], labels[mine])])
+    with pytest.raises(AttachError, match="call attach_kd"):
+        attach_kd(DistributedDataParallel(Net(4)), Net(6), "last", example=images[:2])
+    called = DistributedDataParallel(student, find_unused_parameters=find_unused)
+    grads = one_step(called, student, kd, images[mine], labels[mine], accumulate=1)
+    states = kd.state_dict()["losses"]
+    torch.save({"grads": grads, "losses": states}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(function, *args):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(function, (port, *args), nprocs=2)
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_two_processes_equal_one_on_the_whole_batch(find_unused):
+    with tempfile.TemporaryDirectory() as folder:
+        run(worker, folder, find_unused)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for a, b in zip(ranks[0]["grads"], ranks[1]["grads"], strict=True):
+        assert torch.equal(a, b)
+    for name, state in ranks[0]["losses"].items():
+        for key, value in state.items():
+            assert torch.equal(value, ranks[1]["losses"][name][key]), (name, key)
+    images, labels = batch(12)
+    student, kd = build(images)
+    kd.fit([(images, labels)])
+    whole = kd.state_dict()["losses"]
+    for name in ("TemplateLoss.first", "TemplateLoss.last"):
+        for key, value in whole[name].items():
+            torch.testing.assert_close(
+                value, ranks[0]["losses"][name][key], msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
+    grads = one_step(student, student, kd, images, labels)
+    for mine, theirs in zip(grads, ranks[0]["grads"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_slots_are_found_through_wrapped_names():
+    student, _ = build(batch(12)[0])
+    assert list(slots(student)) == ["first", "last"]

@@ -1,0 +1,169 @@
+"""Several teachers, and students that teach each other."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdlayers import (
+    CodebookTargets,
+    DistillLoss,
+    KDLoss,
+    KDPoint,
+    MutualLoss,
+    attach_kd,
+    attach_mutual,
+)
+from kdlayers.errors import ArgumentError, AttachError
+from tests.attach_tester import Frozen
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def divergence(student, teacher_logits, temperature=4.0):
+    """Plain KL with the temperature's square, from already run logits."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student / temperature, 1),
+        F.softmax(teacher_logits / temperature, 1),
+        reduction="batchmean",
+    )
+
+
+def eval_logits(model):
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(IMAGES)
+
+
+def test_logits_are_averaged_with_weights_or_read_from_one_teacher():
+    student, teachers = Net(4), [Net(5), Net(6)]
+    second = KDLoss(name="second")
+    second.teacher = 1
+    kd = attach_kd(
+        student, teachers, losses=[KDLoss(), second], teacher_weights=[3.0, 1.0], example=IMAGES
+    )
+    logits = student.train()(IMAGES)
+    kd.loss(LABELS)
+    a, b = map(eval_logits, teachers)
+    torch.testing.assert_close(kd.terms["KDLoss"], divergence(logits, 0.75 * a + 0.25 * b))
+    torch.testing.assert_close(kd.terms["second"], divergence(logits, b))
+
+
+class Gap(DistillLoss):
+    def forward(self, student, teacher, targets=None):
+        return (student.mean(1) - teacher.mean(1)).square().mean()
+
+
+def test_features_are_read_from_the_named_teacher():
+    student, teachers = Net(4), [Net(5), Net(6)]
+    gap = Gap(at="last")
+    gap.teacher = 1
+    kd = attach_kd(
+        student,
+        teachers,
+        [KDPoint("first", targets=CodebookTargets(4))],
+        losses=[gap],
+        example=IMAGES,
+    )
+    kd.fit([(IMAGES, LABELS)])
+    frozen = [Frozen(teacher) for teacher in teachers]
+    student.train()
+    student(IMAGES)
+    kd.loss(LABELS).backward()
+    student.eval()
+    features = {}
+    student.last.register_forward_hook(lambda m, a, out: features.update(student=out))
+    with torch.no_grad():
+        twin = copy.deepcopy(teachers[1]).eval()
+        theirs = twin.last(twin.first(twin.stem(IMAGES)))
+    assert theirs.shape[1] == 7
+    assert kd.terms["Gap.last"].item() > 0
+    assert all(f.unchanged(t) for f, t in zip(frozen, teachers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"teacher_weights": [1.0]}, "positive number for each of the 2 teachers"),
+        ({"teacher_weights": [1.0, 0.0]}, "positive number for each"),
+        ({"losses": [KDLoss()], "index": 2}, "reads teacher 2, but there are 2"),
+    ],
+)
+def test_refusals(kwargs, sentence):
+    losses = kwargs.pop("losses", [KDLoss()])
+    losses[0].teacher = kwargs.pop("index", None)
+    with pytest.raises(ArgumentError, match=sentence):
+        attach_kd(Net(4), [Net(5), Net(6)], losses=losses, example=IMAGES, **kwargs)
+
+
+def test_teachers_of_other_classes_are_refused():
+    with pytest.raises(ArgumentError, match="teachers of the same classes"):
+        attach_kd(Net(4), [Net(5), Net(6, classes=4)], losses=[KDLoss()], example=IMAGES)
+
+
+def mutual_reference(a, b, steps, lr, sequential):
+    """Two networks and the loop written out; each forward in train mode, as the code does."""
+    optimisers = [torch.optim.SGD(m.parameters(), lr=lr) for m in (a, b)]
+
+    def loss(model, peer):
+        logits = model(IMAGES)
+        with torch.no_grad():
+            peer_logits = peer(IMAGES)
+        return F.cross_entropy(logits, LABELS) + divergence(logits, peer_logits, 1.0)
+
+    for _ in range(steps):
+        if sequential:
+            for (model, peer), optimiser in zip(((a, b), (b, a)), optimisers, strict=True):
+                optimiser.zero_grad()
+                loss(model, peer).backward()
+                optimiser.step()
+        else:
+            losses = loss(a, b), loss(b, a)
+            for value, optimiser in zip(losses, optimisers, strict=True):
+                optimiser.zero_grad()
+                value.backward()
+            for optimiser in optimisers:
+                optimiser.step()
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_mutual_learning_equals_the_loop_written_out(sequential):
+    a, b = Net(4).train(), Net(5).train()
+    plain = copy.deepcopy(a), copy.deepcopy(b)
+    mutual_reference(*plain, 4, 0.1, sequential)
+    kds = attach_mutual(a, b, example=IMAGES)
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (a, b)]
+    for _ in range(4):
+        losses = []
+        for model, kd, optimiser in zip((a, b), kds, optimisers, strict=True):
+            losses.append(F.cross_entropy(model(IMAGES), LABELS) + kd.loss(LABELS))
+            if sequential:
+                optimiser.zero_grad()
+                losses[-1].backward()
+                optimiser.step()
+        if not sequential:
+            for value, optimiser in zip(losses, optimisers, strict=True):
+                optimiser.zero_grad()
+                value.backward()
+            for optimiser in optimisers:
+                optimiser.step()
+    for model, other in zip((a, b), plain, strict=True):
+        for (name, mine), theirs in zip(
+            model.state_dict().items(), other.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_mutual_pairs_are_exchanged_and_a_refusal_leaves_both_alone():
+    a, b = Net(4), Net(4)
+    kd_a, kd_b = attach_mutual(
+        a, b, losses=[Gap(at=("first", "stem")), MutualLoss()], example=IMAGES
+    )
+    assert kd_a._terms[0].point == kd_b._terms[0].tap == "first"
+    kd_a.remove()
+    kd_b.remove()
+    with pytest.raises(AttachError):
+        attach_mutual(a, a, example=IMAGES)
+    for model in (a, b):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
