@@ -1,0 +1,137 @@
+"""Float types, autocast, compilers, and the sentences of wrong arguments."""
+
+import pytest
+import torch
+
+from kdlayers import functional as kdf
+from kdlayers.errors import ArgumentError, ArgumentTypeError, KDLayersWarning, ShapeError
+
+Y = torch.tensor([0, 2, 1, 3])
+
+
+def logits(dtype=torch.float32, size=2.0):
+    draw = torch.Generator().manual_seed(0)
+    return [(size * torch.randn(4, 5, generator=draw)).to(dtype) for _ in "ab"]
+
+
+CALLS = {
+    "kd": lambda s, t, **o: kdf.kd(s, t, **o),
+    "tckd": lambda s, t, **o: kdf.tckd(s, t, Y, **o),
+    "nckd": lambda s, t, **o: kdf.nckd(s, t, Y, **o),
+    "dkd": lambda s, t, **o: kdf.dkd(s, t, Y, **o),
+    "aekt": lambda s, t, **o: kdf.aekt(s, t, Y, **o),
+    "template_kl": lambda s, t, **o: kdf.template_kl(s, t.softmax(-1), **o),
+    "inheritance": lambda s, t, **o: kdf.inheritance(s, t, **o),
+    "exploration": lambda s, t, **o: kdf.exploration(s, t, **o),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_are_computed_in_float32(call, dtype):
+    student, teacher = logits(dtype)
+    if call is CALLS["template_kl"]:
+        teacher = teacher.float()
+    value = call(student, teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, call(student.float(), teacher.float()), rtol=1e-6, atol=1e-6)
+    assert call(*logits(torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_autocast_and_compile_give_the_same_value(call):
+    student, teacher = logits()
+    expected = call(student, teacher)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(student, teacher), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(call(student, teacher), expected)
+        torch.testing.assert_close(compiled(student, teacher), expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("form", ["chi2", "ratio_sq", "ratio", "is"])
+def test_the_ratio_never_overflows(form, temperature):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        student = torch.tensor([[-150.0, 150.0, 150.0]], dtype=dtype, requires_grad=True)
+        teacher = torch.tensor([[150.0, -150.0, -150.0]], dtype=dtype)
+        value = kdf.aekt(student, teacher, Y[:1], form=form, temperature=temperature)
+        value.backward()
+        assert value.isfinite()
+        assert student.grad.isfinite().all()
+
+
+def test_one_hot_assignments_are_cross_entropy_with_the_template():
+    scores = logits()[0]
+    expected = torch.nn.functional.cross_entropy(scores, Y)
+    one_hot = torch.nn.functional.one_hot(Y, 5).float()
+    torch.testing.assert_close(kdf.template_kl(scores, one_hot), expected)
+    rows = kdf.template_kl(scores.expand(3, 4, 5), one_hot.expand(3, 4, 5), reduction="none")
+    assert rows.shape == (3, 4)
+
+
+def test_gradient_of_template_kl_is_the_difference_of_the_assignments():
+    scores, other = logits(torch.float64)
+    scores, wanted = scores.reshape(2, 2, 5).requires_grad_(), other.softmax(1).reshape(2, 2, 5)
+    kdf.template_kl(scores, wanted).backward()
+    torch.testing.assert_close(scores.grad, (scores.softmax(-1).detach() - wanted) / 4)
+
+
+def test_two_classes_are_warned_of_where_the_term_vanishes():
+    student, teacher = torch.randn(3, 2), torch.randn(3, 2)
+    targets = torch.tensor([0, 1, 1])
+    for function in (kdf.nckd, kdf.dkd):
+        with pytest.warns(KDLayersWarning, match="with 2 classes the non-target term .* always 0"):
+            function(student, teacher, targets)
+    torch.testing.assert_close(
+        kdf.dkd(student, teacher, targets, beta=0.0), kdf.kd(student, teacher)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (
+            lambda s, t: kdf.kd(s, t[:, :4]),
+            ShapeError,
+            r"one shape \[batch, classes\], got \[4, 5\]",
+        ),
+        (lambda s, t: kdf.kd(s[0], t[0]), ShapeError, r"got \[5\] and \[5\]"),
+        (lambda s, t: kdf.kd(s[:, :1], t[:, :1]), ShapeError, "at least 2 classes, got"),
+        (lambda s, t: kdf.kd(s, Y), ArgumentTypeError, "the order of arguments is student, teach"),
+        (lambda s, t: kdf.kd(3.0, 4.0), ArgumentTypeError, "student must be a tensor, got float"),
+        (lambda s, t: kdf.kd(s, t, temperature=0), ArgumentError, "temperature must be above 0"),
+        (
+            lambda s, t: kdf.kd(s, t, temperature="4"),
+            ArgumentTypeError,
+            "must be a number, got str",
+        ),
+        (lambda s, t: kdf.kd(s, t, reduction="batchmean"), ArgumentError, 'must be "mean", "sum"'),
+        (lambda s, t: kdf.dkd(s, t, t.softmax(1)), ArgumentTypeError, "soft labels .mixup"),
+        (lambda s, t: kdf.dkd(s, t, Y[:2]), ShapeError, r"of shape \[4\], one a sample, got \[2\]"),
+        (lambda s, t: kdf.dkd(s, t, Y - 1), ArgumentError, r"in 0..4 .* labels from -1 to 2"),
+        (lambda s, t: kdf.dkd(s, t, Y > 1), ArgumentTypeError, "got torch.bool"),
+        (lambda s, t: kdf.dkd(s, t, [0, 1]), ArgumentTypeError, "targets must be a tensor, got"),
+        (lambda s, t: kdf.dkd(s, t, Y, beta=-1), ArgumentError, "beta must be 0 or more"),
+        (lambda s, t: kdf.aekt(s, t, Y, form="kl"), ArgumentError, "form must be one of chi2"),
+        (lambda s, t: kdf.aekt(s, t, Y, ratio_clip=0), ArgumentError, "ratio_clip must be above"),
+        (lambda s, t: kdf.template_kl(s, t[:2]), ShapeError, r"one shape \[..., templates\]"),
+        (lambda s, t: kdf.inheritance(s, t[:, :2]), ShapeError, r"factors of one shape \[batch"),
+        (lambda s, t: kdf.inheritance(s, t, p=3), ArgumentError, "p must be 1 or 2, got 3"),
+        (lambda s, t: kdf.exploration(s, t, scale="no"), ArgumentError, "scale must be"),
+        (
+            lambda s, t: kdf.exploration(s[:1], t[:1], measure="cka"),
+            ShapeError,
+            "needs a batch of 2 or more, got 1",
+        ),
+        (
+            lambda s, t: kdf.inheritance(s, t, p=2, reduction="none"),
+            ArgumentError,
+            "has no meaning where one value belongs to the whole batch",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call(*logits())
