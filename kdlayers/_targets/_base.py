@@ -76,8 +76,8 @@ class TemplateTargets(nn.Module):
     def _need(self, buffer: Tensor | None) -> Tensor:
         if buffer is None:
             raise NotFittedError(
-                f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) or "
-                ".fit(batches) first, or load a fitted state"
+                f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) "
+                "or .fit(batches) first, or load a fitted state"
             )
         return buffer
 
@@ -105,7 +105,7 @@ class TemplateTargets(nn.Module):
                 setattr(
                     self, name, torch.empty_like(value, dtype=dtype, device=self._anchor.device)
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_values(self, state: dict[str, Any]) -> None:
         owner = type(self).__name__
@@ -118,7 +118,8 @@ class TemplateTargets(nn.Module):
         for name, value in state.items():
             if not isinstance(value, Tensor):
                 raise CheckpointError(
-                    f"the state of {owner} is damaged: {name} is a {type(value).__name__}, no tensor"
+                    f"the state of {owner} is damaged: {name} is no tensor but a "
+                    f"{type(value).__name__}"
                 )
             if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
                 raise CheckpointError(

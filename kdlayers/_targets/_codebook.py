@@ -31,14 +31,15 @@ class CodebookTargets(TemplateTargets):
 
     :meth:`fit` reads the data twice at most, and never holds all of it:
 
-    1. A uniform sample of 64 rows a template is kept (fewer, but at least 16, where that exceeds
-       2\ :sup:`28` numbers). k-means runs on it: greedy k-means++ seeding up to 512 templates and
-       k-means++ in rounds above, then Lloyd iterations until one lowers the inertia by less than
-       1e-4 of it, 50 at most; centres without rows move to the farthest rows.
+    1. A uniform sample of 64 rows a template, at least 16384, is kept (fewer, but not below 16 a
+       template, where that exceeds 2\ :sup:`28` numbers). k-means runs on it: up to 512 templates
+       with greedy k-means++ seeding and Lloyd iterations until nothing changes, 300 at most; above
+       with k-means++ in rounds and Lloyd iterations until one lowers the inertia by less than 1e-4
+       of it, 50 at most. Centres without rows move to the farthest rows.
     2. If the data held more rows than the sample, one exact Lloyd step over all rows follows.
 
-    Under ``torch.distributed`` the samples, sums and counts of all ranks are combined, and all ranks
-    end with the same centres.
+    Under ``torch.distributed`` the samples, sums and counts of all ranks are combined, and all
+    ranks end with the same centres.
 
     Args:
         num_templates: K, number of centres. Default 4096, the authors'.

@@ -10,8 +10,11 @@ from kdlayers._distributed import all_sum, rank
 from kdlayers._targets._distances import nearest, sums_by_index
 from kdlayers._targets._hash import derive_seed
 from kdlayers._targets._kmeans import kmeans, mean_centers
-from kdlayers._targets._reservoir import Reservoir, Sample, rows_per_center
+from kdlayers._targets._reservoir import Reservoir, Sample, sample_size
 from kdlayers.errors import FitError, KDLayersWarning
+
+ROWS_PER_CENTER, SMALL_SAMPLE = 64, 2**14
+"""Rows in a sample: this many a centre, but not fewer in all, which costs little."""
 
 
 class SamplePass:
@@ -27,7 +30,8 @@ class SamplePass:
     def take(self, rows: Tensor, labels: Tensor | None) -> None:  # noqa: ARG002
         """Offer a block to the sample."""
         if self._reservoir is None:
-            capacity = self._k * rows_per_center(self._k, rows.shape[1])
+            wanted = max(ROWS_PER_CENTER * self._k, SMALL_SAMPLE)
+            capacity = sample_size(wanted, self._k, rows.shape[1])
             self._reservoir = Reservoir(capacity, self._seed)
         self._reservoir.add(rows)
 

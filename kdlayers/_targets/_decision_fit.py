@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from kdlayers._targets._distances import affine, nearest, sums_by_index
 from kdlayers._targets._hash import derive_seed
 from kdlayers._targets._kmeans import kmeans, mean_centers
 from kdlayers._targets._lda import Scatter, check_range, discriminants
-from kdlayers._targets._reservoir import Reservoir, rows_per_center
-from kdlayers._targets._rows import BLOCK
+from kdlayers._targets._reservoir import Reservoir, sample_size
+from kdlayers._targets._rows import BLOCK, require_labels
 from kdlayers.errors import FitError, KDLayersWarning
+
+ROWS_PER_SUBCLASS, SMALL_SAMPLE = 256, 2048
+"""Rows in a class's sample; more than a codebook takes, as no later pass moves these centres."""
 
 
 @dataclass
@@ -27,10 +30,10 @@ class Plan:
     num_classes: int | None
     seed: int
     install: Callable[..., None]
-    projection: Tensor = torch.empty(0)
-    shift: Tensor = torch.empty(0)
-    centers: Tensor = torch.empty(0)
-    prototypes: Tensor = torch.empty(0)
+    projection: Tensor = field(init=False)
+    shift: Tensor = field(init=False)
+    centers: Tensor = field(init=False)
+    prototypes: Tensor = field(init=False)
 
     def own(self, z: Tensor, labels: Tensor) -> Tensor:
         """Sub-class of each row of z: the nearest of its class's centres."""
@@ -59,7 +62,7 @@ class ScatterPass:
     def take(self, rows: Tensor, labels: Tensor | None) -> None:
         """Add a block."""
         self._dtype = rows.dtype
-        self._scatter.add(rows, _given(labels))
+        self._scatter.add(rows, require_labels(labels))
 
     def finish(self) -> "SubclassPass":
         """Find the discriminant directions."""
@@ -91,7 +94,7 @@ class _ProjectedPass:
 
     def take(self, rows: Tensor, labels: Tensor | None) -> None:
         """Project a block and add it."""
-        labels = _given(labels)
+        labels = require_labels(labels)
         check_range(labels, self._plan.num_classes)
         self.add(affine(rows, self._plan.projection, self._plan.shift), labels, rows)
 
@@ -108,8 +111,9 @@ class SubclassPass(_ProjectedPass):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         classes = plan.num_classes or 0
-        per_center = rows_per_center(classes * plan.subclasses, len(plan.projection))
-        self._reservoir = Reservoir(per_center * plan.subclasses, plan.seed, groups=classes)
+        wanted = max(ROWS_PER_SUBCLASS * plan.subclasses, SMALL_SAMPLE)
+        capacity = sample_size(wanted, plan.subclasses, classes * len(plan.projection))
+        self._reservoir = Reservoir(capacity, plan.seed, groups=classes)
 
     def add(self, z: Tensor, labels: Tensor, rows: Tensor) -> None:
         """Offer a block to the sample; sorted by the features, which do not depend on the LDA."""
@@ -129,9 +133,16 @@ class SubclassPass(_ProjectedPass):
         prototypes = PrototypePass(plan)
         if not sample.complete:
             return prototypes
-        decisions = _replay(prototypes, self._reservoir).finish()
-        _replay(decisions, self._reservoir).finish()
+        self._replay(prototypes)
+        decisions = prototypes.finish()
+        self._replay(decisions)
+        decisions.finish()
         return None
+
+    def _replay(self, target: _ProjectedPass) -> None:
+        z, labels = self._reservoir.local()
+        for part, part_labels in zip(z.split(BLOCK), labels.split(BLOCK), strict=True):
+            target.add(part, part_labels, part)
 
 
 class PrototypePass(_ProjectedPass):
@@ -191,28 +202,13 @@ class DecisionPass(_ProjectedPass):
         )
 
 
-def _replay(
-    target: "PrototypePass | DecisionPass", reservoir: Reservoir
-) -> "PrototypePass | DecisionPass":
-    z, labels = reservoir.local()
-    for part, part_labels in zip(z.split(BLOCK), labels.split(BLOCK), strict=True):
-        target.add(part, part_labels, part)
-    return target
-
-
-def _given(labels: Tensor | None) -> Tensor:
-    if labels is None:
-        raise FitError("DecisionTargets needs labels")
-    return labels
-
-
 def _check_classes(counts: Tensor, subclasses: int) -> None:
     rows = counts.tolist()
     missing = [label for label, count in enumerate(rows) if not count]
     if missing:
         raise FitError(
-            f"no sample of {_listed(missing)} of the {len(rows)} classes 0..{len(rows) - 1}; fit on "
-            "data that have every class, or set num_classes to the number of classes there are"
+            f"no sample of {_listed(missing)} of the {len(rows)} classes 0..{len(rows) - 1}; fit "
+            "on data that have every class, or set num_classes to the number of classes there are"
         )
     few = [label for label, count in enumerate(rows) if count < subclasses]
     if few:

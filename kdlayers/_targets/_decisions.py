@@ -19,31 +19,34 @@ class DecisionTargets(TemplateTargets):
 
     Features are projected by linear discriminant analysis, :math:`z = A f + b`, and every class
     :math:`c` is split by k-means into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
-    \rho_{Sc+S-1}` and means :math:`\mu`. A position of class :math:`y` belongs to the nearest centre
-    of its own class; the decision is the nearest mean of all :math:`K = CS`, whatever the class:
+    \rho_{Sc+S-1}` and means :math:`\mu`. A position of class :math:`y` belongs to the nearest
+    centre of its own class; the decision is the nearest mean of all :math:`K = CS`, whatever the
+    class:
 
     .. math::
         h_1(z, y) = \operatorname*{argmin}_{s \in \{Sy, \dots, Sy+S-1\}} \| z - \rho_s \|^2,
         \qquad h_2(z) = \operatorname*{argmin}_s \| z - \mu_s \|^2
 
     .. math::
-        P_{ss'} = \frac{\#\{ i : h_1(z_i, y_i) = s,\; h_2(z_i) = s' \}}{\#\{ i : h_1(z_i, y_i) = s \}},
+        P_{ss'} = \frac{\#\{ i : h_1(z_i, y_i) = s,\; h_2(z_i) = s' \}}
+        {\#\{ i : h_1(z_i, y_i) = s \}},
         \qquad q_i = P_{h_1(z_i, y_i),\,\cdot}
 
     :math:`P` is a count table: no softmax and no temperature; exact zeros are common.
 
     :meth:`fit` needs integer labels and reads the data two to four times: class statistics for the
     discriminant analysis (in float64; class frequencies as priors, covariance within classes with
-    divisor :math:`N - C`, tolerance 1e-4); a uniform sample of 64 rows a sub-class (fewer for very
-    many classes) for k-means; the means :math:`\mu`; the table. The last two work on the sample in
-    memory where it holds all rows. A sub-class that stays empty keeps its centre as its mean and
-    decides for itself. Under ``torch.distributed`` all ranks end with the same result.
+    divisor :math:`N - C`, tolerance 1e-4); a uniform sample of 256 rows a sub-class, at least
+    2048 a class (fewer for very many classes), for k-means; the means :math:`\mu`; the table. The
+    last two work on the sample in memory where it holds all rows. A sub-class that stays empty
+    keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all ranks end
+    with the same result.
 
     Args:
         subclasses: S, sub-classes of each class. Default 8, the authors'; 1 is allowed.
         components: number of discriminant directions kept. Default 60, the authors' for CIFAR-100;
             cut with a warning to what classes and features allow, at most C - 1.
-        num_classes: C; default: what ``attach_kd`` sees, or the largest label of :meth:`fit` plus 1.
+        num_classes: C; default: what ``attach_kd`` sees, or the largest label of :meth:`fit` + 1.
 
     Attributes:
         projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
@@ -86,6 +89,7 @@ class DecisionTargets(TemplateTargets):
     prototypes: Tensor | None
     decisions: Tensor | None
     counts: Tensor | None
+    _num_classes: int | None
     _state_names: ClassVar[tuple[str, ...]] = (
         "projection",
         "shift",
@@ -133,7 +137,7 @@ class DecisionTargets(TemplateTargets):
     @override
     def _install(self, **buffers: Tensor) -> None:
         super()._install(**buffers)
-        self._num_classes, self.subclasses = buffers["counts"].shape
+        self._num_classes, self.subclasses = map(int, buffers["counts"].shape)
 
     @override
     @torch.no_grad()
@@ -186,15 +190,15 @@ class DecisionTargets(TemplateTargets):
         projection, counts = state["projection"], state["counts"]
         if projection.dim() != 2 or counts.dim() != 2 or 0 in (*projection.shape, *counts.shape):
             raise CheckpointError(
-                "the state of DecisionTargets is damaged: projection must be [components, channels] "
-                f"and counts [classes, sub-classes], got {list(projection.shape)} and "
+                "the state of DecisionTargets is damaged: projection must be [components, "
+                f"channels] and counts [classes, sub-classes], got {list(projection.shape)} and "
                 f"{list(counts.shape)}"
             )
         k, size = counts.numel(), len(projection)
         shapes = {"shift": (size,), "centers": (k, size), "prototypes": (k, size)}
         check_shapes(self, state, {**shapes, "decisions": (k, k)})
         _check_shares(state["decisions"])
-        self._num_classes, self.subclasses = counts.shape
+        self._num_classes, self.subclasses = map(int, counts.shape)
 
     @override
     def extra_repr(self) -> str:

@@ -50,7 +50,7 @@ def _tensor_float() -> bool:
     """Whether the user lets CUDA round the factors of float32 products to 10 bits."""
     flags = torch.backends.cuda.matmul
     precision = getattr(flags, "fp32_precision", None)  # torch 2.9 and later
-    return flags.allow_tf32 if precision is None else precision == "tf32"
+    return bool(flags.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _split_product(a: Tensor, b: Tensor) -> Tensor:

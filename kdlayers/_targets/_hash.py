@@ -26,7 +26,7 @@ def mix(values: Tensor) -> Tensor:
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
     """Shift that fills with zeros; int64's own fills with the sign."""
-    return (values >> bits) & (2 ** (64 - bits) - 1)
+    return torch.bitwise_and(values >> bits, 2 ** (64 - bits) - 1)
 
 
 def derive_seed(*parts: int) -> int:

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from kdlayers._targets._distances import closeness, nearest, sums_by_index
 
-MAX_ITERATIONS = 50
-TOLERANCE = 1e-4
-"""Lloyd stops when an iteration lowers the inertia by less than this part of it."""
 GREEDY_LIMIT = 512
-"""Up to this many centres are seeded one by one, the best of a few candidates each time."""
+"""Up to this many centres are seeded one by one, the best of a few candidates each time, and Lloyd
+runs until nothing changes; more centres are seeded in rounds, and Lloyd stops early."""
+ITERATIONS, EARLY_ITERATIONS = 300, 50
+EARLY_TOLERANCE = 1e-4
+"""Stopping early: when an iteration lowers the inertia by less than this part of it."""
 
 
 class Clustering(NamedTuple):
@@ -34,19 +35,18 @@ def kmeans(rows: Tensor, k: int, seed: int) -> Clustering:
 
 
 def lloyd(rows: Tensor, centers: Tensor) -> Clustering:
-    """Lloyd iterations from ``centers`` until convergence, at most `MAX_ITERATIONS`.
-
-    A centre without rows is moved to a row that is farthest from its own centre.
-    """
+    """Lloyd iterations from ``centers``; one without rows moves to a row far from its own."""
+    early = len(centers) > GREEDY_LIMIT
+    limit, tolerance = (EARLY_ITERATIONS, EARLY_TOLERANCE) if early else (ITERATIONS, 0.0)
     previous = math.inf
-    for step in range(MAX_ITERATIONS + 1):
+    for step in range(limit + 1):
         distances, index = nearest(rows, centers)
         inertia = distances.double().mean()
         counts = torch.bincount(index, minlength=len(centers))
         value = float(inertia)
         movable = bool((counts == 0).any()) and bool((distances > 0).any())
-        converged = step > 0 and not movable and previous - value <= TOLERANCE * previous
-        if converged or step == MAX_ITERATIONS:
+        converged = step > 0 and not movable and previous - value <= tolerance * previous
+        if converged or step == limit:
             break
         previous = value
         centers = mean_centers(sums_by_index(rows, index, len(centers)), counts, centers)
@@ -109,7 +109,7 @@ def _accept(candidates: Tensor, distances: Tensor, generator: torch.Generator) -
     between = _all_distances(candidates, candidates).cpu()
     start, current = distances.cpu(), distances.cpu()
     thresholds = torch.rand(len(start), generator=generator, dtype=torch.float64) * start
-    accepted = []
+    accepted: list[int] = []
     for i, threshold in enumerate(thresholds.tolist()):
         # The first is accepted always, also when all distances are 0 (fewer distinct rows than k).
         if not accepted or threshold < float(current[i]):

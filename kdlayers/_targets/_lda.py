@@ -61,7 +61,7 @@ class Scatter:
 
     def _start(self, rows: Tensor) -> None:
         width = rows.shape[1]
-        self.origin = rows.median(dim=0).values.double()
+        self.origin = rows.sort(dim=0).values[len(rows) // 2].double()
         self.counts = torch.zeros(self._classes or 0, dtype=torch.long, device=rows.device)
         self.sums = self.origin.new_zeros(self._classes or 0, width)
         self.gram = self.origin.new_zeros(width, width)
@@ -122,9 +122,10 @@ def _whitening(scatter: Scatter, means: Tensor, rows: Tensor, classes: int) -> T
     standard = within * inverse.outer(inverse) / (rows - classes)
     values, vectors = torch.linalg.eigh((standard + standard.T) / 2)
     kept = values > TOLERANCE**2
-    if not kept.any():
+    if not bool(kept.any()):
         raise FitError(
             "the features do not vary within any class, so there is no covariance to whiten; check "
             "the teacher's point and that the data hold several images a class"
         )
-    return (vectors[:, kept] * inverse.unsqueeze(1) / values[kept].sqrt()).flip(1)
+    whitening: Tensor = vectors[:, kept] * inverse.unsqueeze(1) / values[kept].sqrt()
+    return whitening.flip(1)

@@ -8,18 +8,17 @@ from torch import Tensor
 from kdlayers._distributed import all_rows, all_sum, rank
 from kdlayers._targets._hash import counter_keys, derive_seed, row_tags
 
-ROWS_PER_CENTER = 64
-LEAST_ROWS_PER_CENTER = 16
 LARGEST_SAMPLE = 2**28
-"""Numbers in a sample, 1 GiB in float32, above which there are fewer rows a centre."""
+"""Numbers in a sample, 1 GiB in float32, above which it has fewer rows than wanted."""
+LEAST_ROWS = 16
+"""Rows a centre that it has in any case."""
 
 _LAST = 2**63 - 1
 
 
-def rows_per_center(centers: int, width: int) -> int:
-    """Rows to sample for each of ``centers`` centres of ``width`` numbers."""
-    fitting = LARGEST_SAMPLE // (centers * width)
-    return min(ROWS_PER_CENTER, max(LEAST_ROWS_PER_CENTER, fitting))
+def sample_size(wanted: int, centers: int, width: int) -> int:
+    """Rows to sample for ``centers`` centres: ``wanted`` unless rows of ``width`` get too many."""
+    return min(wanted, max(LEAST_ROWS * centers, LARGEST_SAMPLE // width))
 
 
 class Sample(NamedTuple):

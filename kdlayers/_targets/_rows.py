@@ -43,7 +43,7 @@ class RowFitter:
         """Take features [..., D] and labels: any leading part of ``[...]``, or None."""
         current = self._current()
         check_features(teacher)
-        labels = expand_labels(teacher, targets) if current.labelled else None
+        labels = expand_labels(teacher, require_labels(targets)) if current.labelled else None
         rows = self._checked(teacher.detach().reshape(-1, teacher.shape[-1]))
         labels = labels if labels is None else labels.to(rows.device).reshape(-1)
         self._batch += 1
@@ -125,8 +125,9 @@ class Blocks:
 
 
 def _pairs(rows: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    parts = rows.split(BLOCK)
-    return list(zip(parts, [None] * len(parts) if labels is None else labels.split(BLOCK)))
+    if labels is None:
+        return [(part, None) for part in rows.split(BLOCK)]
+    return list(zip(rows.split(BLOCK), labels.split(BLOCK), strict=True))
 
 
 def work_dtype(features: Tensor) -> torch.dtype:
@@ -135,7 +136,7 @@ def work_dtype(features: Tensor) -> torch.dtype:
 
 
 def check_features(features: object, width: int | None = None) -> None:
-    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` where it is given."""
+    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` where given."""
     if not isinstance(features, Tensor):
         raise ArgumentTypeError(f"features must be a tensor, got {type(features).__name__}")
     if not features.is_floating_point():
@@ -149,6 +150,16 @@ def check_features(features: object, width: int | None = None) -> None:
         )
 
 
+def require_labels(labels: Tensor | None) -> Tensor:
+    """The labels; raise FitError without them."""
+    if labels is None:
+        raise FitError(
+            "DecisionTargets learns from labels, but fit() was given batches without them; use a "
+            "loader of (images, labels), or CodebookTargets at this point"
+        )
+    return labels
+
+
 def expand_labels(features: Tensor, labels: object) -> Tensor:
     """Integer labels, int64, for every position [...] of features [..., D].
 
@@ -160,8 +171,8 @@ def expand_labels(features: Tensor, labels: object) -> Tensor:
     where = list(features.shape[:-1])
     if labels is None:
         raise ArgumentError(
-            "DecisionTargets needs the class labels: give kd.loss(labels) and kd.fit integer labels "
-            f"for features {list(features.shape)}, or use CodebookTargets at this point"
+            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
+            "features, labels) with integer labels, or use CodebookTargets at this point"
         )
     if not isinstance(labels, Tensor):
         raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
