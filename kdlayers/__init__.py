@@ -18,12 +18,15 @@ from kdlayers import losses as losses
 from kdlayers import schedules as schedules
 from kdlayers._attach import attach_kd as attach_kd
 from kdlayers._bake import bake as bake
+from kdlayers._fold import fold as fold
 from kdlayers._handle import KDHandle as KDHandle
 from kdlayers._layer import KDLayer as KDLayer
 from kdlayers._layer import TemplateHead as TemplateHead
 from kdlayers._mutual import attach_mutual as attach_mutual
 from kdlayers._points import KDPoint as KDPoint
 from kdlayers._points import find_points as find_points
+from kdlayers._prune import PrunedLayer as PrunedLayer
+from kdlayers._prune import prune_templates as prune_templates
 from kdlayers._save import load_student as load_student
 from kdlayers._save import save_student as save_student
 from kdlayers._targets import CodebookTargets as CodebookTargets

@@ -1,6 +1,7 @@
 """Baking: hooks become plain submodules."""
 
 import copy
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -18,7 +19,7 @@ from kdlayers.errors import AttachError
 class BakedPoint(nn.Module):
     """A module followed by its KD layer, for modules with several arguments or outputs."""
 
-    def __init__(self, module: nn.Module, layer: KDLayer, path: Path) -> None:
+    def __init__(self, module: nn.Module, layer: nn.Module, path: Path) -> None:
         super().__init__()
         self.module = module
         self.layer = layer
@@ -52,20 +53,28 @@ def bake(student: nn.Module) -> nn.Module:
         >>> torch.equal(bake(student)(images), student(images))
         True
     """
+    return replace_layers(student, _plain)
+
+
+def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module]) -> nn.Module:
+    """A copy of ``student`` without hooks, with ``made(slot)`` as a submodule for every slot.
+
+    Raises:
+        AttachError: if there is no KD layer.
+    """
     student, _ = unwrap(student, "student")
     if not inserts(student):
-        raise AttachError(
-            f"this {type(student).__name__} has no KD layers to bake; attach_kd first"
-        )
+        raise AttachError(f"this {type(student).__name__} has no KD layers; attach_kd first")
     baked = copy.deepcopy(student)
     for module, key, hook in inserts(baked):
+        layer = made(hook.slot(module))
         del module._forward_hooks[key]
-        slot = descend(module, hook.store)._modules.pop(SLOT)
-        _replace(baked, module, _baked_point(module, _plain(slot), hook.path))  # type: ignore[arg-type]
+        descend(module, hook.store)._modules.pop(SLOT)
+        _replace(baked, module, _baked_point(module, layer, hook.path))
     return _without_record_hooks(baked)
 
 
-def _baked_point(module: nn.Module, layer: KDLayer, path: Path) -> nn.Module:
+def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
     point: nn.Module = BakedPoint(module, layer, path)
     # TorchScript knows no *args; a Sequential serves where the module takes one tensor.
     if path == () and len(signature(module.forward).parameters) == 1:

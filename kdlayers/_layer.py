@@ -29,13 +29,14 @@ class CosineProjection(nn.Module):
     def project(self, vectors: Tensor) -> Tensor:
         """Cosines of ``vectors`` [..., in_features] with the rows: [..., out_features]."""
         weight = self.weight
-        unit = (weight * _inverse_norm(weight)).to(weight.dtype)
+        unit = (weight * inverse_norm(weight)).to(weight.dtype)
         product = F.linear(vectors, unit)
-        factor = _inverse_norm(vectors) * self.scale
+        factor = inverse_norm(vectors) * self.scale
         return (product * factor).to(product.dtype)
 
 
-def _inverse_norm(vectors: Tensor, eps: float = 1e-12) -> Tensor:
+def inverse_norm(vectors: Tensor, eps: float = 1e-12) -> Tensor:
+    """1 / max(norm, eps) over the last axis, in float32 or better; 0 for a vector of zeros."""
     if vectors.dtype != torch.float64:
         vectors = vectors.float()
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)

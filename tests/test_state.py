@@ -179,7 +179,7 @@ def test_refusals(tmp_path):
         load_student(Net(4, classes=7), tmp_path / "student.pt")
     with pytest.raises(AttachError, match="has no KD layers"):
         save_student(Net(4), tmp_path / "none.pt")
-    with pytest.raises(AttachError, match="no KD layers to bake"):
+    with pytest.raises(AttachError, match="has no KD layers"):
         bake(Net(4))
 
 

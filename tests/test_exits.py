@@ -1,0 +1,137 @@
+"""Leaving: folded and pruned students."""
+
+import pytest
+import torch
+
+from kdlayers import KDPoint, attach_kd, fold, load_student, prune_templates, save_student
+from kdlayers._sites import slots
+from kdlayers.errors import ArgumentError, AttachError, FitError
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch(8)
+
+
+def trained(templates=12, alpha=0.8):
+    """A detached student whose batch norms have seen data, and whose thresholds differ."""
+    student = Net(6)
+    points = [KDPoint(n, num_templates=templates, alpha=alpha) for n in ("first", "last")]
+    kd = attach_kd(student, at=points, example=IMAGES)
+    for _ in range(5):
+        student.train()(IMAGES)
+    kd.detach()
+    with torch.no_grad():
+        for layer in slots(student).values():
+            layer.norm.weight.uniform_(0.5, 2)
+            layer.norm.bias.copy_(torch.linspace(-9, 1, templates))
+            layer.value.scale.fill_(1.7)
+    return student.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_folded_outputs_are_equal_up_to_rounding(dtype):
+    student = trained().to(dtype)
+    images = IMAGES.to(dtype)
+    folded = fold(student)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(folded(images), student(images), rtol=0, atol=tolerance)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in folded.modules())
+    assert not folded.training
+    plain = sum(p.numel() for p in Net(6).parameters())
+    assert sum(p.numel() for p in folded.parameters()) == plain
+    exported = torch.export.export(folded, (images,))
+    torch.testing.assert_close(exported.module()(images), folded(images))
+
+
+def test_folded_zero_positions_pass_unchanged():
+    student = trained()
+    with torch.no_grad():
+        for layer in slots(student).values():
+            layer.norm.bias.fill_(-100)
+    plain = Net(6).eval()
+    plain.load_state_dict({k: v for k, v in student.state_dict().items() if ".kd." not in k})
+    assert torch.equal(fold(student)(IMAGES), plain(IMAGES))
+
+
+def firing(student, name):
+    """Which templates fire anywhere on the images, by running the layer's parts one by one."""
+    seen = []
+    layer = slots(student)[name]
+    hook = layer.norm.register_forward_hook(
+        lambda m, a, out: seen.append((out > 0).float().mean(0))
+    )
+    with torch.no_grad():
+        student(IMAGES)
+    hook.remove()
+    return seen[0]
+
+
+def test_pruning_what_never_fires_keeps_the_outputs():
+    student = trained().double()
+    before = student(IMAGES.double())
+    global_images = IMAGES.double()
+    fires = {}
+    for name, layer in slots(student).items():
+        rows = []
+        hook = layer.norm.register_forward_hook(lambda m, a, out, r=rows: r.append(out > 0))
+        student(global_images)
+        hook.remove()
+        fires[name] = int(rows[0].any(0).sum())
+    total = sum(p.numel() for p in student.parameters())
+    report = prune_templates(student, [(IMAGES[:5], LABELS[:5]), (IMAGES[5:], LABELS[5:])])
+    torch.testing.assert_close(student(IMAGES.double()), before, rtol=0, atol=1e-12)
+    for layer in report:
+        assert layer.before == 12
+        assert layer.after == fires[layer.name] + 1
+        assert slots(student)[layer.name].head.num_templates == layer.after
+    assert sum(p.numel() for p in student.parameters()) == total - sum(r.parameters for r in report)
+    assert [r.macs for r in report] == [
+        2 * (r.before - r.after) * c for r, c in zip(report, (6, 7), strict=True)
+    ]
+
+
+def test_a_pruned_student_saves_loads_and_trains(tmp_path):
+    student = trained()
+    prune_templates(student, [IMAGES])
+    save_student(student, tmp_path / "pruned.pt")
+    fresh = load_student(Net(6).eval(), tmp_path / "pruned.pt")
+    assert torch.equal(fresh(IMAGES), student(IMAGES))
+    student.train()(IMAGES).sum().backward()
+    assert all(p.grad is not None for p in student.parameters())
+    for layer in slots(student).values():
+        assert torch.equal(layer.norm.bias.grad[-1], torch.zeros(()))
+
+
+def test_a_budget_removes_what_fires_rarely():
+    student = trained()
+    share = firing(student, "first")
+    between = share[share > 0].median().item()
+    (first, _) = prune_templates(student, [IMAGES], budget=between)
+    assert first.after == int((share > between).sum()) + 1
+
+
+def test_nothing_to_prune():
+    student = trained()
+    with torch.no_grad():
+        for layer in slots(student).values():
+            layer.norm.bias.fill_(50)
+    assert all(r.after == 12 and r.parameters == 0 for r in prune_templates(student, [IMAGES]))
+
+
+def attached():
+    student = Net(6)
+    kd = attach_kd(student, Net(4), "last", example=IMAGES)
+    return student, kd
+
+
+def test_refusals():
+    with pytest.raises(ArgumentError, match=r"share of positions in \[0, 1\), got 1"):
+        prune_templates(trained(), [IMAGES], budget=1)
+    with pytest.raises(FitError, match="empty loader"):
+        prune_templates(trained(), [])
+    with pytest.raises(AttachError, match="has no KD layers"):
+        prune_templates(Net(), [IMAGES])
+    with pytest.raises(AttachError, match="has no KD layers"):
+        fold(Net())
+    student, kd = attached()
+    with pytest.raises(AttachError, match=r"call kd\.detach\(\) before"):
+        prune_templates(student, [IMAGES])
