@@ -289,3 +289,18 @@ def test_blocks_are_full_but_the_last(sizes, labelled):
     for block, labels in out:
         assert labels is None or torch.equal(labels, block.flatten().long())
         assert (labels is not None) == labelled
+
+
+def test_precision_that_the_user_allows_is_seen_also_under_compile():
+    def choose(x):
+        return x + 1 if _distances._tensor_float() else x - 1
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, expected in (("highest", -1.0), ("high", 1.0)):
+            torch.set_float32_matmul_precision(precision)
+            torch.compiler.reset()
+            compiled = torch.compile(choose, fullgraph=True, backend="eager")
+            assert compiled(torch.zeros(())) == choose(torch.zeros(())) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -46,6 +46,7 @@ def sums_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
     return sums.index_add_(0, index, rows.double())
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tensor_float() -> bool:
     """Whether the user lets CUDA round the factors of float32 products to 10 bits."""
     flags = torch.backends.cuda.matmul
