@@ -132,12 +132,13 @@ class AutoEncoderFitter:
             self._optimiser.zero_grad()
             error.backward()
             self._optimiser.step()
-        self._error = self._error.to(error) + error.detach()
+        self._error = self._error + error.detach()
         self._batches += 1
 
     def _start(self, teacher: Tensor) -> AutoEncoder:
         with torch.random.fork_rng(devices=[]):  # the weights come from a generator of their own
             self._coder = self._make(teacher)
+        self._error = self._error.to(self._coder.weight)
         generator = torch.Generator().manual_seed(self._seed)
         self._coder.encoder.reset(generator)
         self._coder.decoder.reset(generator)

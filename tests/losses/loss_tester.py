@@ -15,6 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from kdlayers.errors import ArgumentTypeError, ShapeError
 
@@ -149,12 +152,28 @@ class LossTester:
         student.requires_grad_()
         expected = loss(student, teacher, targets)
         (slope,) = torch.autograd.grad(expected, student)
-        compiled = torch.compile(loss, fullgraph=True, backend="eager")
-        for _ in range(3):
+        counter = CompileCounter()
+        compiled = torch.compile(loss, fullgraph=True, backend=counter)
+        for _ in range(4):
             value = compiled(student, teacher, targets)
             torch.testing.assert_close(value, expected)
             torch.testing.assert_close(torch.autograd.grad(value, student)[0], slope)
         assert set(loss.metrics()) == set(type(self).metrics)
+        assert counter.frame_count <= 2  # what it records may cost one more compilation, not four
+
+    def test_never_waits_for_an_accelerator(self):
+        student, teacher, targets = self.inputs(dtype=torch.float32)
+        loss = self.ready(student, teacher)
+        state = loss.state_dict()
+        # Fake tensors hold no values: reading one, as .item() does, is an error.
+        with FakeTensorMode() as fake:
+
+            def move(tensor):
+                return fake.from_tensor(tensor).to("cuda")
+
+            moved = {name: move(value) for name, value in state.items()}
+            value = functional_call(loss, moved, tuple(map(move, (student, teacher, targets))))
+        assert value.device.type == "cuda"
 
     @pytest.mark.parametrize(("batch", "classes"), [(4, 2), (3, 1000), (1, 5)])
     def test_few_and_many_classes_and_a_batch_of_one(self, batch, classes):
