@@ -1,0 +1,113 @@
+"""The documentation names what exists, all of it, and its code runs."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import kdlayers
+import kdlayers.schedules
+from tests.docs_blocks import python_blocks, run_page, small_codebooks
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+API = (DOCS / "api.md").read_text("utf-8")
+MODULES = (
+    kdlayers,
+    kdlayers.errors,
+    kdlayers.functional,
+    kdlayers.losses,
+    kdlayers.schedules,
+)
+PAGES = sorted(page for page in DOCS.glob("*.md") if python_blocks(page.read_text("utf-8")))
+
+
+def public(module):
+    """The public names of a module, and what they stand for."""
+    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    return {
+        f"{module.__name__}.{name}": value
+        for name in names
+        if not inspect.ismodule(value := getattr(module, name))
+        and value.__module__.startswith("kdlayers")
+    }
+
+
+def resolve(name):
+    """The object of a dotted name."""
+    found = kdlayers
+    for part in name.split(".")[1:]:
+        found = getattr(found, part)
+    return found
+
+
+def documented():
+    """Dotted names with an entry on the API page; a module with members stands for them all."""
+    names = re.findall(r"\.\. auto(?:function|class|exception|data):: (\S+)", API)
+    for module in re.findall(r"\.\. automodule:: (\S+)\n +:members:", API):
+        names += public(resolve(module))
+    return names
+
+
+def test_every_documented_name_exists_once():
+    names = documented()
+    assert len(set(names)) == len(names)
+    assert [name for name in names if resolve(name) is None] == []
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_public_name_is_documented(module):
+    entries = [resolve(name) for name in documented()]
+    missing = [n for n, v in public(module).items() if not any(v is entry for entry in entries)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_public_name_has_a_docstring(module):
+    assert [name for name, value in public(module).items() if not inspect.getdoc(value)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore:the optimiser changed the student")
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_codebooks(monkeypatch)
+    text = page.read_text("utf-8")
+    if page.name in NEEDS_A_HANDLE:
+        text = f"```python\n{NEEDS_A_HANDLE[page.name]}\n```\n{text}"
+    run_page(text, str(page))
+
+
+NEEDS_A_HANDLE = {
+    "troubleshooting.md": "from kdlayers import KDLoss, attach_kd\n"
+    "kd = attach_kd(student, teacher, losses=[KDLoss()])"
+}
+
+
+def sentences():
+    """Every string in the library's code, with … in the place of values."""
+    strings = []
+    for file in Path(kdlayers.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                strings.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    return "\n".join(re.sub("['\"]?…['\"]?", "…", string) for string in strings)
+
+
+def test_troubleshooting_quotes_real_sentences():
+    headings = re.findall(
+        r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text("utf-8"), re.MULTILINE
+    )
+    said = sentences()
+    assert len(headings) > 15
+    assert [heading for heading in headings if heading not in said] == []
+
+
+def test_no_trailing_notes():
+    words = re.compile(r"\b(TODO|FIXME|XXX)\b")
+    assert [page.name for page in DOCS.glob("*.md") if words.search(page.read_text("utf-8"))] == []
