@@ -1,5 +1,10 @@
 """What every test gets: two threads, a fixed seed, and no debris in the global random state."""
 
+import os
+
+# Waiting threads that spin slow a machine with few cores down; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
