@@ -192,7 +192,7 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """timm's description of the model and its pretrained weights; empty for other models."""
+    """The description by timm of the model and its pretrained weights; empty for other models."""
     return getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
 
 

@@ -42,7 +42,7 @@ class ShapeError(KDLayersError, ValueError):
 
 
 class LayoutError(KDLayersError, ValueError):
-    """It cannot be told which axis of a tensor holds the channels, or which tokens form the grid."""
+    """The axis of the channels, or the grid that tokens form, cannot be told."""
 
 
 class AttachError(KDLayersError, RuntimeError):

@@ -73,6 +73,50 @@ def worker(rank, port, folder, find_unused):
     dist.destroy_process_group()
 
 
+def sharded_worker(rank, port, folder, granularity):
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    images, labels = batch(12)
+    mine = slice(rank, None, 2)
+    student, kd = build(images)
+    kd.fit([(images[mine], labels[mine])])
+    mesh = dist.init_device_mesh("cpu", (2,))
+    if granularity == "each part":
+        for part in (*slots(student).values(), student.first, student.last):
+            fully_shard(part, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    with pytest.raises(AttachError, match="wrapped in FSDP already"):
+        attach_kd(student, Net(6), "last", example=images[:2])
+    logits = student(images[mine])
+    loss = F.cross_entropy(logits, labels[mine]) + kd.loss(labels[mine])
+    loss.backward()
+    grads = {name: p.grad.full_tensor() for name, p in student.named_parameters()}
+    grads |= {f"loss {i}": p.grad for i, p in enumerate(kd.parameters())}
+    torch.save(grads, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("granularity", ["whole", "each part"])
+def test_fully_sharded_students_have_the_gradients_of_one_process(granularity):
+    with tempfile.TemporaryDirectory() as folder:
+        run(sharded_worker, folder, granularity)
+        sharded = torch.load(Path(folder) / "0.pt", weights_only=True)
+    images, labels = batch(12)
+    student, kd = build(images)
+    kd.fit([(images, labels)])
+    (F.cross_entropy(student(images), labels) + kd.loss(labels)).backward()
+    whole = {name: p.grad for name, p in student.named_parameters()}
+    whole |= {f"loss {i}": p.grad for i, p in enumerate(kd.parameters())}
+    assert list(whole) == list(sharded)
+    for name, grad in whole.items():
+        torch.testing.assert_close(
+            sharded[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def run(function, *args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

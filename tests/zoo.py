@@ -190,7 +190,7 @@ def write_table(results: dict[str, dict[str, object]]) -> None:
         "",
         "Written by `python -m tests.zoo`: every classification model of torchvision and a small",
         "model of every timm family, with the last candidate of `find_points` as its point (an",
-        "earlier one where the model's head does not read it), random weights, float32, on the CPU.",
+        "earlier one where the model's head does not read it), random weights, float32, on CPU.",
         "",
         f"{len(passed)} of {len(results)} models pass every stage.",
         "",
