@@ -26,7 +26,7 @@ from kdlayers._names import match
 from kdlayers._points import KDPoint
 from kdlayers._resolve import At, resolve_points
 from kdlayers._sites import hook_site, inserts, refuse_norm, slots, store_path, take_out
-from kdlayers._teacher import Teacher, make_teachers
+from kdlayers._teacher import Teacher, Transform, make_teachers
 from kdlayers._terms import Term, example_pair, feature_term, unique_names
 from kdlayers._trace import Trace, example_for, run_example, to_model, trace, undisturbed
 from kdlayers._tree import first_tensor, leaves
@@ -42,6 +42,7 @@ def attach_kd(
     losses: Iterable[DistillLoss] = (),
     example: Any = None,
     teacher_weights: Sequence[float] | None = None,
+    teacher_transform: Transform | None = None,
 ) -> KDHandle:
     """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
 
@@ -67,6 +68,8 @@ def attach_kd(
             default: two zero images that suit the student.
         teacher_weights: weights of the teachers in the mean of their logits, made to sum to 1;
             default: all equal.
+        teacher_transform: function of the images that the teachers' inputs go through, for a
+            teacher of another resolution or normalisation; default: none.
 
     Returns:
         The :class:`KDHandle`: ``fit``, ``loss``, ``detach``, ``remove``.
@@ -92,7 +95,7 @@ def attach_kd(
     losses = _check_losses(losses)
     args = example_for(student, example)
     traced = trace(student, args, "student")
-    teachers = make_teachers(student, teacher, args, teacher_weights)
+    teachers = make_teachers(student, teacher, args, teacher_weights, teacher_transform)
     if losses and not teachers:
         raise ArgumentError("losses compare the student with a teacher: pass teacher=")
     points = resolve_points(at, traced, teachers[0].traced if teachers else None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdlayers import _record
 from kdlayers._fitter import Fitter, run_passes
-from kdlayers._hooks import Tape
+from kdlayers._hooks import Tape, version_of
 from kdlayers._progress import progress as show_progress
 from kdlayers._sites import slots, take_out
 from kdlayers._summary import summarise
@@ -68,6 +68,7 @@ class KDHandle:
         self.student = student
         self.terms: dict[str, Tensor] = {}
         self.step = 0
+        self._ahead: tuple[tuple[Any, ...], int | None, list[Taught]] | None = None
         self._teachers = list(teachers)
         self._terms = list(terms)
         self._tape = tape
@@ -171,9 +172,26 @@ class KDHandle:
         finally:
             tape.manual = tape.active = False
 
+    def teach(self, *args: Any, **kwargs: Any) -> None:
+        """Run the teacher on a batch now, before the student, to lower the peak of memory.
+
+        The teacher's activations are freed before the student's are made; only the tensors that
+        the losses read are kept, for the next :meth:`loss`. Calling it is optional.
+
+        Raises:
+            StaleCaptureError: in :meth:`loss`, if the student was run on other tensors.
+        """
+        self._need_teacher("teach")
+        taught = [
+            teacher.run(args, kwargs, self._taps(index, self._terms))
+            for index, teacher in enumerate(self._teachers)
+        ]
+        self._ahead = (args, version_of(args), taught)
+
     def clear(self) -> None:
         """Forget recorded forwards, after a training forward whose KD loss is not wanted."""
         self._tape.consume()
+        self._ahead = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Train-only parameters of the losses, for the optimiser; none of them is the student's."""
@@ -231,7 +249,7 @@ class KDHandle:
     def detach(self) -> None:
         """Let go of teacher, captures and train-only parts; the student keeps its KD layers."""
         self._release()
-        self._teachers, self._terms, self.terms = [], [], {}
+        self._teachers, self._terms, self._ahead, self.terms = [], [], None, {}
 
     def remove(self) -> None:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
@@ -248,6 +266,10 @@ class KDHandle:
             )
 
     def _teach(self, record: _record.Record) -> list[Taught]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            _record.check_same(record, *ahead[:2])
+            return ahead[2]
         autocast = record.autocast_dtype(self.student)
         return [
             teacher.run(record.args, record.kwargs, self._taps(index, self._terms), autocast)

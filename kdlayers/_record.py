@@ -65,6 +65,22 @@ def read(tape: Tape, keys: Collection[str], student: nn.Module, logits: Any) -> 
     return Record(*inputs, features, found)
 
 
+def check_same(record: Record, args: tuple[Any, ...], version: int | None) -> None:
+    """Check that the student ran on what the teacher was given by ``kd.teach``.
+
+    Raises:
+        StaleCaptureError: if not.
+    """
+    same = len(args) == len(record.args) and all(
+        a is b for a, b in zip(args, record.args, strict=True)
+    )
+    if not same or version_of(args) != version:
+        raise StaleCaptureError(
+            "kd.teach(x) and student(x) were given different batches; call kd.teach with the very "
+            "tensors that the student gets next, or leave kd.teach out"
+        )
+
+
 def _no_forward(student: nn.Module) -> str:
     state = "" if student.training else " (the student is in eval mode now: call student.train())"
     return (

@@ -1,6 +1,6 @@
 """Runs a teacher on the student's batch, and leaves it as it was found."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -14,12 +14,19 @@ from kdlayers._trace import Trace, placement, to_model, trace
 from kdlayers._tree import first_tensor
 from kdlayers.errors import ArgumentError, CaptureError
 
+Transform = Callable[[Tensor], Tensor]
+
 
 class Teacher:
     """A frozen model with taps. A plain object: never part of the student or its state."""
 
     def __init__(
-        self, model: nn.Module, traced: Trace, called: nn.Module, weight: float = 1.0
+        self,
+        model: nn.Module,
+        traced: Trace,
+        called: nn.Module,
+        weight: float = 1.0,
+        transform: Transform | None = None,
     ) -> None:
         self.model = model
         self.traced = traced
@@ -27,6 +34,8 @@ class Teacher:
         """What is called for a forward: the model, or its compiled form."""
         self.weight = weight
         """Its share in the mean of several teachers' logits."""
+        self.transform = transform
+        """What the images go through before it sees them."""
         self.eval_mode = True
         """False for the peer of mutual learning, which runs in the mode it is in."""
 
@@ -58,7 +67,7 @@ class Teacher:
                 tap = Capture(name, call.path, tape, clone=call.changed)
                 hook = hook_site(self.model, name).register_forward_hook(tap)
                 stack.callback(hook.remove)
-            args = to_model(tuple(args), self.model)
+            args = to_model(transformed(tuple(args), self.transform), self.model)
             output = self.called(*args, **kwargs)
         missing = [name for name in names if name not in tape.features]
         if missing:
@@ -71,6 +80,11 @@ class Teacher:
         if logits is None:
             raise CaptureError("the teacher returned no tensor, though it did at attach")
         return logits, tape.features
+
+
+def transformed(args: tuple[Any, ...], transform: Transform | None) -> tuple[Any, ...]:
+    """The arguments of a forward, the first of them, the images, sent through ``transform``."""
+    return args if transform is None else (transform(args[0]), *args[1:])
 
 
 Taught = tuple[Tensor, dict[str, Tensor]]
@@ -90,6 +104,7 @@ def make_teachers(
     given: nn.Module | Sequence[nn.Module] | None,
     example: tuple[Any, ...],
     weights: Sequence[float] | None,
+    transform: Transform | None,
 ) -> list[Teacher]:
     """Check and dry-run the teachers that the user gave.
 
@@ -106,12 +121,13 @@ def make_teachers(
             f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
             f"{weights}"
         )
+    example = transformed(example, transform) if models else example
     teachers = []
     for model, weight in zip(models, weights, strict=True):
         inner, called = unwrap(model, "teacher")
         check_pair(student, inner)
         traced = trace(inner, example, "teacher")
-        teachers.append(Teacher(inner, traced, called, weight / sum(weights)))
+        teachers.append(Teacher(inner, traced, called, weight / sum(weights), transform))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
         raise ArgumentError(

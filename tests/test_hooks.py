@@ -1,4 +1,4 @@
-"""Copies, compilation, checkpointing, autocast: the layer stays where it is and is never skipped."""
+"""Copies, compilation, checkpointing, autocast: the layer stays put and is never skipped."""
 
 import copy
 import io

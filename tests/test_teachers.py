@@ -15,7 +15,7 @@ from kdlayers import (
     attach_kd,
     attach_mutual,
 )
-from kdlayers.errors import ArgumentError, AttachError
+from kdlayers.errors import ArgumentError, AttachError, StaleCaptureError
 from tests.attach_tester import Frozen
 from tests.nets import Net, batch
 
@@ -167,3 +167,49 @@ def test_mutual_pairs_are_exchanged_and_a_refusal_leaves_both_alone():
         attach_mutual(a, a, example=IMAGES)
     for model in (a, b):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_transform_lets_the_teacher_see_other_images():
+    student, teacher = Net(4), Net(6)
+    twice = torch.nn.Upsample(scale_factor=2)
+    kd = attach_kd(
+        student,
+        teacher,
+        [KDPoint("last", targets=CodebookTargets(4))],
+        losses=[KDLoss()],
+        example=IMAGES,
+        teacher_transform=twice,
+    )
+    kd.fit([(IMAGES, LABELS)])
+    logits = student.train()(IMAGES)
+    kd.loss(LABELS).backward()
+    with torch.no_grad():
+        theirs = copy.deepcopy(teacher).eval()(twice(IMAGES))
+    torch.testing.assert_close(kd.terms["KDLoss"], divergence(logits, theirs))
+
+
+def test_the_teacher_can_run_before_the_student():
+    student, teacher = Net(4), Net(6)
+    kd = attach_kd(
+        student,
+        teacher,
+        [KDPoint("last", targets=CodebookTargets(4))],
+        losses=[KDLoss()],
+        example=IMAGES,
+    )
+    kd.fit([(IMAGES, LABELS)])
+    student.train()(IMAGES)
+    after = kd.loss(LABELS)
+    runs = []
+    teacher.register_forward_hook(lambda *_: runs.append(1))
+    kd.teach(IMAGES)
+    student(IMAGES)
+    before = kd.loss(LABELS)
+    assert len(runs) == 1
+    torch.testing.assert_close(before, after)
+    kd.teach(IMAGES)
+    student(IMAGES.clone())
+    with pytest.raises(StaleCaptureError, match="were given different batches"):
+        kd.loss(LABELS)
+    student(IMAGES)
+    kd.loss(LABELS)
