@@ -96,7 +96,7 @@ def digits(_: argparse.Namespace, plain: Transform, augmented: Transform) -> tup
 
 
 def fashion_mnist(args: argparse.Namespace, plain: Transform, augmented: Transform):
-    """60,000 and 10,000 pictures of clothes, from ROOT/FashionMNIST/raw."""
+    """60,000 and 10,000 pictures of clothes, from ROOT/FashionMNIST/raw/*-ubyte."""
     return from_torchvision(datasets.FashionMNIST, args, plain, augmented), 10
 
 
@@ -109,10 +109,14 @@ def from_torchvision(
     kind: type, args: argparse.Namespace, plain: Transform, augmented: Transform
 ) -> list[Dataset]:
     """Training images plain and augmented, and test images, all in one fixed random order."""
-    made = [
-        kind(args.root, train=train, transform=transform, download=args.download)
-        for train, transform in ((True, plain), (True, augmented), (False, plain))
-    ]
+    try:
+        made = [
+            kind(args.root, train=train, transform=transform, download=args.download)
+            for train, transform in ((True, plain), (True, augmented), (False, plain))
+        ]
+    except RuntimeError as error:
+        hint = f"{kind.__name__} is not in {args.root}; --download fetches it"
+        raise SystemExit(f"{hint} ({error})") from None
     return [shuffled(part) for part in made]
 
 

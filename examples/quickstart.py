@@ -56,7 +56,7 @@ def main() -> None:
     for method in args.methods:
         results[method], trained = train_students(method, teacher, few, args)
         student = trained if "letKD" in method else student
-    print(f"\n{table(results)}\n\n± is the standard deviation over seeds. {closing(results)}")
+    print(f"\n{table(results)}\n\n± is the standard deviation over seeds.\n{closing(results)}")
     if student is not None:
         save_and_check(student, few, args)
 
