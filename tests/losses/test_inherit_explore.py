@@ -264,3 +264,16 @@ def test_shapes_that_do_not_fit_are_named():
 def test_unusable_options_are_named(wrong, sentence):
     with pytest.raises(ArgumentError, match=sentence):
         InheritExploreLoss(**wrong)
+
+
+def test_alignment_of_kernels_as_measure():
+    loss = fitted(measure="cka", inherit_weight=1.0, explore_weight=2.0)
+    student = maps(6).requires_grad_()
+    value = loss(student, maps(8))
+    value.backward()
+    terms = loss.metrics()
+    assert all(0 <= term <= 1 for term in terms.values())
+    torch.testing.assert_close(value.detach(), terms["inheritance"] + 2 * terms["exploration"])
+    assert student.grad.abs().sum() > 0
+    with pytest.raises(ShapeError, match="needs a batch of 2 or more, got 1"):
+        loss(maps(6, batch=1), maps(8, batch=1))

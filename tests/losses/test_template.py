@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdlayers.errors import ArgumentTypeError, ShapeError
+from kdlayers import CodebookTargets
+from kdlayers.errors import ArgumentTypeError, NotFittedError, ShapeError
 from kdlayers.losses import TemplateLoss
 
 from . import naive
@@ -80,3 +81,23 @@ def test_the_number_of_templates_must_agree():
 def test_positions_must_agree_with_channels_last():
     with pytest.raises(ShapeError, match=r"channels last, got \[2, 4, 3, 3\] and \[2, 3, 3, 4\]"):
         TemplateLoss()(torch.zeros(2, 4, 3, 3), torch.zeros(2, 3, 3, 4))
+
+
+def test_a_fitted_codebook_gives_the_softmax_of_negative_squared_distances():
+    draw = torch.Generator().manual_seed(0)
+    features, scores = (torch.randn(2, 3, 3, c, generator=draw) for c in (5, 4))
+    loss = TemplateLoss(CodebookTargets(4, temperature=0.5))
+    with pytest.raises(NotFittedError, match=r"call kd.fit\(loader\)"):
+        loss(scores, features)
+    loss.template_targets.fit([(features.flatten(0, 2), None)])
+    centers = loss.template_targets.centers.tolist()
+    assignment = torch.tensor(
+        [
+            naive.softmax(
+                [-0.5 * sum((a - b) ** 2 for a, b in zip(f, c, strict=True)) for c in centers]
+            )
+            for f in features.flatten(0, 2).tolist()
+        ]
+    )
+    expected = reference(loss, scores, assignment, None)
+    assert loss(scores, features).item() == pytest.approx(expected, rel=1e-4)
