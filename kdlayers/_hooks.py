@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer import KDLayer
 from kdlayers._tree import Path, first_tensor, pick, put
@@ -143,7 +144,7 @@ class OpenForward:
         recording = tape.armed and module.training and torch.is_grad_enabled()
         recording = recording and not torch.compiler.is_exporting()
         if recording and not torch.compiler.is_compiling():
-            recording = not _in_backward() and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+            recording = not _in_backward() and not is_tracing()
         # Assigned each time: a forward that ended in an exception cannot leave it set.
         tape.active = recording
         if recording:

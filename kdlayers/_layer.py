@@ -5,6 +5,7 @@ from math import sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
@@ -105,12 +106,13 @@ class TemplateHead(CosineProjection):
 
     def channels_last(self, x: Tensor) -> Tensor:
         """``x`` with its channels on the last axis, after checking that they are there."""
-        # TorchScript knows no exceptions of ours.
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():  # TorchScript knows no exceptions of ours
             self._check(x)
         return x.movedim(self.channel_dim, -1)
 
     def _check(self, x: Tensor) -> None:
+        if is_tracing():
+            return  # sizes are tensors then, and comparing them warns
         dim = self.channel_dim
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.in_channels:
             raise ShapeError(

@@ -1,0 +1,131 @@
+"""Training setups around the student: memory formats, scalers, checkpointing; and exports."""
+
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from kdlayers import CodebookTargets, KDPoint, attach_kd, bake, fold
+from kdlayers._sites import slots
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch(8)
+
+
+def attached(student=None, at="last", images=IMAGES):
+    student = Net(4) if student is None else student
+    kd = attach_kd(
+        student, Net(6), [KDPoint(at, "last", targets=CodebookTargets(4))], example=images
+    )
+    kd.fit([(images, LABELS)])
+    return student.train(), kd
+
+
+def gradients(student, kd, images=IMAGES):
+    student.zero_grad()
+    (F.cross_entropy(student(images), LABELS) + kd.loss(LABELS)).backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters()}
+
+
+def close(first, second, rtol=1e-4, atol=1e-5):
+    for name, value in first.items():
+        torch.testing.assert_close(
+            value, second[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_channels_last():
+    student, kd = attached()
+    plain = gradients(student, kd)
+    student.to(memory_format=torch.channels_last)
+    close(plain, gradients(student, kd, IMAGES.to(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grad_scaler_and_clipping(dtype):
+    student, kd = attached()
+    plain = gradients(student, kd)
+    student.zero_grad()
+    optimiser = torch.optim.SGD(student.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = F.cross_entropy(student(IMAGES), LABELS) + kd.loss(LABELS)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimiser)
+    close(plain, {n: p.grad for n, p in student.named_parameters()}, rtol=0.3, atol=0.05)
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    before = slots(student)["last"].head.weight.clone()
+    scaler.step(optimiser)
+    scaler.update()
+    assert not torch.equal(before, slots(student)["last"].head.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "kwargs"),
+    [
+        ("resnet10t", "layer3", {}),
+        ("vit_tiny_patch16_224", "blocks.10", {"img_size": 32}),
+        ("convnext_atto", "stages.2", {}),
+    ],
+)
+def test_timms_checkpointing_switch(name, at, kwargs):
+    student = timm.create_model(name, num_classes=3, **kwargs)
+    images = batch(8, pixels=32)[0]
+    student, kd = attached(student, at, images)
+    plain = gradients(student, kd, images)
+    student.set_grad_checkpointing()
+    close(plain, gradients(student, kd, images))
+
+
+def test_students_that_are_part_of_a_larger_model():
+    student, kd = attached()
+    outer = torch.nn.Sequential(torch.nn.Identity(), student)
+    (F.cross_entropy(outer(IMAGES), LABELS) + kd.loss(LABELS)).backward()
+
+
+def trained():
+    student, kd = attached()
+    for _ in range(3):
+        gradients(student, kd)
+    kd.detach()
+    return student.eval()
+
+
+def test_export_with_a_dynamic_batch():
+    student = trained()
+    dynamic = {0: torch.export.Dim("batch", min=2, max=64)}
+    for model in (student, bake(student), fold(student)):
+        exported = torch.export.export(model, (IMAGES,), dynamic_shapes=(dynamic,)).module()
+        torch.testing.assert_close(exported(IMAGES), student(IMAGES))
+        torch.testing.assert_close(exported(IMAGES[:3]), student(IMAGES[:3]))
+
+
+@pytest.mark.parametrize("make", [lambda s: s, bake, fold])
+def test_onnx(make, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    student = trained()
+    file = tmp_path / "student.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, about its dependencies
+        torch.onnx.export(make(student), (IMAGES,), file, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(found), student(IMAGES).detach(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_of_baked_and_traced_students(tmp_path):
+    student = trained()
+    for scripted in (
+        torch.jit.script(bake(student)),
+        torch.jit.script(fold(student)),
+        torch.jit.trace(student, IMAGES),
+    ):
+        file = str(tmp_path / "student.ts")
+        scripted.save(file)
+        torch.testing.assert_close(torch.jit.load(file)(IMAGES), student(IMAGES))
