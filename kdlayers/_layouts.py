@@ -84,6 +84,12 @@ def find_layout(
 def _token_layout(
     name: str, root: nn.Module, shape: tuple[int, ...], image: tuple[int, int]
 ) -> Layout:
+    if any(type(module).__name__ == "Unroll" for module in root.modules()):
+        raise LayoutError(
+            f"the tokens of {name!r} are not in raster order: {type(root).__name__} unrolls its "
+            "windows, so they cannot be matched with another model's positions; use losses on the "
+            "logits with this model"
+        )
     length = shape[1]
     stated = getattr(root, "num_prefix_tokens", None)
     prefixes = [stated] if isinstance(stated, int) else []

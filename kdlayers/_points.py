@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from kdlayers._layer import check_alpha, check_count
 from kdlayers._layouts import Layout
@@ -121,7 +122,8 @@ def _layout_or_none(traced: Trace, call: Call) -> Layout | None:
 
 def _stages_and_blocks(model: nn.Module, prefix: str = "") -> Iterator[str]:
     for name, child in model.named_children():
-        if not any(True for _ in child.parameters()) or _depth(child) == 0:
+        bare = not any(True for _ in child.parameters()) or _depth(child) == 0
+        if bare or isinstance(child, _NormBase):
             continue
         yield prefix + name
         if _is_stage(child):

@@ -1,4 +1,4 @@
-"""What every test gets: two threads, a fixed seed, and no debris in the global random state."""
+"""What every test gets: one thread, a fixed seed, and no debris in the global random state."""
 
 import os
 
@@ -16,4 +16,4 @@ def _seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)

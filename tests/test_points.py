@@ -3,8 +3,8 @@ import timm
 import torch
 from torchvision import models
 
-from kdlayers import find_points
-from kdlayers.errors import ArgumentError
+from kdlayers import attach_kd, find_points
+from kdlayers.errors import ArgumentError, LayoutError
 from tests.nets import Net
 
 IMAGES = torch.zeros(2, 3, 64, 64)
@@ -40,6 +40,15 @@ def test_other_architectures(model, wanted, layout):
     found = {point.name: point for point in find_points(model, example)}
     assert found[wanted].layout == layout
     assert not any("downsample" in name or name.endswith(".attn") for name in found)
+
+
+def test_norms_are_no_candidates_and_unrolled_tokens_are_refused():
+    assert names(timm.create_model("mnasnet_small"))[-1] == "blocks"
+    model = timm.create_model("hiera_tiny_224")
+    assert "tokens" not in {point.layout for point in find_points(model)}
+    student = timm.create_model("resnet10t")
+    with pytest.raises(LayoutError, match="not in raster order: Hiera unrolls its windows"):
+        attach_kd(student, model, {"layer4": "blocks.9"})
 
 
 def test_prints_as_a_table():
