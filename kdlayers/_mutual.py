@@ -38,7 +38,7 @@ def attach_mutual(
         b: the other student.
         losses: what each compares with its peer; the second handle gets copies, with the points of
             ``at`` pairs exchanged. Default: :class:`MutualLoss`. Add
-            ``InheritExploreLoss(coder="online")`` for the inherit-and-explore form.
+            ``InheritExploreLoss(at=..., coder="online")`` for the inherit-and-explore form.
         example: as in :func:`attach_kd`.
 
     Returns:

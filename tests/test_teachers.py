@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from kdlayers import (
     CodebookTargets,
     DistillLoss,
+    InheritExploreLoss,
     KDLoss,
     KDPoint,
     MutualLoss,
@@ -38,8 +39,7 @@ def eval_logits(model):
 
 def test_logits_are_averaged_with_weights_or_read_from_one_teacher():
     student, teachers = Net(4), [Net(5), Net(6)]
-    second = KDLoss(name="second")
-    second.teacher = 1
+    second = KDLoss(name="second", teacher=1)
     kd = attach_kd(
         student, teachers, losses=[KDLoss(), second], teacher_weights=[3.0, 1.0], example=IMAGES
     )
@@ -57,8 +57,7 @@ class Gap(DistillLoss):
 
 def test_features_are_read_from_the_named_teacher():
     student, teachers = Net(4), [Net(5), Net(6)]
-    gap = Gap(at="last")
-    gap.teacher = 1
+    gap = Gap(at="last", teacher=1)
     kd = attach_kd(
         student,
         teachers,
@@ -87,12 +86,11 @@ def test_features_are_read_from_the_named_teacher():
     [
         ({"teacher_weights": [1.0]}, "positive number for each of the 2 teachers"),
         ({"teacher_weights": [1.0, 0.0]}, "positive number for each"),
-        ({"losses": [KDLoss()], "index": 2}, "reads teacher 2, but there are 2"),
+        ({"losses": [KDLoss(teacher=2)]}, "reads teacher 2, but there are 2"),
     ],
 )
 def test_refusals(kwargs, sentence):
     losses = kwargs.pop("losses", [KDLoss()])
-    losses[0].teacher = kwargs.pop("index", None)
     with pytest.raises(ArgumentError, match=sentence):
         attach_kd(Net(4), [Net(5), Net(6)], losses=losses, example=IMAGES, **kwargs)
 
@@ -213,3 +211,42 @@ def test_the_teacher_can_run_before_the_student():
         kd.loss(LABELS)
     student(IMAGES)
     kd.loss(LABELS)
+
+
+def test_inherit_and_explore_between_peers_learns_the_peers_coder_along():
+    a, b = Net(4), Net(6)
+    losses = [MutualLoss(), InheritExploreLoss(2, at="last", coder="online")]
+    kd_a, kd_b = attach_mutual(a, b, losses=losses, example=IMAGES)
+    loss = kd_a._terms[1].loss
+    twin = copy.deepcopy(loss)
+    mine = a.train()(IMAGES)
+    features = {}
+    hooks = [
+        net.last.register_forward_hook(lambda m, i, out, k=k: features.update({k: out}))
+        for k, net in {"a": a, "b": b}.items()
+    ]
+    (F.cross_entropy(mine, LABELS) + kd_a.loss(LABELS)).backward()
+    assert all(p.grad is None for p in b.parameters())
+    assert set(kd_a.terms) >= {
+        f"InheritExploreLoss.last.{name}"
+        for name in ("inheritance", "exploration", "reconstruction")
+    }
+    # The peer's coder is trained by its reconstruction alone, written out here.
+    maps = features["b"].detach()
+    (twin.auto_encoder.decoder(twin.auto_encoder.encoder(maps)) - maps).abs().mean().backward()
+    for p, q in zip(loss.auto_encoder.parameters(), twin.auto_encoder.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert all(p.grad is not None for p in loss.inherit_encoder.parameters())
+    for hook in hooks:
+        hook.remove()
+    optimisers = [
+        torch.optim.SGD([*net.parameters(), *kd.parameters()], lr=0.01)
+        for net, kd in ((a, kd_a), (b, kd_b))
+    ]
+    for _ in range(8):
+        for net, kd, optimiser in zip((a, b), (kd_a, kd_b), optimisers, strict=True):
+            optimiser.zero_grad()
+            (F.cross_entropy(net.train()(IMAGES), LABELS) + kd.loss(LABELS)).backward()
+            optimiser.step()
+        errors = [float(kd.terms["InheritExploreLoss.last.reconstruction"]) for kd in (kd_a, kd_b)]
+        assert all(e == e and e < 10 for e in errors)

@@ -48,6 +48,7 @@ class AEKTLoss(DistillLoss):
             the ratio is largest in the first epochs. Default 1.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
+        teacher: index of the teacher to learn from, where there are several.
 
     The linear layer is made for the number of classes by :func:`kdlayers.attach_kd`, or at the
     first call. :meth:`metrics` gives ``target``, ``others``, ``adaptive`` (the three terms before
@@ -88,8 +89,9 @@ class AEKTLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
+        teacher: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name)
+        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
         if form not in get_args(Form):
             raise ArgumentError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
         if fc_init not in ("identity", "default"):

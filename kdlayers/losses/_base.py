@@ -26,9 +26,12 @@ class DistillLoss(nn.Module):
         at: what the loss compares. ``None``: the logits. A name: the outputs of the student's and
             the teacher's module of that name. A pair: (student's name, teacher's name).
         name: key of this term in ``kd.terms``; by default made from the class and ``at``.
+        teacher: index of the teacher to learn from, where ``attach_kd`` was given several;
+            default: the mean of their logits, or the first one's features.
 
     Raises:
-        ArgumentError: if ``weight`` is negative or ``at`` is neither a name nor a pair of names.
+        ArgumentError: if ``weight`` or ``teacher`` is negative, or ``at`` is neither a name nor a
+            pair of names.
         ArgumentTypeError: if ``weight`` is neither a number nor callable.
 
     Example:
@@ -50,6 +53,7 @@ class DistillLoss(nn.Module):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
+        teacher: int | None = None,
     ) -> None:
         super().__init__()
         if not callable(weight) and (
@@ -65,10 +69,12 @@ class DistillLoss(nn.Module):
             raise ArgumentError(
                 f"at must be None (logits), a module name or a (student, teacher) pair, got {at!r}"
             )
+        if teacher is not None and teacher < 0:
+            raise ArgumentError(f"teacher is an index, counted from 0, got {teacher}")
         self.weight = weight
         self.at = at
         self.name = name
-        self.teacher: int | None = None
+        self.teacher = teacher
         self._metrics: dict[str, Tensor] = {}
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -73,6 +73,12 @@ class AutoEncoder(nn.Module):
         return reconstruction
 
 
+def reconstruction_error(rebuilt: Tensor, maps: Tensor, power: int) -> Tensor:
+    """Mean absolute error for ``power`` 1, mean squared error for 2."""
+    difference = rebuilt - maps
+    return difference.abs().mean() if power == 1 else difference.square().mean()
+
+
 def freeze(module: nn.Module) -> None:
     """Turn the parameters of ``module`` into buffers: same names in its state, none to train."""
     for part in module.modules():
@@ -127,8 +133,7 @@ class AutoEncoderFitter:
             return  # one position has no batch statistics; a last batch of one image can be that
         with torch.enable_grad(), torch.autocast(teacher.device.type, enabled=False):
             maps = teacher.detach().to(coder.weight)
-            difference = coder(maps) - maps
-            error = difference.abs().mean() if self._power == 1 else difference.square().mean()
+            error = reconstruction_error(coder(maps), maps, self._power)
             self._optimiser.zero_grad()
             error.backward()
             self._optimiser.step()

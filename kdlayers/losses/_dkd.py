@@ -24,6 +24,7 @@ class DKDLoss(DistillLoss):
         weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
+        teacher: index of the teacher to learn from, where there are several.
 
     Raises:
         ArgumentError: if a number is out of range, or at the call a label is.
@@ -50,8 +51,9 @@ class DKDLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
+        teacher: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name)
+        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
         check.not_negative("alpha", alpha)
         check.not_negative("beta", beta)
         check.positive("temperature", temperature)

@@ -14,11 +14,18 @@ from kdlayers.functional import exploration, inheritance
 from kdlayers.functional._inherit import Measure, Scale, check_measure
 from kdlayers.losses._attention import attention
 from kdlayers.losses._base import DistillLoss, Weight
-from kdlayers.losses._coder import AutoEncoder, AutoEncoderFitter, Coder, freeze
+from kdlayers.losses._coder import (
+    AutoEncoder,
+    AutoEncoderFitter,
+    Coder,
+    freeze,
+    reconstruction_error,
+)
 from kdlayers.losses._maps import check_maps, on_one_grid
 
 Split: TypeAlias = Literal["natural", "random"]
 Host: TypeAlias = Literal["factor", "attention"]
+Learning: TypeAlias = Literal["fitted", "online"]
 Made = TypeVar("Made")
 
 
@@ -57,6 +64,10 @@ class InheritExploreLoss(DistillLoss):
         host: ``"factor"`` (default), or ``"attention"``, our extension: the attention maps of
             :class:`~kdlayers.losses.AttentionTransferLoss` take the place of the factors, so there
             are no encoders and nothing to fit.
+        coder: ``"fitted"`` (default), or ``"online"`` for mutual learning, where the peer changes
+            all the time: the peer's auto-encoder is learnt along, by its reconstruction loss, which
+            is added with weight 1. No code of the authors' is known for that form: it is a
+            reconstruction from the abstract.
         reconstruction: of the auto-encoder, ``"l1"`` (default, as in the authors' code) or
             ``"l2"``, the squared error that the paper writes.
         epochs: passes over the data of ``kd.fit``. Default 30.
@@ -65,6 +76,7 @@ class InheritExploreLoss(DistillLoss):
         weight: factor in ``kd.loss``, on top of the two weights. Default 1.
         at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
         name: key in ``kd.terms``.
+        teacher: index of the teacher to learn from, where there are several.
 
     :meth:`metrics` gives the two terms apart, without their weights, as ``inheritance`` and
     ``exploration``: with equal weights their sum is near 0 and says nothing.
@@ -108,6 +120,7 @@ class InheritExploreLoss(DistillLoss):
         inherit_weight: float = 50.0,
         explore_weight: float = 50.0,
         host: Host = "factor",
+        coder: Learning = "fitted",
         reconstruction: Literal["l1", "l2"] = "l1",
         epochs: int = 30,
         fit_lr: float = 0.1,
@@ -115,11 +128,13 @@ class InheritExploreLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
+        teacher: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name)
+        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
         check_measure(p, measure, scale)
         _one_of("split", split, ("natural", "random"))
         _one_of("host", host, ("factor", "attention"))
+        _one_of("coder", coder, ("fitted", "online"))
         _one_of("reconstruction", reconstruction, ("l1", "l2"))
         check.not_negative("inherit_weight", inherit_weight)
         check.not_negative("explore_weight", explore_weight)
@@ -132,14 +147,15 @@ class InheritExploreLoss(DistillLoss):
         self.split, self.inherit_ratio, self.seed = split, inherit_ratio, seed
         self.p, self.measure, self.scale = p, measure, scale
         self.inherit_weight, self.explore_weight = inherit_weight, explore_weight
-        self.host, self.reconstruction = host, reconstruction
+        self.host, self.coder, self.reconstruction = host, coder, reconstruction
         self.epochs, self.fit_lr = epochs, fit_lr
         for part in ("inherit_encoder", "explore_encoder", "auto_encoder"):
             self.register_module(part, None)
         self.register_buffer("inherit_channels", None)
         self.register_buffer("explore_channels", None)
-        self.register_buffer("is_fitted", torch.tensor(host == "attention"))
-        self._is_fitted = host == "attention"  # the buffer's value, without a wait for the device
+        self._is_fitted = host == "attention" or coder == "online"
+        # A copy for the state dict; reading it in a step would wait for the device.
+        self.register_buffer("is_fitted", torch.tensor(self._is_fitted))
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Split the student's channels, and make the encoders for both networks' channels."""
@@ -174,13 +190,14 @@ class InheritExploreLoss(DistillLoss):
         self.inherit_channels, self.explore_channels = (part.to(device) for part in parts)
 
     def _hold(self, coder: AutoEncoder) -> None:
-        freeze(coder)
-        self.auto_encoder = coder.eval()
+        if self.coder == "fitted":
+            freeze(coder.eval())
+        self.auto_encoder = coder
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the student's encoders; the teacher's stays in evaluation mode."""
+        """Set the mode of the encoders; a fitted one of the teacher stays in evaluation mode."""
         super().train(mode)
-        if self.auto_encoder is not None:
+        if self.auto_encoder is not None and self.coder == "fitted":
             self.auto_encoder.eval()
         return self
 
@@ -190,19 +207,32 @@ class InheritExploreLoss(DistillLoss):
         self._check_use(student, teacher)
         student, teacher = on_one_grid(student, teacher.detach())
         inherits, explores, theirs = self._factors(student, teacher)
+        error = self._learn_along(teacher, theirs)
+        theirs = theirs.detach()
         near = inheritance(inherits, theirs, p=self.p, measure=self.measure, scale=self.scale)
         far = exploration(explores, theirs, p=self.p, measure=self.measure, scale=self.scale)
-        self._record(inheritance=near, exploration=far)
-        return self.inherit_weight * near + self.explore_weight * far
+        self._record(inheritance=near, exploration=far, **error)
+        value = self.inherit_weight * near + self.explore_weight * far
+        return value + sum(error.values())
 
     def _factors(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inherits = student.index_select(1, _made(self.inherit_channels))
         explores = student.index_select(1, _made(self.explore_channels))
         if self.host == "attention":
             return attention(inherits), attention(explores), attention(teacher)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.coder == "online" and torch.is_grad_enabled()):
             theirs = _made(self.auto_encoder).encoder(teacher)
         return _made(self.inherit_encoder)(inherits), _made(self.explore_encoder)(explores), theirs
+
+    def _learn_along(self, teacher: Tensor, factor: Tensor) -> dict[str, Tensor]:
+        """The reconstruction loss of a coder that is learnt along with the student."""
+        if self.coder == "fitted" or self.host == "attention":
+            return {}
+        maps = teacher.to(factor.dtype)
+        with torch.autocast(teacher.device.type, enabled=False):
+            rebuilt = _made(self.auto_encoder).decoder(factor)
+            error = reconstruction_error(rebuilt, maps, 1 if self.reconstruction == "l1" else 2)
+        return {"reconstruction": error}
 
     def _check_use(self, student: Tensor, teacher: Tensor) -> None:
         inherit, explore = _made(self.inherit_channels), _made(self.explore_channels)
@@ -228,8 +258,8 @@ class InheritExploreLoss(DistillLoss):
             )
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:
-        """What learns the auto-encoder from the teacher's maps; ``None`` for the attention host."""
-        if self.host == "attention":
+        """What learns the auto-encoder from the teacher's maps; ``None`` if nothing is to fit."""
+        if self.host == "attention" or self.coder == "online":
             return None
         return AutoEncoderFitter(
             self._fresh_coder,
@@ -279,7 +309,7 @@ class InheritExploreLoss(DistillLoss):
 
     @property
     def fitted(self) -> bool:
-        """Whether the auto-encoder has been learnt; always True for the attention host."""
+        """Whether the auto-encoder has been learnt; True where none is fitted beforehand."""
         return self._is_fitted
 
     def _build_from(self, state: dict[str, Tensor]) -> None:

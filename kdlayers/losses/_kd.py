@@ -24,6 +24,7 @@ class KDLoss(DistillLoss):
             choice on CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
+        teacher: index of the teacher to learn from, where there are several.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -43,8 +44,9 @@ class KDLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
+        teacher: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name)
+        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
         check.positive("temperature", temperature)
         self.temperature = temperature
 

@@ -25,6 +25,7 @@ class MutualLoss(DistillLoss):
         weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
+        teacher: index of the teacher to learn from, where there are several.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -46,8 +47,9 @@ class MutualLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
+        teacher: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name)
+        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
         check.positive("temperature", temperature)
         self.temperature = temperature
 

@@ -55,6 +55,7 @@ class StudentFriendlyKDLoss(DistillLoss):
         weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
+        teacher: index of the teacher to learn from, where there are several.
 
     Raises:
         ArgumentError: if a number is out of range or ``base`` cannot be used.
@@ -88,8 +89,9 @@ class StudentFriendlyKDLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
+        teacher: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name)
+        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
         check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
         check.not_negative("anchor", anchor)
         check.not_negative("min_agreement", min_agreement)
