@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Net(nn.Module):
@@ -16,6 +17,38 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.last(self.first(self.stem(x))).mean((2, 3)))
+
+
+class Awkward(Net):
+    """``again`` runs twice, ``side`` is off the path, ``idle`` never runs, ``norm`` is a norm."""
+
+    checkpointed = None
+
+    def __init__(self):
+        super().__init__(4)
+        self.again = nn.Sequential(nn.Conv2d(5, 5, 1), nn.ReLU())
+        self.side = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU())
+        self.idle = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU())
+        self.norm = nn.BatchNorm2d(5)
+        self.wide = Windows()
+
+    def forward(self, x):
+        self.side(x)
+        self.wide(x)
+        x = self.first(self.stem(x))
+        x = checkpoint(self.last, x, use_reentrant=True) if self.checkpointed else self.last(x)
+        return self.head(self.norm(self.again(self.again(x))).mean((2, 3)))
+
+
+class Windows(nn.Module):
+    """Its output has more rows than the batch has images, as inside windowed attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 5, 1))
+
+    def forward(self, x):
+        return self.conv(torch.cat([x[..., :4], x[..., 4:]]))
 
 
 def batch(size: int = 6, classes: int = 3, pixels: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

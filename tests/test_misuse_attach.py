@@ -1,0 +1,165 @@
+"""Wrong ways of attaching: each says so, and leaves both models as they were."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdlayers import (
+    CodebookTargets,
+    DecisionTargets,
+    FitNetLoss,
+    KDLoss,
+    KDPoint,
+    TemplateLoss,
+    attach_kd,
+    attach_mutual,
+    bake,
+    find_points,
+    fold,
+    load_student,
+    prune_templates,
+    save_student,
+)
+from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    AttachError,
+    CheckpointError,
+    KDLayersError,
+    LayoutError,
+    NoMatchError,
+    ShapeError,
+)
+from tests.attach_tester import Frozen
+from tests.nets import Awkward, Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def attach(at, **kwargs):
+    return lambda s, t: attach_kd(s, t, at, **{"example": IMAGES, **kwargs})
+
+
+def point(**kwargs):
+    return attach([KDPoint("last", **kwargs)])
+
+
+def shared(s, t):
+    t = copy.deepcopy(t)
+    t.stem[0].weight = s.stem[0].weight
+    attach_kd(s, t, "last", example=IMAGES)
+
+
+ATTACHING = [
+    (attach(["lats"]), NoMatchError, "no module 'lats' runs .* nearest names: 'last'"),
+    (attach(["layer*"]), NoMatchError, "no module 'layer\\*' runs in the student"),
+    (attach({"last": "lost"}), NoMatchError, "no module 'lost' runs in the teacher .*'last'"),
+    (attach({"idle": "last"}), NoMatchError, "'idle' exists but does not run in forward"),
+    (attach({"again": "last"}), AttachError, "runs 2 times in one forward"),
+    (attach({"side": "last"}), AttachError, "does not reach the model's output"),
+    (attach({"norm": "last"}), AttachError, "is a BatchNorm2d, which convert_sync_batchnorm"),
+    (attach({"wide": "last"}), LayoutError, "its first axis is not the batch"),
+    (attach({"first": "first", "side": "last"}), AttachError, r"output of \['side'\]"),
+    (attach(["last", "last"]), ArgumentError, r"\['last'\] more than once"),
+    (attach(["last", "last.1"]), AttachError, "two points stand for the same module"),
+    (attach([]), ArgumentError, r"nothing to attach: give at=\[module names\]"),
+    (attach(()), ArgumentError, "nothing to attach"),
+    (attach(3), ArgumentTypeError, "at must be names, a dict .* got int"),
+    (attach([3]), ArgumentTypeError, "at holds a int"),
+    (attach(["last", None]), ArgumentTypeError, "at holds a NoneType"),
+    (attach({"*st": "last"}), ArgumentError, "give a KDPoint for each"),
+    (attach({"last": "*st"}), ArgumentError, "must be one name"),
+    (attach([KDPoint("first", num_templates=5), "last"]), ArgumentError, "no whole number of sub"),
+    (
+        attach([KDPoint("last", targets=CodebookTargets(3), num_templates=5)]),
+        ArgumentError,
+        "num_templates=5, but its targets have 3",
+    ),
+    (lambda s, t: point(targets=3), ArgumentTypeError, "targets must be CodebookTargets"),
+    (lambda s, t: KDPoint(None), ArgumentTypeError, "student must be a module's name"),
+    (lambda s, t: KDPoint("last", 3), ArgumentTypeError, "teacher must be a module's name"),
+    (lambda s, t: point(num_templates=0), ArgumentError, "num_templates must be 1 or more, got 0"),
+    (lambda s, t: point(num_templates=2.0), ArgumentTypeError, "num_templates must be an int"),
+    (lambda s, t: point(alpha=-1.0), ArgumentError, "alpha must be 0 or more"),
+    (lambda s, t: point(alpha=float("nan")), ArgumentError, "alpha must be 0 or more and finite"),
+    (lambda s, t: CodebookTargets(0), ArgumentError, "num_templates"),
+    (lambda s, t: CodebookTargets(temperature=0.0), ArgumentError, "temperature must be above 0"),
+    (lambda s, t: DecisionTargets(0), ArgumentError, "subclasses"),
+    (lambda s, t: DecisionTargets(components=0), ArgumentError, "components"),
+    (
+        lambda s, t: attach_kd(s, at="last", example=IMAGES),
+        ArgumentError,
+        r"pass KDPoint\('last', num_templates=\.\.\.\)",
+    ),
+    (
+        lambda s, t: attach_kd(s, losses=[KDLoss()], example=IMAGES),
+        ArgumentError,
+        "compare the student with a teacher: pass teacher=",
+    ),
+    (attach("last", losses=[nn.MSELoss()]), ArgumentTypeError, "DistillLoss objects .* MSELoss"),
+    (attach("last", losses=[TemplateLoss()]), ArgumentError, "TemplateLoss needs a KD layer"),
+    (attach("last", losses=[KDLoss(), KDLoss()]), ArgumentError, "two losses are called 'KDLoss'"),
+    (attach((), losses=[FitNetLoss(at="lats")]), NoMatchError, "no module 'lats' runs"),
+    (attach((), losses=[FitNetLoss(at="*st")]), ArgumentError, "a loss reads one point"),
+    (attach((), losses=[FitNetLoss()]), ShapeError, "map"),
+    (attach((), losses=[KDLoss(teacher=1)]), ArgumentError, "reads teacher 1, but there are 1"),
+    (lambda s, t: KDLoss(weight=-1.0), ArgumentError, "weight must be 0 or more"),
+    (lambda s, t: KDLoss(weight="1"), ArgumentTypeError, "weight must be a number or a function"),
+    (lambda s, t: KDLoss(temperature=0.0), ArgumentError, "temperature"),
+    (lambda s, t: KDLoss(at=("a", "b", "c")), ArgumentError, r"a \(student, teacher\) pair"),
+    (
+        lambda s, t: attach_kd(s, [t, t], "last", example=IMAGES, teacher_weights=[1]),
+        ArgumentError,
+        "for each of the 2 teachers",
+    ),
+    (lambda s, t: attach_kd("net", t, "last"), ArgumentTypeError, "student must be a torch.nn.Mod"),
+    (
+        lambda s, t: attach_kd(s, "net", "last", example=IMAGES),
+        ArgumentTypeError,
+        "must be a torch",
+    ),
+    (lambda s, t: attach_kd(s, s, "last", example=IMAGES), AttachError, "are the same model"),
+    (shared, AttachError, "share 1 parameters, such as the teacher's 'stem.0.weight'"),
+    (
+        lambda s, t: attach_kd(nn.DataParallel(s), t, "last", example=IMAGES),
+        AttachError,
+        "wrapped in DataParallel.*use DistributedDataParallel",
+    ),
+    (attach("last", example=3), ArgumentError, "example must be a tensor or a tuple"),
+    (attach("last", example=IMAGES[:, :2]), ArgumentError, "could not run on an example of shape"),
+    (lambda s, t: find_points(s, IMAGES[:, :1]), ArgumentError, "pass example= with a small batch"),
+    (lambda s, t: attach_mutual(s, s, example=IMAGES), AttachError, "are the same model"),
+    (lambda s, t: bake(s), AttachError, "has no KD layers; attach_kd first"),
+    (lambda s, t: fold(s), AttachError, "has no KD layers"),
+    (lambda s, t: prune_templates(s, [IMAGES]), AttachError, "has no KD layers to prune"),
+    (
+        lambda s, t: save_student(s, "/nowhere/student.pt"),
+        AttachError,
+        "has no KD layers, so there",
+    ),
+    (
+        lambda s, t: load_student(s, __file__),
+        CheckpointError,
+        "could not be read as a file of save",
+    ),
+]
+
+
+@pytest.mark.parametrize(("misuse", "error", "sentence"), ATTACHING)
+def test_before_training(misuse, error, sentence):
+    student, teacher = Awkward(), Net(6)
+    student.first.eval()
+    teacher.last.eval()
+    before = Frozen(student), Frozen(teacher)
+    keys, random = list(student.state_dict()), torch.get_rng_state()
+    with pytest.raises(error, match=sentence) as caught:
+        misuse(student, teacher)
+    assert isinstance(caught.value, KDLayersError)
+    assert torch.equal(random, torch.get_rng_state())
+    assert list(student.state_dict()) == keys
+    assert before[0].unchanged(student)
+    assert before[1].unchanged(teacher)
+    for model in (student, teacher):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

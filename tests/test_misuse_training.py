@@ -1,0 +1,262 @@
+"""Wrong ways of training: each says so, changes nothing, and the next step works."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdlayers import (
+    AEKTLoss,
+    CodebookTargets,
+    DecisionTargets,
+    DKDLoss,
+    InheritExploreLoss,
+    KDPoint,
+    attach_kd,
+    load_student,
+    prune_templates,
+)
+from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    AttachError,
+    CaptureError,
+    CheckpointError,
+    FitError,
+    KDLayersError,
+    NotFittedError,
+    StaleCaptureError,
+)
+from tests.attach_tester import Frozen
+from tests.nets import Awkward, Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def no_forward(s, t, kd):
+    kd.loss(LABELS)
+
+
+def loss_twice(s, t, kd):
+    s(IMAGES)
+    kd.loss(LABELS)
+    kd.loss(LABELS)
+
+
+def two_forwards(s, t, kd):
+    s(IMAGES)
+    s(IMAGES)
+    kd.loss(LABELS)
+
+
+def in_eval_mode(s, t, kd):
+    s.eval()(IMAGES)
+    kd.loss(LABELS)
+
+
+def without_gradient(s, t, kd):
+    with torch.no_grad():
+        s(IMAGES)
+    kd.loss(LABELS)
+
+
+def forward_directly(s, t, kd):
+    s.forward(IMAGES)
+    kd.loss(LABELS)
+
+
+def after_backward(s, t, kd):
+    F.cross_entropy(s(IMAGES), LABELS).backward()
+    kd.loss(LABELS)
+
+
+def batch_changed(s, t, kd):
+    images = IMAGES.clone()
+    s(images)
+    images.mul_(2)
+    kd.loss(LABELS)
+
+
+def other_labels(s, t, kd):
+    s(IMAGES)
+    kd.loss(LABELS[:4])
+
+
+def labels_as_list(s, t, kd):
+    s(IMAGES)
+    kd.loss(LABELS.tolist())
+
+
+def no_labels(s, t, kd):
+    s(IMAGES)
+    kd.loss()
+
+
+def mixed_labels(s, t, kd):
+    s(IMAGES)
+    kd.loss(F.one_hot(LABELS, 3).float())
+
+
+def labels_out_of_range(s, t, kd):
+    s(IMAGES)
+    kd.loss(LABELS + 1)
+
+
+def reentrant_checkpoint(s, t, kd):
+    s.checkpointed = True
+    s(IMAGES)
+    kd.loss(LABELS)
+
+
+def other_batch_taught(s, t, kd):
+    kd.teach(IMAGES)
+    s(IMAGES.clone())
+    kd.loss(LABELS)
+
+
+def logits_not_given(s, t, kd):
+    with kd.batch(IMAGES):
+        s.forward(IMAGES)
+    kd.loss(LABELS)
+
+
+def hook_gone(s, t, kd):
+    s.last[1]._forward_hooks.clear()
+    s(IMAGES)
+    kd.loss(LABELS)
+
+
+def attached_again(s, t, kd):
+    attach_kd(s, t, "last", example=IMAGES)
+
+
+def pruned_while_attached(s, t, kd):
+    prune_templates(s, [IMAGES])
+
+
+def loaded_into_an_attached_one(s, t, kd):
+    load_student(s, __file__)
+
+
+def state_of_something_else(s, t, kd):
+    kd.load_state_dict(s.state_dict())
+
+
+def empty_loader(s, t, kd):
+    kd.fit([], refit=True)
+
+
+def closed_loader(s, t, kd):
+    loader = (pair for pair in [(IMAGES, LABELS)])
+    list(loader)
+    kd.fit(loader, refit=True)
+
+
+def one_shot_loader(s, t, kd):
+    kd.fit((pair for pair in [(IMAGES, LABELS)]), refit=True)
+
+
+def dict_loader(s, t, kd):
+    kd.fit([{"images": IMAGES}], refit=True)
+
+
+def unlabelled_loader(s, t, kd):
+    kd.fit([IMAGES], refit=True)
+
+
+def nan_images(s, t, kd):
+    kd.fit([(IMAGES * float("nan"), LABELS)], refit=True)
+
+
+def class_without_images(s, t, kd):
+    kd.fit([(IMAGES, LABELS.clamp(max=1))], refit=True)
+
+
+def detached(s, t, kd):
+    twin = copy.deepcopy(s)
+    assert torch.equal(twin.stem[0].weight, s.stem[0].weight)
+    kd.detach()
+    s(IMAGES)
+    kd.loss(LABELS)
+
+
+def fit_detached(s, t, kd):
+    kd.detach()
+    kd.fit([(IMAGES, LABELS)])
+
+
+TRAINING = [
+    (no_forward, CaptureError, "no training forward of the student since the last"),
+    (loss_twice, CaptureError, "no training forward"),
+    (two_forwards, StaleCaptureError, r"2 training forwards since .* kd\.clear\(\)"),
+    (in_eval_mode, CaptureError, r"eval mode now: call student\.train\(\)"),
+    (without_gradient, CaptureError, "in train mode with gradients"),
+    (forward_directly, CaptureError, r"not student\.forward\(x\)"),
+    (after_backward, CaptureError, r"or backward\(\)"),
+    (batch_changed, StaleCaptureError, "changed in place after the student's forward"),
+    (other_labels, StaleCaptureError, "labels of another batch"),
+    (labels_as_list, ArgumentTypeError, "labels as a tensor, got list"),
+    (no_labels, ArgumentError, r"call kd\.loss\(labels\)"),
+    (mixed_labels, ArgumentTypeError, "use CodebookTargets at this point"),
+    (labels_out_of_range, ArgumentError, "labels"),
+    (reentrant_checkpoint, CaptureError, "use_reentrant=False"),
+    (other_batch_taught, StaleCaptureError, "were given different batches"),
+    (logits_not_given, CaptureError, r"call kd\.loss\(y, logits=\.\.\.\)"),
+    (hook_gone, CaptureError, "the hooks were bypassed"),
+    (attached_again, AttachError, r"call kd\.remove\(\) on the earlier handle"),
+    (pruned_while_attached, AttachError, r"call kd\.detach\(\) before pruning"),
+    (loaded_into_an_attached_one, AttachError, "has KD layers already"),
+    (state_of_something_else, CheckpointError, "no state of a KDHandle"),
+    (empty_loader, FitError, "empty loader"),
+    (closed_loader, FitError, "empty loader"),
+    (one_shot_loader, FitError, "pass a DataLoader or a list of batches"),
+    (dict_loader, ArgumentError, r"expects batches \(images, labels\)"),
+    (unlabelled_loader, FitError, "learns from labels"),
+    (nan_images, FitError, "NaN or infinite"),
+    (class_without_images, FitError, "no sample of class 2"),
+    (detached, AttachError, "this handle was detached"),
+    (fit_detached, AttachError, "this handle was detached"),
+]
+
+
+@pytest.mark.parametrize(("misuse", "error", "sentence"), TRAINING)
+def test_in_training(misuse, error, sentence):
+    student, teacher = Awkward(), Net(6)
+    points = [
+        KDPoint("first", targets=DecisionTargets(1, components=2)),
+        KDPoint("last", targets=CodebookTargets(4)),
+    ]
+    kd = attach_kd(student, teacher, points, losses=[DKDLoss(beta=1.0)], example=IMAGES)
+    kd.fit([(IMAGES, LABELS)])
+    student.train()
+    weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+    targets = copy.deepcopy(kd.state_dict())
+    frozen = Frozen(teacher)
+    with pytest.raises(error, match=sentence) as caught:
+        misuse(student, teacher, kd)
+    assert isinstance(caught.value, KDLayersError)
+    assert frozen.unchanged(teacher)
+    assert all(torch.equal(p, weights[name]) for name, p in student.named_parameters())
+    if misuse not in (detached, fit_detached):
+        for name, state in kd.state_dict()["losses"].items():
+            assert all(torch.equal(v, targets["losses"][name][k]) for k, v in state.items())
+    if misuse not in (detached, fit_detached, hook_gone):
+        student.train().checkpointed = False
+        kd.clear()
+        student(IMAGES)
+        kd.loss(LABELS).backward()
+
+
+@pytest.mark.parametrize(
+    "loss", [InheritExploreLoss(2, at="last", epochs=1), CodebookTargets, DecisionTargets]
+)
+def test_before_fit(loss):
+    student, teacher = Awkward(), Net(6)
+    if isinstance(loss, InheritExploreLoss):
+        kd = attach_kd(student, teacher, losses=[loss, AEKTLoss()], example=IMAGES)
+    else:
+        kd = attach_kd(student, teacher, [KDPoint("last", targets=loss(2))], example=IMAGES)
+    student(IMAGES)
+    with pytest.raises(NotFittedError, match=r"call kd\.fit\(loader\) once before training"):
+        kd.loss(LABELS)
