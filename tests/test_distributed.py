@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,18 @@ def build(images):
 
 def one_step(called, student, kd, images, labels, accumulate=1):
     optimiser = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.1)
-    for x, y in zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True):
-        loss = F.cross_entropy(called(x), y) + kd.loss(y)
-        (loss / accumulate).backward()
+    parts = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
+    for number, (x, y) in enumerate(parts, start=1):
+        waits = number < accumulate and hasattr(called, "no_sync")
+        with called.no_sync() if waits else nullcontext():
+            loss = F.cross_entropy(called(x), y) + kd.loss(y)
+            (loss / accumulate).backward()
     grads = [p.grad.clone() for p in [*student.parameters(), *kd.parameters()]]
     optimiser.step()
     return grads
 
 
-def worker(rank, port, folder, find_unused):
+def worker(rank, port, folder, find_unused, accumulate):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -67,7 +71,7 @@ def worker(rank, port, folder, find_unused):
     with pytest.raises(AttachError, match="call attach_kd"):
         attach_kd(DistributedDataParallel(Net(4)), Net(6), "last", example=images[:2])
     called = DistributedDataParallel(student, find_unused_parameters=find_unused)
-    grads = one_step(called, student, kd, images[mine], labels[mine], accumulate=1)
+    grads = one_step(called, student, kd, images[mine], labels[mine], accumulate)
     states = kd.state_dict()["losses"]
     torch.save({"grads": grads, "losses": states}, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -124,10 +128,10 @@ def run(function, *args):
     torch.multiprocessing.spawn(function, (port, *args), nprocs=2)
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
-def test_two_processes_equal_one_on_the_whole_batch(find_unused):
+@pytest.mark.parametrize(("find_unused", "accumulate"), [(False, 1), (True, 1), (False, 3)])
+def test_two_processes_equal_one_on_the_whole_batch(find_unused, accumulate):
     with tempfile.TemporaryDirectory() as folder:
-        run(worker, folder, find_unused)
+        run(worker, folder, find_unused, accumulate)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for a, b in zip(ranks[0]["grads"], ranks[1]["grads"], strict=True):
         assert torch.equal(a, b)
