@@ -64,10 +64,9 @@ def main() -> None:
     options = parser(__doc__, "hf_trainer")
     options.add_argument("--resume", metavar="DIR", help="a checkpoint's folder to go on from")
     args = parse(options)
-    training = hf.TrainingArguments(
-        args.out, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
-        learning_rate=3e-3, save_strategy="epoch", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+    sizes = {"num_train_epochs": args.epochs, "per_device_train_batch_size": args.batch_size}
+    rest = {"save_strategy": "epoch", "report_to": "none", "disable_tqdm": True}
+    training = hf.TrainingArguments(args.out, learning_rate=3e-3, **sizes, **rest)
     images = digits(args.quick)
     with training.main_process_first():
         teacher = trained_teacher(images, args).to(training.device)
