@@ -19,25 +19,24 @@ SIZES = (10, 1, 28)  # classes, channels and side of the digits
 EXAMPLE = torch.zeros(2, 1, 28, 28)
 
 
-def parser(description: str | None, out: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
     """A command line with the options that all these examples have."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--epochs", type=int, help="of the student; default: 8; 2 if quick")
-    made.add_argument("--batch-size", type=int, default=50, help="images per step; default: 50")
-    made.add_argument("--lr", type=float, default=0.05, help="learning rate; default: 0.05")
-    made.add_argument("--out", type=Path, default=Path("runs", out), help="where files go")
-    made.add_argument(
-        "--quick", action="store_true", help="few images, which show every part in seconds"
-    )
-    return made
 
+    def __init__(self, description: str | None, out: str) -> None:
+        super().__init__(description=description)
+        add = self.add_argument
+        add("--epochs", type=int, help="epochs of the student; default: 8, with --quick 2")
+        add("--batch-size", type=int, default=50, help="images per step; default: 50")
+        add("--lr", type=float, default=0.05, help="learning rate of SGD; default: 0.05")
+        add("--out", type=Path, default=Path("runs", out), help=f"default: runs/{out}")
+        add("--quick", action="store_true", help="few images: shows every part in seconds")
 
-def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with the epochs that suit ``--quick``."""
-    args = options.parse_args()
-    if args.epochs is None:
-        args.epochs = 2 if args.quick else 8
-    return args
+    def parse_args(self) -> argparse.Namespace:
+        """What was typed, with the epochs that suit ``--quick``."""
+        args = super().parse_args()
+        if args.epochs is None:
+            args.epochs = 2 if args.quick else 8
+        return args
 
 
 def digits(quick: bool) -> Images:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _digits import EXAMPLE, SIZES, accuracy, digits, losses, parse, parser, points, trained_teacher
+from _digits import EXAMPLE, SIZES, Parser, accuracy, digits, losses, points, trained_teacher
 from _models import make_student
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -15,10 +15,10 @@ from kdlayers import attach_kd, save_student
 
 def main() -> None:
     """One process of however many there are."""
-    options = parser(__doc__, "accelerate")
+    options = Parser(__doc__, "accelerate")
     options.add_argument("--accumulate", type=int, default=1, help="batches per step; default: 1")
     options.add_argument("--resume", metavar="DIR", help="a folder of save_state to go on from")
-    args = parse(options)
+    args = options.parse_args()
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulate)
     images = digits(args.quick)
     with accelerator.main_process_first():

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from _digits import EXAMPLE, SIZES, accuracy, digits, losses, parse, parser, points, trained_teacher
+from _digits import EXAMPLE, SIZES, Parser, accuracy, digits, losses, points, trained_teacher
 from _models import make_student
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -22,9 +22,9 @@ from kdlayers import attach_kd, save_student
 
 def main() -> None:
     """One of the processes."""
-    options = parser(__doc__, "ddp")
+    options = Parser(__doc__, "ddp")
     options.add_argument("--accumulate", type=int, default=1, help="batches per step; default: 1")
-    args = parse(options)
+    args = options.parse_args()
     device = start()
     images = digits(args.quick)
     if dist.get_rank() == 0:

@@ -8,17 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from _digits import (
-    EXAMPLE,
-    accuracy,
-    collate,
-    digits,
-    losses,
-    parse,
-    parser,
-    points,
-    trained_teacher,
-)
+from _digits import EXAMPLE, Parser, accuracy, collate, digits, losses, points, trained_teacher
 from torch.utils.data import DataLoader
 
 from kdlayers import KDHandle, attach_kd, save_student
@@ -61,9 +51,9 @@ class KDTrainer(hf.Trainer):
 
 def main() -> None:
     """Train, or go on with training."""
-    options = parser(__doc__, "hf_trainer")
+    options = Parser(__doc__, "hf_trainer")
     options.add_argument("--resume", metavar="DIR", help="a checkpoint's folder to go on from")
-    args = parse(options)
+    args = options.parse_args()
     sizes = {"num_train_epochs": args.epochs, "per_device_train_batch_size": args.batch_size}
     rest = {"save_strategy": "epoch", "report_to": "none", "disable_tqdm": True}
     training = hf.TrainingArguments(args.out, learning_rate=3e-3, **sizes, **rest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch.nn.functional as F
-from _digits import EXAMPLE, SIZES, accuracy, digits, losses, parse, parser, points, trained_teacher
+from _digits import EXAMPLE, SIZES, Parser, accuracy, digits, losses, points, trained_teacher
 from _models import make_student
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -59,10 +59,10 @@ class Distilled(pl.LightningModule):
 
 def main() -> None:
     """Train, or go on with training; save what Lightning saves, and the student alone."""
-    options = parser(__doc__, "lightning")
+    options = Parser(__doc__, "lightning")
     options.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from")
     options.add_argument("--devices", type=int, default=1, help="processes; default: 1")
-    args = parse(options)
+    args = options.parse_args()
     images = digits(args.quick)
     teacher = trained_teacher(images, args)
     pl.seed_everything(0, verbose=False)
