@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdlayers._distributed import keep_in_step
 from kdlayers._handle import KDHandle
 from kdlayers._hooks import (
     SLOT,
@@ -111,7 +110,6 @@ def attach_kd(
         _check_layers(student, traced, args, tape, [point.student for point in points])
         terms = _terms(points, losses, traced, teachers)
         hooks = _record_hooks(student, terms, traced, tape, undo)
-        keep_in_step(p for term in terms for p in term.loss.parameters() if p.requires_grad)
         undo.pop_all()
     for module, _, hook in inserts(student):
         if hook.tape is tape:

@@ -45,8 +45,6 @@ def keep_in_step(parameters: Iterable[nn.Parameter]) -> None:
     For parameters that no DistributedDataParallel holds. The mean of gradients that were averaged
     before is unchanged by another mean, so gradient accumulation stays right.
     """
-    if world_size() == 1:
-        return
     for parameter in parameters:
         dist.broadcast(parameter.data, src=0)
         parameter.register_post_accumulate_grad_hook(_average_gradient)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers import _record
+from kdlayers._distributed import keep_in_step, world_size
 from kdlayers._fitter import Fitter, run_passes
 from kdlayers._hooks import Tape, version_of
 from kdlayers._progress import progress as show_progress
@@ -73,6 +74,8 @@ class KDHandle:
         self._terms = list(terms)
         self._tape = tape
         self._release = finalize(self, _release, tape, list(hooks))
+        self._in_step = False
+        self._keep_in_step()
         own, added = _parameter_groups(student, self._terms)
         self._watch = OptimiserWatch(own, added)
 
@@ -104,6 +107,7 @@ class KDHandle:
             FitError: if the loader is empty or one-shot, or the data cannot be learnt from.
         """
         self._need_teacher("fit")
+        self._keep_in_step()
         wanted = [term for term in self._terms if refit or not term.loss.fitted]
         pairs = [(term, term.loss.fitter(seed=seed)) for term in wanted]
         fitters = {id(fitter): (term, fitter) for term, fitter in pairs if fitter is not None}
@@ -141,6 +145,7 @@ class KDHandle:
             NotFittedError: if :meth:`fit` has not been called.
         """
         self._need_teacher("loss")
+        self._keep_in_step()
         unfitted = [term.name for term in self._terms if not term.loss.fitted]
         if unfitted:
             raise NotFittedError(
@@ -264,6 +269,12 @@ class KDHandle:
                 f"kd.{method}() needs a teacher: this handle was detached, or attached with "
                 "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
             )
+
+    def _keep_in_step(self) -> None:
+        """Put the train-only parameters in step, once the processes are connected."""
+        if not self._in_step and world_size() > 1:
+            keep_in_step(self.parameters())
+            self._in_step = True
 
     def _teach(self, record: _record.Record) -> list[Taught]:
         ahead, self._ahead = self._ahead, None

@@ -20,6 +20,8 @@ from kdlayers._layer import KDLayer
 from kdlayers._tree import Path, first_tensor, pick, put
 
 SLOT = "kd"
+# Asked for in forward hooks, so it must be there before; torch 2.6 does not have it.
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 class Slot(KDLayer):
@@ -142,7 +144,7 @@ class OpenForward:
         if tape.manual:
             return
         recording = tape.armed and module.training and torch.is_grad_enabled()
-        recording = recording and not torch.compiler.is_exporting()
+        recording = recording and not _is_exporting()
         if recording and not torch.compiler.is_compiling():
             recording = not _in_backward() and not is_tracing()
         # Assigned each time: a forward that ended in an exception cannot leave it set.

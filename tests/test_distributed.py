@@ -31,9 +31,10 @@ class Projected(DistillLoss):
         return (student @ self.matrix - teacher).square().mean()
 
 
-def build(images):
+def build(images, rank=0):
     torch.manual_seed(0)
     student, teacher = Net(4), Net(6)
+    torch.rand(rank)  # what attach_kd draws differs from rank to rank
     # Batch norm over part of a batch is another function; eval mode makes ranks comparable.
     points = [
         KDPoint("first", targets=DecisionTargets(1, components=2)),
@@ -59,13 +60,15 @@ def one_step(called, student, kd, images, labels, accumulate=1):
     return grads
 
 
-def worker(rank, port, folder, find_unused, accumulate):
+def worker(rank, port, folder, find_unused, accumulate, late):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     images, labels = batch(12)
     mine = slice(rank, None, 2)
-    student, kd = build(images)
+    student, kd = build(images, rank) if late else (None, None)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    if not late:
+        student, kd = build(images, rank)
     # Fit sees this rank's half; one process sees all.
     kd.fit([(images[mine], labels[mine])])
     with pytest.raises(AttachError, match="call attach_kd"):
@@ -128,10 +131,13 @@ def run(function, *args):
     torch.multiprocessing.spawn(function, (port, *args), nprocs=2)
 
 
-@pytest.mark.parametrize(("find_unused", "accumulate"), [(False, 1), (True, 1), (False, 3)])
-def test_two_processes_equal_one_on_the_whole_batch(find_unused, accumulate):
+@pytest.mark.parametrize(
+    ("find_unused", "accumulate", "late"),
+    [(False, 1, False), (True, 1, False), (False, 3, False), (False, 1, True)],
+)
+def test_two_processes_equal_one_on_the_whole_batch(find_unused, accumulate, late):
     with tempfile.TemporaryDirectory() as folder:
-        run(worker, folder, find_unused, accumulate)
+        run(worker, folder, find_unused, accumulate, late)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for a, b in zip(ranks[0]["grads"], ranks[1]["grads"], strict=True):
         assert torch.equal(a, b)
