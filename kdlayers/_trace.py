@@ -1,7 +1,8 @@
 """Dry runs: what every module of a model returns, without leaving a trace in the model."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,13 +125,20 @@ def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every module's own training flag and all random states come back."""
     flags = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=cuda_devices(model)):
+    with torch.random.fork_rng(devices=cuda_devices(model)), _uncompiled():
         try:
             model.eval()
             yield
         finally:
             for module, flag in flags:
                 module.training = flag
+
+
+def _uncompiled() -> Any:
+    """Dry runs of a model that torch.compile holds run plainly: compiling would take long."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -1,6 +1,5 @@
 """Tensors inside the tuples, lists and dicts that modules return."""
 
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -8,16 +7,19 @@ from torch import Tensor
 Path: TypeAlias = tuple[int | str, ...]
 
 
-def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
     """Every tensor of ``tree`` with the keys that lead to it, in order."""
+    # Lists and a tuple of types: older torch.compile, which this runs under, knows no generators.
     if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, dict):
+        return [(path, tree)]
+    found: list[tuple[Path, Tensor]] = []
+    if isinstance(tree, dict):
         for key, branch in tree.items():
-            yield from leaves(branch, (*path, key))
-    elif isinstance(tree, tuple | list):
+            found += leaves(branch, (*path, key))
+    elif isinstance(tree, (tuple, list)):
         for index, branch in enumerate(tree):
-            yield from leaves(branch, (*path, index))
+            found += leaves(branch, (*path, index))
+    return found
 
 
 def pick(tree: Any, path: Path) -> Any:
@@ -45,7 +47,8 @@ def put(tree: Any, path: Path, value: Tensor) -> Any:
 
 def first_tensor(tree: Any) -> Tensor | None:
     """The first tensor, which for the output of a classifier is the logits."""
-    return next((tensor for _, tensor in leaves(tree)), None)
+    found = leaves(tree)
+    return found[0][1] if found else None
 
 
 def main_tensor(tree: Any) -> tuple[Path, Tensor] | None:

@@ -22,6 +22,7 @@ from tests.nets import Net, batch
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 IMAGES, LABELS = batch()
+OLD = torch.__version__.startswith("2.6")
 
 
 def attached(student=None, at="last", losses=()):
@@ -174,6 +175,8 @@ def test_reentrant_checkpointing_is_refused():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiled_students_run_the_layer_and_train_alike(order, inplace):
     torch._dynamo.reset()
+    if OLD and inplace and order.startswith("compile"):
+        pytest.skip("torch 2.6 keeps what student.compile() saw; docs/limits.md says so")
     student = Net(4)
     state = copy.deepcopy(student.state_dict())
 
@@ -257,10 +260,10 @@ def test_exports_carry_the_layer():
     student, _ = attached()
     student.eval()
     expected = student(IMAGES)
-    exported = torch.export.export(student, (IMAGES,))
+    exported = torch.export.export(student, (IMAGES,), strict=False)
     torch.testing.assert_close(exported.module()(IMAGES), expected)
     student.train()
-    torch.export.export(student, (IMAGES,))
+    torch.export.export(student, (IMAGES,), strict=False)
     student.eval()
     traced = torch.fx.symbolic_trace(student)
     torch.testing.assert_close(traced(IMAGES), expected)
