@@ -213,8 +213,8 @@ def parse() -> argparse.Namespace:
         help=f"rows of the table: {', '.join(map(repr, (*DEFAULT, *MORE)))}; 'layers only' is "
         "letKD-2's network trained with labels only; default: the first four")  # fmt: skip
     add("--seeds", type=int, default=5, help="students per method; default: 5")
-    add("--epochs", type=int, default=40, help="epochs of a student; default: 40")
-    add("--teacher-epochs", type=int, default=8, help="epochs of the teacher; default: 8")
+    add("--epochs", type=int, default=30, help="epochs of a student; default: 30")
+    add("--teacher-epochs", type=int, default=6, help="epochs of the teacher; default: 6")
     add("--student-images", type=int, default=200, metavar="N",
         help="training images that the students see; 0: all; default: 200")  # fmt: skip
     add("--teacher-images", type=int, default=0, metavar="N",
