@@ -374,7 +374,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """
     if isinstance(batch, Tensor):
         return batch, None
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         labels = batch[1] if len(batch) > 1 else None
         if labels is None or isinstance(labels, Tensor):
             return batch[0], labels

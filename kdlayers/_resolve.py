@@ -39,7 +39,7 @@ def resolve_points(at: At, student: Trace, teacher: Trace | None) -> list[KDPoin
 
 
 def _items(at: At) -> list[KDPoint]:
-    if isinstance(at, str | KDPoint):
+    if isinstance(at, (str, KDPoint)):
         at = [at]
     if isinstance(at, Mapping):
         return [KDPoint(ours, theirs) for ours, theirs in at.items()]
@@ -49,7 +49,7 @@ def _items(at: At) -> list[KDPoint]:
         )
     items = []
     for item in at:
-        if not isinstance(item, str | KDPoint):
+        if not isinstance(item, (str, KDPoint)):
             raise ArgumentTypeError(
                 f"at holds a {type(item).__name__}; give module names, as find_points(student) "
                 "lists them, or KDPoint(student, teacher)"

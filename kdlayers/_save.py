@@ -139,10 +139,10 @@ def _layer(item: Any, path: object) -> LayerDescription:
         isinstance(item, dict)
         and set(item) == fields
         and isinstance(item["name"], str)
-        and isinstance(item["path"], list | tuple)
-        and all(isinstance(key, int | str) for key in item["path"])
+        and isinstance(item["path"], (list, tuple))
+        and all(isinstance(key, (int, str)) for key in item["path"])
         and all(isinstance(item[key], int) for key in counts)
-        and isinstance(item["alpha"], int | float)
+        and isinstance(item["alpha"], (int, float))
         and item["channel_dim"] in (1, -1)
         and item["in_channels"] > 0
         and item["num_templates"] > 0

@@ -184,7 +184,7 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     """
     if isinstance(example, Tensor):
         return (example,)
-    if isinstance(example, tuple | list):
+    if isinstance(example, (tuple, list)):
         return tuple(example)
     if example is not None:
         raise ArgumentError(
@@ -223,6 +223,6 @@ def _stated_size(model: nn.Module) -> tuple[int, int]:
     for stated in (patches, getattr(model, "image_size", None), config.get("input_size")):
         if isinstance(stated, int):
             return stated, stated
-        if isinstance(stated, tuple | list) and len(stated) >= 2:
+        if isinstance(stated, (tuple, list)) and len(stated) >= 2:
             return stated[-2], stated[-1]
     return 224, 224

@@ -273,7 +273,7 @@ def _schedule(value: "Schedule | float") -> Schedule:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
     if not least <= value < float("inf"):
         raise ArgumentError(f"{name} must be {least} or more and finite, got {value}")

@@ -147,7 +147,7 @@ class CodebookTargets(TemplateTargets):
 def _check_temperature(value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(
             f"temperature must be a number or None (one-hot), got {type(value).__name__}"
         )

@@ -24,7 +24,7 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
 
 def positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < float("inf"):
         raise ArgumentError(f"{name} must be above 0 and finite, got {value}")
@@ -32,7 +32,7 @@ def positive(name: str, value: float) -> None:
 
 def not_negative(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= value < float("inf"):
         raise ArgumentError(f"{name} must be 0 or more and finite, got {value}")

@@ -57,7 +57,7 @@ class DistillLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(weight) and (
-            isinstance(weight, bool) or not isinstance(weight, int | float)
+            isinstance(weight, bool) or not isinstance(weight, (int, float))
         ):
             raise ArgumentTypeError(
                 f"weight must be a number or a function of the step, got {type(weight).__name__}"
