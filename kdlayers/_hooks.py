@@ -20,8 +20,8 @@ from kdlayers._layer import KDLayer
 from kdlayers._tree import Path, first_tensor, pick, put
 
 SLOT = "kd"
-# Asked for in forward hooks, so it must be there before; torch 2.6 does not have it.
-_is_exporting = getattr(torch.compiler, "is_exporting", bool)
+# Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
+_CONFUSES_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 class Slot(KDLayer):
@@ -208,6 +208,12 @@ def version_of(args: tuple[Any, ...]) -> int | None:
     if tensor is None or (not torch.compiler.is_compiling() and tensor.is_inference()):
         return None
     return tensor._version
+
+
+def _is_exporting() -> bool:
+    if _CONFUSES_EXPORT and torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.compiler.is_exporting()
 
 
 def _in_backward() -> bool:

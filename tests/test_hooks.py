@@ -22,7 +22,6 @@ from tests.nets import Net, batch
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 IMAGES, LABELS = batch()
-OLD = torch.__version__.startswith("2.6")
 
 
 def attached(student=None, at="last", losses=()):
@@ -175,8 +174,6 @@ def test_reentrant_checkpointing_is_refused():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiled_students_run_the_layer_and_train_alike(order, inplace):
     torch._dynamo.reset()
-    if OLD and inplace and order.startswith("compile"):
-        pytest.skip("torch 2.6 keeps what student.compile() saw; docs/limits.md says so")
     student = Net(4)
     state = copy.deepcopy(student.state_dict())
 

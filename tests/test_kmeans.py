@@ -291,6 +291,7 @@ def test_blocks_are_full_but_the_last(sizes, labelled):
         assert (labels is not None) == labelled
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # torch 2.9
 def test_precision_that_the_user_allows_is_seen_also_under_compile():
     def choose(x):
         return x + 1 if _distances._tensor_float() else x - 1

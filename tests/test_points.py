@@ -48,7 +48,7 @@ def test_norms_are_no_candidates_and_unrolled_tokens_are_refused():
     assert "tokens" not in {point.layout for point in find_points(model)}
     student = timm.create_model("resnet10t")
     with pytest.raises(LayoutError, match="not in raster order: Hiera unrolls its windows"):
-        attach_kd(student, model, {"layer4": "blocks.9"})
+        attach_kd(student, model, {"layer4": "blocks.9"}, example=torch.zeros(2, 3, 224, 224))
 
 
 def test_prints_as_a_table():

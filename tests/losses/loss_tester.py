@@ -24,6 +24,9 @@ from kdlayers.errors import ArgumentTypeError, ShapeError
 SIZES = {"batch": st.integers(2, 5), "classes": st.integers(3, 9), "seed": st.integers(0, 2**16)}
 
 
+OLD = not torch.cuda.is_available() and torch.__version__ < "2.13"
+
+
 class LossTester:
     make: ClassVar[Any]
     """Makes the loss, without arguments."""
@@ -161,6 +164,7 @@ class LossTester:
         assert set(loss.metrics()) == set(type(self).metrics)
         assert counter.frame_count <= 2  # what it records may cost one more compilation, not four
 
+    @pytest.mark.skipif(OLD, reason="asks the driver even for fake tensors")
     def test_never_waits_for_an_accelerator(self):
         student, teacher, targets = self.inputs(dtype=torch.float32)
         loss = self.ready(student, teacher)
