@@ -1,5 +1,6 @@
 """Saving a student with its KD layers, and loading it into a fresh model without the teacher."""
 
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, TypeVar
@@ -63,9 +64,13 @@ def save_student(student: nn.Module, path: str | PathLike[str]) -> None:
             f"this {type(student).__name__} has no KD layers, so there is nothing to describe; "
             "save student.state_dict() with torch.save, or attach_kd first"
         )
-    state = {key: value.detach().cpu() for key, value in student.state_dict().items()}
+    found = student.state_dict()
+    state = {key: value.detach().cpu() for key, value in found.items()}
+    # Some modules read the version that they wrote their state with.
+    metadata: dict[str, dict[str, Any]] = getattr(found, "_metadata", {})
+    versions = {name: meta.get("version") for name, meta in metadata.items()}
     content = {"format": FORMAT, "version": VERSION, "layers": layers, "state": state}
-    torch.save(content, path)
+    torch.save({**content, "module_versions": versions}, path)
 
 
 def _describe(module: nn.Module, hook: InsertLayer) -> LayerDescription:
@@ -106,7 +111,9 @@ def load_student(model: M, path: str | PathLike[str]) -> M:
     return model
 
 
-def _read(path: str | PathLike[str]) -> tuple[list[LayerDescription], dict[str, Tensor]]:
+def _read(
+    path: str | PathLike[str],
+) -> tuple[list[LayerDescription], OrderedDict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -126,9 +133,20 @@ def _read(path: str | PathLike[str]) -> tuple[list[LayerDescription], dict[str, 
             f"{VERSION}; install a newer kdlayers"
         )
     state = content.get("state")
-    if not isinstance(state, dict) or not isinstance(content.get("layers"), list):
-        raise CheckpointError(f"{path} is damaged: it has no layers or no state")
-    return [_layer(item, path) for item in content["layers"]], state
+    versions = content.get("module_versions")
+    parts = isinstance(state, dict), isinstance(versions, dict)
+    if not all(parts) or not isinstance(content.get("layers"), list):
+        raise CheckpointError(f"{path} is damaged: it has no layers, no versions or no state")
+    return [_layer(item, path) for item in content["layers"]], _with_versions(state, versions)
+
+
+def _with_versions(state: Any, versions: Any) -> OrderedDict[str, Tensor]:
+    """The state as ``state_dict()`` gives it, with the version of every module that has one."""
+    ordered: OrderedDict[str, Tensor] = OrderedDict(state)
+    numbers = {str(name): v for name, v in versions.items() if isinstance(v, int)}
+    metadata = OrderedDict((name, {"version": v}) for name, v in numbers.items())
+    setattr(ordered, "_metadata", metadata)  # noqa: B010  # where torch keeps it
+    return ordered
 
 
 def _layer(item: Any, path: object) -> LayerDescription:

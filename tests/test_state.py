@@ -109,6 +109,23 @@ def test_loading_keeps_flags_and_random_state(tmp_path):
     assert list(slots(fresh)) == ["first", "last"]
 
 
+class Versioned(Net):
+    """Loads its state by the version it was saved with."""
+
+    _version = 7
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata.get("version") == 7
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_modules_find_the_versions_of_their_states(tmp_path):
+    student = Versioned(4)
+    attach_kd(student, at=[KDPoint("last", num_templates=5)], example=IMAGES)
+    save_student(student, tmp_path / "student.pt")
+    load_student(Versioned(4), tmp_path / "student.pt")
+
+
 def content(tmp_path):
     student, _ = attached()
     save_student(student, tmp_path / "student.pt")
@@ -132,6 +149,7 @@ def change(path, value):
         (change(["format"], "other"), "no file of save_student"),
         (change(["version"], 2), "install a newer kdlayers"),
         (change(["layers"], None), "is damaged"),
+        (change(["module_versions"], 3), "is damaged"),
         (change(["layers", 0, "name"], "lost"), "has a KD layer at 'lost'"),
         (change(["layers", 0, "num_templates"], 10**12), "the file is damaged"),
         (change(["layers", 0, "alpha"], float("nan")), "is damaged: a KD layer is described"),
