@@ -10,21 +10,18 @@ from torch import nn
 
 from kdlayers._handle import KDHandle
 from kdlayers._hooks import (
-    SLOT,
     Capture,
     CloseForward,
-    InsertLayer,
     OpenForward,
     Slot,
     Tape,
-    descend,
     score_key,
 )
 from kdlayers._models import unwrap
 from kdlayers._names import match
 from kdlayers._points import KDPoint
 from kdlayers._resolve import At, resolve_points
-from kdlayers._sites import hook_site, inserts, refuse_norm, slots, store_path, take_out
+from kdlayers._sites import hook_site, inserts, place, refuse_norm, slots, take_out
 from kdlayers._teacher import Teacher, Transform, make_teachers
 from kdlayers._terms import Term, example_pair, feature_term, unique_names
 from kdlayers._trace import Trace, example_for, run_example, to_model, trace, undisturbed
@@ -137,26 +134,15 @@ def _insert_layers(
     student: nn.Module, points: Sequence[KDPoint], traced: Trace, tape: Tape
 ) -> None:
     """Register a slot and its hook for every point."""
-    layout_of = {point.student: traced.layout(point.student) for point in points}
     for point in points:
-        call, layout = traced.call(point.student), layout_of[point.student]
         refuse_norm(student, point.student)
-        site = hook_site(student, point.student)
-        store = store_path(site)
-        home = descend(site, store)
-        if SLOT in home._modules or hasattr(home, SLOT):
-            raise AttachError(
-                f"there is a {SLOT!r} at {point.student!r} already: two points stand for the same "
-                "module (a stage and its last block, say), or the student was attached before; "
-                "choose one, or call kd.remove() on the earlier handle"
-            )
-        dim = layout.channel_dim
+    layouts = [traced.layout(point.student) for point in points]
+    for point, layout in zip(points, layouts, strict=True):
+        call, dim = traced.call(point.student), layout.channel_dim
         # resolve_points has given every point its number of templates.
-        slot = Slot(
-            call.shape[dim], point.num_templates or 0, alpha=point.alpha, channel_dim=dim
-        ).to(call.device, call.dtype)
-        home.add_module(SLOT, slot)
-        site.register_forward_hook(InsertLayer(point.student, store, call.path, tape))
+        templates = point.num_templates or 0
+        slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim)
+        place(student, point.student, slot.to(call.device, call.dtype), call.path, tape)
 
 
 def _check_layers(

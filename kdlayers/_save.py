@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdlayers._hooks import SLOT, InsertLayer, Slot, Tape, descend
+from kdlayers._hooks import SLOT, InsertLayer, Slot, Tape
 from kdlayers._models import unwrap
-from kdlayers._sites import hook_site, inserts, store_path, take_out
+from kdlayers._sites import home_of, inserts, place, take_out
 from kdlayers._tree import Path
 from kdlayers.errors import AttachError, CheckpointError
 
@@ -180,9 +180,7 @@ def _insert(
             f"the file has a KD layer at {layer.name!r}, which this {type(model).__name__} has "
             "not; pass a model of the class and sizes that the student was made with"
         )
-    site = hook_site(model, layer.name)
-    store = store_path(site)
-    home = descend(site, store)
+    home = home_of(model, layer.name)
     prefix = next(name for name, module in names.items() if module is home)
     saved = state.get(f"{prefix}.{SLOT}.head.weight")
     sizes = (layer.num_templates, layer.in_channels)
@@ -195,8 +193,7 @@ def _insert(
     like = next((t for t in (*home.parameters(), *model.parameters())), saved)
     slot = _make(layer).to(like.device, saved.dtype)
     slot.train(home.training)
-    home.add_module(SLOT, slot)
-    site.register_forward_hook(InsertLayer(layer.name, store, layer.path, tape))
+    place(model, layer.name, slot, layer.path, tape)
 
 
 def _make(layer: LayerDescription) -> Slot:

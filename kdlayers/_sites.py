@@ -3,7 +3,8 @@
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from kdlayers._hooks import SLOT, InsertLayer, Slot, descend
+from kdlayers._hooks import SLOT, InsertLayer, Slot, Tape, descend
+from kdlayers._tree import Path
 from kdlayers.errors import AttachError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -55,6 +56,29 @@ def store_path(hooked: nn.Module) -> tuple[str, ...]:
         path.append(key)
         module = child
     return tuple(path)
+
+
+def home_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that gets the layer of point ``name`` as its child."""
+    site = hook_site(model, name)
+    return descend(site, store_path(site))
+
+
+def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> None:
+    """Put ``slot`` and its hook into ``model`` at point ``name``.
+
+    Raises:
+        AttachError: if there is one already.
+    """
+    site, home = hook_site(model, name), home_of(model, name)
+    if hasattr(home, SLOT):
+        raise AttachError(
+            f"there is a {SLOT!r} at {name!r} already: two points stand for the same module (a "
+            "stage and its last block, say), or the student was attached before; choose one, or "
+            "call kd.remove() on the earlier handle"
+        )
+    home.add_module(SLOT, slot)
+    site.register_forward_hook(InsertLayer(name, store_path(site), path, tape))
 
 
 def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:
