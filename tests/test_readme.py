@@ -27,7 +27,7 @@ def test_the_first_code_is_above_the_fold():
 @pytest.mark.parametrize("name", ["quickstart", "tests"])
 def test_ci_takes_its_commands_from_here(name):
     text = README.read_text("utf-8")
-    assert re.search(rf"<!-- ci: {name} -->\n```bash\npip install .*\npython .*\n```", text)
+    assert re.search(rf"<!-- ci: {name} -->\n```bash\npip install .* && python .*\n```", text)
     assert f"readme {name}" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
