@@ -1,4 +1,7 @@
-"""What the examples of one method share: a teacher of digits, few images, labels only, printing."""
+"""What the examples of one method share: a teacher of digits, few images, labels only, printing.
+
+Import it before torch: it lets waiting threads sleep, which only a busy machine notices.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,29 @@ import argparse
 import os
 from collections.abc import Iterable, Mapping
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
 from _data import Images
-from _digits import SIZES, accuracy, digits
+from _digits import EXAMPLE, SIZES, accuracy, digits
 from _models import make_student, make_teacher
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
+
+__all__ = [
+    "EXAMPLE",
+    "accuracy",
+    "labels_only",
+    "new_student",
+    "report",
+    "sgd",
+    "show",
+    "shuffled",
+    "start",
+    "trained_teacher",
+]
 
 
 def start(description: str | None) -> tuple[argparse.Namespace, Images, Images]:

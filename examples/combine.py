@@ -6,9 +6,8 @@ a combination of ours: nothing is published about it.
 
 from __future__ import annotations
 
+import _method as shared
 import torch.nn.functional as F
-from _digits import EXAMPLE, accuracy
-from _method import labels_only, new_student, report, sgd, show, shuffled, start, trained_teacher
 from _models import FIRST, LAST
 from torch.utils.data import DataLoader
 
@@ -26,25 +25,27 @@ from kdlayers.schedules import Cosine, LinearWarmup
 
 def main() -> None:
     """Train a teacher, a student with everything, and one without."""
-    args, whole, few = start(__doc__)
-    teacher = trained_teacher(whole, args)
+    args, whole, few = shared.start(__doc__)
+    teacher = shared.trained_teacher(whole, args)
 
-    student = new_student(args.seed)
+    student = shared.new_student(args.seed)
     steps = args.epochs * (len(few.plain) // args.batch_size)
     points = [
         KDPoint(FIRST, targets=DecisionTargets(subclasses=2, components=9)),
         KDPoint(LAST, targets=CodebookTargets(16 if args.quick else 64)),
     ]
     losses = [
-        AEKTLoss(beta=1.0, ratio_clip=10.0, weight=0.5 * LinearWarmup(steps // 4)),
-        StudentFriendlyKDLoss(weight=Cosine(steps, value=0.5, end=0.1), name="SKD"),
+        AEKTLoss(beta=1.0, ratio_clip=10.0, weight=0.1 * LinearWarmup(steps // 4)),
+        StudentFriendlyKDLoss(
+            weight=Cosine(steps, value=0.5, end=0.1), simplifier_grad_scale=1 / 16, name="SKD"
+        ),
     ]
-    kd = attach_kd(student, teacher, points, losses=losses, example=EXAMPLE)
+    kd = attach_kd(student, teacher, points, losses=losses, example=shared.EXAMPLE)
     print(kd.summary())
     kd.fit(DataLoader(few.plain, args.batch_size))  # decisions and codebook, in the same passes
 
-    loader = shuffled(few, args)
-    optimizer, schedule = sgd([*student.parameters(), *kd.parameters()], steps, args)
+    loader = shared.shuffled(few, args)
+    optimizer, schedule = shared.sgd([*student.parameters(), *kd.parameters()], steps, args)
     for epoch in range(args.epochs):
         student.train()
         for x, y in loader:
@@ -53,12 +54,12 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-        show(epoch, args, kd.terms)
+        shared.show(epoch, args, kd.terms)
     kd.detach()
 
     deployed = bake(student.eval())  # a plain model: no hooks, no teacher, no train-only part
-    plain = labels_only(args.seed, few, args)
-    report(few, {"labels only": plain, "all together": accuracy(deployed, few)})
+    plain = shared.labels_only(args.seed, few, args)
+    shared.report(few, {"labels only": plain, "all together": shared.accuracy(deployed, few)})
 
 
 if __name__ == "__main__":

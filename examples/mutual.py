@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 
+import _method as shared
 import torch.nn.functional as F
 from _data import Images
-from _digits import EXAMPLE, accuracy
-from _method import labels_only, new_student, report, sgd, show, shuffled, start
 from _models import LAST
 from torch import nn
 
@@ -23,12 +22,12 @@ def learn_together(
     losses: list[DistillLoss], images: Images, args: argparse.Namespace
 ) -> list[nn.Module]:
     """Two students, trained by ``losses`` on each other."""
-    students = [new_student(args.seed), new_student(args.seed + 1)]
-    kds = attach_mutual(*students, losses=losses, example=EXAMPLE)
-    loader = shuffled(images, args)
+    students = [shared.new_student(args.seed), shared.new_student(args.seed + 1)]
+    kds = attach_mutual(*students, losses=losses, example=shared.EXAMPLE)
+    loader = shared.shuffled(images, args)
     steps = args.epochs * len(loader)
     parts = [
-        (student, kd, *sgd([*student.parameters(), *kd.parameters()], steps, args))
+        (student, kd, *shared.sgd([*student.parameters(), *kd.parameters()], steps, args))
         for student, kd in zip(students, kds, strict=True)
     ]
     for epoch in range(args.epochs):
@@ -41,7 +40,7 @@ def learn_together(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-        show(epoch, args, kds[0].terms)
+        shared.show(epoch, args, kds[0].terms)
     for kd in kds:
         kd.detach()
     return students
@@ -49,18 +48,18 @@ def learn_together(
 
 def main() -> None:
     """Pairs of students: each alone, DML, IE-DML."""
-    args, _, few = start(__doc__)
+    args, _, few = shared.start(__doc__)
     halves = InheritExploreLoss(at=LAST, coder="online", name="IE")
     methods = {"DML": [MutualLoss()], "IE-DML": [MutualLoss(), halves]}
     accuracies = {
-        f"labels only, seed {seed}": labels_only(seed, few, args)
+        f"labels only, seed {seed}": shared.labels_only(seed, few, args)
         for seed in (args.seed, args.seed + 1)
     }
     for name, losses in methods.items():
         print(name)
         for seed, student in enumerate(learn_together(losses, few, args), args.seed):
-            accuracies[f"{name}, seed {seed}"] = accuracy(student, few)
-    report(few, accuracies)
+            accuracies[f"{name}, seed {seed}"] = shared.accuracy(student, few)
+    shared.report(few, accuracies)
 
 
 if __name__ == "__main__":

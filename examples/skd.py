@@ -7,26 +7,28 @@ copies the student has a low loss, and teaches nothing.
 
 from __future__ import annotations
 
+import _method as shared
 import torch.nn.functional as F
-from _digits import EXAMPLE, accuracy
-from _method import labels_only, new_student, report, sgd, show, shuffled, start, trained_teacher
 
 from kdlayers import StudentFriendlyKDLoss, attach_kd
 
 
 def main() -> None:
     """Train a teacher, a student with it, and one without."""
-    args, whole, few = start(__doc__)
-    teacher = trained_teacher(whole, args)
+    args, whole, few = shared.start(__doc__)
+    teacher = shared.trained_teacher(whole, args)
 
-    student = new_student(args.seed)
-    simplified = StudentFriendlyKDLoss(temperature=4.0, weight=1.0, name="SKD")
-    kd = attach_kd(student, teacher, losses=[simplified], example=EXAMPLE)
+    student = shared.new_student(args.seed)
+    # The loss's factor temperature² is for the student; on the attention it makes it collapse here.
+    simplified = StudentFriendlyKDLoss(
+        temperature=4.0, simplifier_grad_scale=1 / 4.0**2, name="SKD"
+    )
+    kd = attach_kd(student, teacher, losses=[simplified], example=shared.EXAMPLE)
 
-    loader = shuffled(few, args)
+    loader = shared.shuffled(few, args)
     # Without kd.parameters() the attention would stay as it is, and this plain distillation.
     parameters = [*student.parameters(), *kd.parameters()]
-    optimizer, schedule = sgd(parameters, args.epochs * len(loader), args)
+    optimizer, schedule = shared.sgd(parameters, args.epochs * len(loader), args)
     for epoch in range(args.epochs):
         student.train()
         for x, y in loader:
@@ -35,11 +37,11 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-        show(epoch, args, kd.terms)
+        shared.show(epoch, args, kd.terms)
     kd.detach()  # the attention goes with the teacher
 
-    plain = labels_only(args.seed, few, args)
-    report(few, {"labels only": plain, "student-friendly KD": accuracy(student, few)})
+    plain = shared.labels_only(args.seed, few, args)
+    shared.report(few, {"labels only": plain, "student-friendly KD": shared.accuracy(student, few)})
 
 
 if __name__ == "__main__":
