@@ -29,7 +29,13 @@ PRINTED = {
 def run(request, tmp_path_factory):
     """Name and output of an example, run in a folder of its own."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / f"{request.param}.py"), "--quick"],
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            str(EXAMPLES / f"{request.param}.py"),
+            "--quick",
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path_factory.mktemp(request.param),
