@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,3 +244,12 @@ def test_points_with_several_arguments_and_nested_outputs(tmp_path):
     assert torch.equal(bake(student)(IMAGES), expected)
     save_student(student, tmp_path / "student.pt")
     assert torch.equal(load_student(Outer().eval(), tmp_path / "student.pt")(IMAGES), expected)
+
+
+def test_a_file_of_format_version_1_still_loads():
+    # Written by kdlayers 0.1; later versions must go on reading it.
+    folder = Path(__file__).parent / "data"
+    seen = torch.load(folder / "student_v1_outputs.pt", weights_only=True)
+    student = load_student(Net(4).eval(), folder / "student_v1.pt")
+    assert [layer.alpha for layer in slots(student).values()] == [0.5, 1.0]
+    torch.testing.assert_close(student(seen["images"]), seen["logits"])
