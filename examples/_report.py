@@ -64,7 +64,7 @@ def closing(results: dict[str, Result]) -> str:
     pairs = [
         (name, other)
         for name in results
-        for other in ("labels only", "KD")
+        for other in ("labels only", "layers only", "KD")
         if name.startswith("letKD") and other in results
     ]
     return "\n".join(compare(results, name, other) for name, other in pairs)
