@@ -58,7 +58,8 @@ def attach_kd(
             may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
             ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point
             in forward order the default targets are ``CodebookTargets()``, at earlier ones
-            ``DecisionTargets()``: one point is letKD-1, two are letKD-2.
+            ``DecisionTargets()`` (with no more components than the classes allow): one point is
+            letKD-1, two are letKD-2.
         losses: further :class:`DistillLoss` objects, on logits or on features (their ``at``).
         example: a small batch of images, or a tuple of the model's arguments, for the dry runs;
             default: two zero images that suit the student.

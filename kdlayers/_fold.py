@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from kdlayers._bake import replace_layers
 from kdlayers._hooks import Slot
 from kdlayers._layer import inverse_norm
+from kdlayers.errors import AttachError
 
 
 class FoldedKDLayer(nn.Module):
@@ -26,7 +27,10 @@ class FoldedKDLayer(nn.Module):
         super().__init__()
         head, norm, value = slot.head, slot.norm, slot.value
         if norm.running_mean is None or norm.running_var is None:
-            raise TypeError("a KD layer's batch norm keeps running statistics")
+            raise AttachError(
+                "a KD layer's batch norm has no running statistics, so there is nothing to fold; "
+                "leave norm.track_running_stats as it is"
+            )
         gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         unit = _unit_rows(head.weight) * head.scale.double()
         mixed = slot.alpha * value.scale.double() * _unit_rows(value.weight)

@@ -54,8 +54,7 @@ def load(file):
 
 def weights(out):
     """What ``save_student`` wrote of the student's state."""
-    (state,) = (v for v in load(out / "student.pt").values() if isinstance(v, dict) and v)
-    return state
+    return load(out / "student.pt")["state"]
 
 
 def random_tensors(state):

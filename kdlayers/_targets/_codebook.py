@@ -58,7 +58,7 @@ class CodebookTargets(TemplateTargets):
 
     References:
         H. Jain, S. Gidaris, N. Komodakis, P. Pérez, M. Cord, "QuEST: Quantized Embedding Space for
-        Transferring Knowledge", ECCV 2020; O. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge
+        Transferring Knowledge", ECCV 2020; A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge
         Distillation Layer that Lets the Student Decide", BMVC 2023. The assignment was checked
         against the authors' code, which clusters with faiss: 20 iterations from random rows, over
         all features in memory.

@@ -65,7 +65,7 @@ class DecisionTargets(TemplateTargets):
         ArgumentTypeError: if an argument is no integer.
 
     References:
-        O. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
+        A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
         Decide", BMVC 2023. Checked against the authors' code. There, with one sub-class a class, a
         position far from its centre can be given sub-class 0; the count table leaves out the last
         rows unless their number is a multiple of 10000; and an empty sub-class shifts the indices

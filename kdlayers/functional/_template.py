@@ -38,7 +38,7 @@ def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean
         ArgumentError: if ``reduction`` is unknown.
 
     References:
-        O. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
+        A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
         Decide", BMVC 2023; the reduction is checked against the authors' code.
 
     Example:

@@ -56,7 +56,7 @@ class TemplateLoss(DistillLoss):
         ShapeError: at the call, if positions or the number of templates differ.
 
     References:
-        O. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
+        A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
         Decide", BMVC 2023; checked against the authors' code.
 
     Example:
