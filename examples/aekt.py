@@ -22,7 +22,7 @@ def main() -> None:
     # The ratio of the teacher's to the student's probability is largest in the first epochs.
     steps = len(few.plain) // args.batch_size
     warmup = LinearWarmup(args.epochs // 4, start=0.1, steps_per_epoch=steps)
-    # With a weight of 1 the training of so small a network diverges.
+    # With a weight of 1 the training of this small network diverges.
     aekt = AEKTLoss(beta=2.0, ratio_clip=10.0, weight=0.2 * warmup, name="AEKT")
     kd = attach_kd(student, teacher, losses=[aekt], example=shared.EXAMPLE)
 
