@@ -37,10 +37,6 @@ class Layout:
         batch, count, channels = tokens.shape
         return tokens.reshape(batch, *self._token_grid(count), channels)
 
-    def channels_last(self, tensor: Tensor) -> Tensor:
-        """Move the channels to the last axis, without forming a grid."""
-        return tensor.movedim(self.channel_dim, -1)
-
     def _token_grid(self, count: int) -> tuple[int, int]:
         height, width = self.grid
         if (
