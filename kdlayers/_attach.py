@@ -258,7 +258,7 @@ def _record_hooks(
         return []
     hooks = [
         student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True),
-        student.register_forward_hook(CloseForward(tape)),
+        student.register_forward_hook(CloseForward(tape), always_call=True),
     ]
     points = {term.point for term in terms if term.point is not None and not term.scores}
     for name in sorted(points):

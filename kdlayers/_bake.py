@@ -105,4 +105,5 @@ def _without_record_hooks(model: nn.Module) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, h in hooks.items() if type(h).__module__ == "kdlayers._hooks"]:
                 del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
     return model

@@ -19,6 +19,8 @@ class Fitter(Protocol):
     stage: str
     """What the current pass is for, in two or three words, for the progress display."""
 
+    # A fitter that trains, rather than counts, may also say ``varied = True``: see `pass_seed`.
+
     def update(self, teacher: Tensor, targets: Tensor | None) -> None:
         """Take one batch: the teacher's tensor, as the loss would get it, and the labels."""
 
@@ -52,6 +54,15 @@ def run_passes(
         passes += 1
         active = [fitter for fitter in active if fitter.end_pass()]
     return passes
+
+
+def pass_seed(seed: int, active: Sequence[Fitter], index: int) -> int:
+    """Seed of the loader's shuffling and augmentation in pass ``index``.
+
+    Statistics that are put together over passes need the same data in each; training wants other
+    data each time. Passes are shared: they vary once all the fitters that are left are ``varied``.
+    """
+    return seed + index if all(getattr(f, "varied", False) for f in active) else seed
 
 
 def fit_rows(fitter: Fitter, batches: Iterable[tuple[Tensor, Tensor | None]]) -> int:

@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers import _record
+from kdlayers._batches import labels_for, split_batch
 from kdlayers._distributed import keep_in_step, world_size
-from kdlayers._fitter import Fitter, run_passes
-from kdlayers._hooks import Tape, version_of
+from kdlayers._fitter import Fitter, pass_seed, run_passes
+from kdlayers._hooks import Ahead, Tape, version_of
 from kdlayers._progress import progress as show_progress
 from kdlayers._sites import slots, take_out
 from kdlayers._summary import summarise
 from kdlayers._teacher import Taught, Teacher
-from kdlayers._terms import Term
+from kdlayers._terms import Term, log
 from kdlayers._trace import cuda_devices
 from kdlayers._watch import OptimiserWatch
 from kdlayers.errors import (
-    ArgumentError,
-    ArgumentTypeError,
     AttachError,
     CheckpointError,
     NotFittedError,
-    StaleCaptureError,
 )
 
 STATE_VERSION = 1
@@ -69,7 +67,6 @@ class KDHandle:
         self.student = student
         self.terms: dict[str, Tensor] = {}
         self.step = 0
-        self._ahead: tuple[tuple[Any, ...], int | None, list[Taught]] | None = None
         self._teachers = list(teachers)
         self._terms = list(terms)
         self._tape = tape
@@ -92,8 +89,11 @@ class KDHandle:
         """Learn from the teacher what the losses need: codebooks, decisions, auto-encoders.
 
         Runs the teacher over the loader, one pass for all points together: a codebook takes up to
-        two passes, decisions up to four. The student is not run, and no random state is disturbed:
-        each pass starts from ``seed``, so a loader that shuffles gives every pass the same order.
+        two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not run,
+        and no random state is disturbed. While a codebook or decisions are learnt each pass starts
+        from ``seed``, so that a loader that shuffles or augments gives every pass the same data.
+        Passes that only auto-encoders are left to take start from ``seed`` plus the number of the
+        pass: as in any training order and augmentation change; the same seed gives the same again.
         Under ``torch.distributed`` all ranks call it together, each with its part of the data.
 
         Args:
@@ -114,7 +114,7 @@ class KDHandle:
         devices = {d for teacher in self._teachers for d in cuda_devices(teacher.model)}
 
         def batches(active: Sequence[Fitter], index: int) -> Iterator[Any]:
-            torch.manual_seed(seed)
+            torch.manual_seed(pass_seed(seed, active, index))
             terms = [fitters[id(fitter)][0] for fitter in active]
             title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
             for batch in show_progress(loader, title, shown=progress):
@@ -152,10 +152,11 @@ class KDHandle:
                 f"{', '.join(unfitted)} has not learnt from the teacher yet; call kd.fit(loader) "
                 "once before training, or kd.load_state_dict(...) when you resume"
             )
+        ahead, self._tape.ahead = self._tape.ahead, None
         keys = {term.key for term in self._terms if term.key is not None}
         record = _record.read(self._tape, keys, self.student, logits)
-        targets = _labels_for(targets, record.logits)
-        taught = self._teach(record)
+        targets = labels_for(targets, record.logits)
+        taught = self._teach(record, ahead)
         return self._sum(record, taught, targets)
 
     @contextmanager
@@ -175,6 +176,8 @@ class KDHandle:
             yield
             tape.done = 1
         finally:
+            if not tape.done:
+                tape.fail()
             tape.manual = tape.active = False
 
     def teach(self, *args: Any, **kwargs: Any) -> None:
@@ -191,12 +194,12 @@ class KDHandle:
             teacher.run(args, kwargs, self._taps(index, self._terms))
             for index, teacher in enumerate(self._teachers)
         ]
-        self._ahead = (args, version_of(args), taught)
+        self._tape.ahead = Ahead(args, version_of(args), taught)
 
     def clear(self) -> None:
         """Forget recorded forwards, after a training forward whose KD loss is not wanted."""
+        self._tape.fail()
         self._tape.consume()
-        self._ahead = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Train-only parameters of the losses, for the optimiser; none of them is the student's."""
@@ -254,7 +257,8 @@ class KDHandle:
     def detach(self) -> None:
         """Let go of teacher, captures and train-only parts; the student keeps its KD layers."""
         self._release()
-        self._teachers, self._terms, self._ahead, self.terms = [], [], None, {}
+        self._teachers, self._terms, self.terms = [], [], {}
+        self._watch = OptimiserWatch((), {})
 
     def remove(self) -> None:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
@@ -276,11 +280,10 @@ class KDHandle:
             keep_in_step(self.parameters())
             self._in_step = True
 
-    def _teach(self, record: _record.Record) -> list[Taught]:
-        ahead, self._ahead = self._ahead, None
+    def _teach(self, record: _record.Record, ahead: Ahead | None) -> list[Taught]:
         if ahead is not None:
-            _record.check_same(record, *ahead[:2])
-            return ahead[2]
+            _record.check_same(record, ahead.args, ahead.version)
+            return ahead.taught
         autocast = record.autocast_dtype(self.student)
         return [
             teacher.run(record.args, record.kwargs, self._taps(index, self._terms), autocast)
@@ -310,9 +313,7 @@ class KDHandle:
             weight = term.loss.weight_at(self.step)
             live |= {term.name} if weight else set()
             total = total + weight * value
-            terms[term.name] = value.detach()
-            terms[f"{term.name}.weighted"] = weight * value.detach()
-            terms.update({f"{term.name}.{k}": v for k, v in term.loss.metrics().items()})
+            log(terms, term, value.detach(), weight)
         terms["total"] = total.detach()
         self.terms = terms
         self._watch.look(live)
@@ -322,6 +323,7 @@ class KDHandle:
 
 def _release(tape: Tape, hooks: Sequence[Any]) -> None:
     """End the recording; called by `detach`, and when the handle is garbage."""
+    tape.fail()
     tape.consume()
     tape.armed = tape.active = False
     for hook in hooks:
@@ -349,36 +351,3 @@ def _follow(loss: nn.Module, device: torch.device) -> None:
     tensors = (*loss.parameters(), *loss.buffers())
     if any(tensor.device != device for tensor in tensors):
         loss.to(device)
-
-
-def _labels_for(targets: Tensor | None, logits: Tensor) -> Tensor | None:
-    if targets is None:
-        return None
-    if not isinstance(targets, Tensor):
-        raise ArgumentTypeError(
-            f"kd.loss(targets) takes the labels as a tensor, got {type(targets).__name__}"
-        )
-    if targets.dim() == 0 or targets.shape[0] != logits.shape[0]:
-        raise StaleCaptureError(
-            f"{tuple(targets.shape)} labels for a forward of {logits.shape[0]} images: these are "
-            "the labels of another batch; call kd.loss(y) with the y of the last student(x)"
-        )
-    return targets.to(logits.device)
-
-
-def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """Images and labels of a loader's batch: a pair, or images alone.
-
-    Raises:
-        ArgumentError: if the batch is neither.
-    """
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        labels = batch[1] if len(batch) > 1 else None
-        if labels is None or isinstance(labels, Tensor):
-            return batch[0], labels
-    raise ArgumentError(
-        f"fit() expects batches (images, labels) of tensors, got {type(batch).__name__}; wrap the "
-        "loader: [(b['image'], b['label']) for b in loader] shows the form"
-    )

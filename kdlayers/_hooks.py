@@ -10,6 +10,7 @@ a deep copy, an unpickled model or a replica then runs its own layer, not the or
 an empty tape that never records.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ class Slot(KDLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+@dataclass
+class Ahead:
+    """What ``kd.teach`` learnt before the student ran, and of which inputs."""
+
+    args: tuple[Any, ...]
+    version: int | None
+    taught: list[tuple[Tensor, dict[str, Tensor]]]
+
+
 class Tape:
     """What one training forward of the student left for the losses."""
 
@@ -57,6 +67,7 @@ class Tape:
         self.active = False
         self.done = 0
         self.generation = 0
+        self.ahead: Ahead | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -73,6 +84,12 @@ class Tape:
         self.clear()
         self.done = 0
         self.generation += 1
+
+    def fail(self) -> None:
+        """Let go of what a forward that ended in an exception has left, and of its teacher's."""
+        self.active = False
+        self.ahead = None
+        self.clear()
 
     def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start recording a forward of these inputs."""
@@ -160,9 +177,12 @@ class CloseForward:
         self.tape = tape
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        """End the recording that `OpenForward` began."""
+        """End the recording that `OpenForward` began; with no output the forward has failed."""
         tape = self.tape
         if tape.active and not tape.manual:
+            if output is None:
+                tape.fail()
+                return
             tape.active = False
             tape.output = output
             tape.done += 1

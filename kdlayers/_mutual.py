@@ -8,7 +8,8 @@ from torch import nn
 
 from kdlayers._attach import attach_kd
 from kdlayers._handle import KDHandle
-from kdlayers.losses import DistillLoss, MutualLoss
+from kdlayers.errors import ArgumentError
+from kdlayers.losses import DistillLoss, InheritExploreLoss, MutualLoss
 
 
 def attach_mutual(
@@ -45,6 +46,7 @@ def attach_mutual(
         The handles of ``a`` and of ``b``.
 
     Raises:
+        ArgumentError: if a loss would be fitted to the peer before training.
         KDLayersError: as :func:`attach_kd` does; neither student is changed then.
 
     Source: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning", CVPR 2018; the order of updates
@@ -61,6 +63,7 @@ def attach_mutual(
         >>> loss.backward()
     """
     given = [MutualLoss()] if losses is None else list(losses)
+    _refuse_fitted(given)
     exchanged = [_exchanged(loss) for loss in given]
     first = attach_kd(a, b, losses=given, example=example)
     try:
@@ -72,6 +75,16 @@ def attach_mutual(
         for teacher in handle._teachers:
             teacher.eval_mode = False
     return first, second
+
+
+def _refuse_fitted(losses: Iterable[DistillLoss]) -> None:
+    for loss in losses:
+        if isinstance(loss, InheritExploreLoss) and (loss.host, loss.coder) == ("factor", "fitted"):
+            raise ArgumentError(
+                "InheritExploreLoss learns the teacher's auto-encoder once, before training, but "
+                'the peer of mutual learning changes all the time; pass coder="online", with which '
+                "the auto-encoder is learnt along"
+            )
 
 
 def _exchanged(loss: DistillLoss) -> DistillLoss:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._handle import split_batch
+from kdlayers._batches import split_batch
 from kdlayers._hooks import Slot
 from kdlayers._models import unwrap
 from kdlayers._sites import inserts, slots

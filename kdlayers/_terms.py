@@ -118,15 +118,44 @@ def _empty(traced: Trace, name: str) -> Tensor:
 
 
 def unique_names(terms: list[Term]) -> None:
-    """Check that no two terms are logged under one name.
+    """Check that nothing in ``kd.terms`` would be logged under the key of something else.
 
     Raises:
-        ArgumentError: if two losses have the same name.
+        ArgumentError: if two losses have the same name, or one has the key of another's value.
     """
+    taken = {"total": "the sum of all terms"}
+    for term in terms:
+        keys = {f"{term.name}.weighted": f"the weighted value of {term.name!r}"}
+        metrics = term.loss.metric_names
+        keys |= {f"{term.name}.{m}": f"the metric {m!r} of {term.name!r}" for m in metrics}
+        taken |= keys
     seen: set[str] = set()
     for term in terms:
         if term.name in seen:
             raise ArgumentError(
                 f"two losses are called {term.name!r}; give one of them another name=..."
             )
+        if term.name in taken:
+            raise ArgumentError(
+                f"a loss is called {term.name!r}, but kd.terms[{term.name!r}] is "
+                f"{taken[term.name]}; give it another name=..."
+            )
         seen.add(term.name)
+
+
+def log(logged: dict[str, Tensor], term: Term, value: Tensor, weight: float) -> None:
+    """Add the entries of a term to ``logged``: its value, its weighted value, its metrics.
+
+    Raises:
+        ArgumentError: if a key is taken, by a metric that the loss had not announced.
+    """
+    entries = {f"{term.name}.{name}": metric for name, metric in term.loss.metrics().items()}
+    own = {term.name: value, f"{term.name}.weighted": weight * value}
+    taken = (entries.keys() & own.keys()) | ((entries.keys() | own.keys()) & logged.keys())
+    if taken:
+        raise ArgumentError(
+            f"two values would be logged as {min(taken)!r} in kd.terms: a loss's name together "
+            "with a metric is the name of another term; give one of the losses another name=..."
+        )
+    logged |= own
+    logged |= entries

@@ -72,6 +72,7 @@ class AEKTLoss(DistillLoss):
         torch.Size([3, 3])
     """
 
+    metric_names = ("target", "others", "adaptive", "ratio")
     fc: nn.Linear | None
 
     def __init__(

@@ -47,6 +47,9 @@ class DistillLoss(nn.Module):
     detaches_teacher: ClassVar[bool] = False
     """Whether no gradient reaches the second argument, even where it asks for one."""
 
+    metric_names: tuple[str, ...] = ()
+    """What :meth:`metrics` may give, so that no other term takes a name that this one logs."""
+
     def __init__(
         self,
         *,

@@ -103,6 +103,9 @@ class AutoEncoderFitter:
         seed: of the initial weights.
     """
 
+    varied = True
+    """Each pass may come in another order and augmentation, as in any training."""
+
     def __init__(
         self,
         make: Callable[[Tensor], AutoEncoder],

@@ -101,6 +101,7 @@ class InheritExploreLoss(DistillLoss):
     """
 
     detaches_teacher: ClassVar[bool] = True
+    metric_names = ("inheritance", "exploration", "reconstruction")
     inherit_channels: Tensor | None
     explore_channels: Tensor | None
     inherit_encoder: Coder | None

@@ -107,6 +107,7 @@ class StudentFriendlyKDLoss(DistillLoss):
         self.anchor = anchor
         self.min_agreement = min_agreement
         self.check_every = check_every
+        self.metric_names = ("entropy", "agreement", "teacher_kl", *self.base.metric_names)
         self._calls = 0
         self._agreement: Tensor | float = 0.0
 

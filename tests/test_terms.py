@@ -1,0 +1,182 @@
+"""Keys of kd.terms: no value is logged under the name of another one."""
+
+import pytest
+import torch
+
+from kdlayers import (
+    AEKTLoss,
+    AttentionTransferLoss,
+    DistillLoss,
+    DKDLoss,
+    FitNetLoss,
+    InheritExploreLoss,
+    KDLoss,
+    KDPoint,
+    MutualLoss,
+    StudentFriendlyKDLoss,
+    attach_kd,
+    attach_mutual,
+)
+from kdlayers.errors import ArgumentError
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def attached(*losses, at=()):
+    student = Net(4)
+    return student, attach_kd(student, Net(6), at, losses=losses, example=IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ([KDLoss(name="total")], r"'total', but kd.terms\['total'\] is the sum of all terms"),
+        (
+            [KDLoss(name="a.weighted"), MutualLoss(name="a")],
+            r"'a.weighted', but .* is the weighted value of 'a'; give it another name=",
+        ),
+        (
+            [AEKTLoss(), KDLoss(name="AEKTLoss.ratio")],
+            r"'AEKTLoss.ratio', but .* is the metric 'ratio' of 'AEKTLoss'",
+        ),
+        (
+            [KDLoss(name="skd.target"), StudentFriendlyKDLoss(AEKTLoss(), name="skd")],
+            "is the metric 'target' of 'skd'",
+        ),
+        (
+            [
+                InheritExploreLoss(2, at="last", host="attention"),
+                KDLoss(name="InheritExploreLoss.last.exploration"),
+            ],
+            "is the metric 'exploration' of 'InheritExploreLoss.last'",
+        ),
+    ],
+)
+def test_a_name_that_another_value_has_is_refused(losses, sentence):
+    with pytest.raises(ArgumentError, match=sentence):
+        attached(*losses)
+
+
+def test_names_that_only_look_alike_are_allowed():
+    points = [KDPoint(name, num_templates=3) for name in ("last", "last.0")]
+    _, kd = attached(FitNetLoss(at="last"), FitNetLoss(at="last.0"), KDLoss(name="FitNetLoss"))
+    assert [term.name for term in kd._terms] == [
+        "FitNetLoss.last",
+        "FitNetLoss.last.0",
+        "FitNetLoss",
+    ]
+    kd.remove()
+    student = Net(4)
+    attach_kd(student, None, points, example=IMAGES)
+
+
+class Unannounced(DistillLoss):
+    def forward(self, student, teacher, targets=None):
+        value = (student - teacher).square().mean()
+        self._record(size=value)
+        return value
+
+
+@pytest.mark.parametrize("names", [("mine", "mine.size"), ("mine.size", "mine")])
+def test_a_metric_that_was_not_announced_is_refused_at_the_first_loss(names):
+    losses = {"mine": Unannounced(name="mine"), "mine.size": KDLoss(name="mine.size")}
+    student, kd = attached(*(losses[name] for name in names))
+    student(IMAGES)
+    with pytest.raises(ArgumentError, match=r"would be logged as 'mine.size' in kd.terms"):
+        kd.loss(LABELS)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        KDLoss(),
+        DKDLoss(),
+        AEKTLoss(),
+        MutualLoss(),
+        StudentFriendlyKDLoss(),
+        StudentFriendlyKDLoss(AEKTLoss()),
+        FitNetLoss(at="last"),
+        AttentionTransferLoss(at="last"),
+        InheritExploreLoss(2, at="last", coder="online"),
+        InheritExploreLoss(2, at="last", host="attention"),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_losses_announce_the_metrics_they_give(loss):
+    student, kd = attached(loss)
+    student(IMAGES)
+    kd.loss(LABELS)
+    assert set(loss.metrics()) <= set(loss.metric_names)
+    assert (len(loss.metric_names) > 0) == (len(loss.metrics()) > 0)
+
+
+@pytest.mark.parametrize("kept", [{"coder": "online"}, {"host": "attention"}])
+def test_mutual_learning_refuses_an_auto_encoder_that_is_fitted_beforehand(kept):
+    a, b = Net(4), Net(6)
+    losses = [MutualLoss(), InheritExploreLoss(2, at="last")]
+    with pytest.raises(ArgumentError, match=r'changes all the time; pass coder="online"'):
+        attach_mutual(a, b, losses=losses, example=IMAGES)
+    assert not any(m._forward_hooks for net in (a, b) for m in net.modules())
+    attach_mutual(a, b, losses=[InheritExploreLoss(2, at="last", **kept)], example=IMAGES)
+
+
+def seen_by_fit(losses, at=(), seed=0):
+    """First image number of every batch, pass by pass, and the handle."""
+    student = Net(4)
+    kd = attach_kd(student, Net(6), at, losses=losses, example=IMAGES)
+    order = []
+
+    class Numbered(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(IMAGES)
+
+        def __getitem__(self, index):
+            order.append((index, torch.rand(()).item()))  # the draw stands for an augmentation
+            return IMAGES[index], LABELS[index]
+
+    kd.fit(torch.utils.data.DataLoader(Numbered(), batch_size=3, shuffle=True), seed=seed)
+    size = len(IMAGES)
+    return [tuple(order[i : i + size]) for i in range(0, len(order), size)], kd
+
+
+def test_passes_of_statistics_see_equal_data():
+    from kdlayers import CodebookTargets, DecisionTargets
+
+    points = [
+        KDPoint("first", targets=DecisionTargets(1, components=2)),
+        KDPoint("last", targets=CodebookTargets(4)),
+    ]
+    passes, _ = seen_by_fit([], points)
+    assert len(passes) > 1
+    assert len(set(passes)) == 1
+
+
+def test_passes_of_an_auto_encoder_differ_and_are_reproducible():
+    def loss():
+        return InheritExploreLoss(2, at="last", epochs=5)
+
+    def coder(kd):
+        return kd.state_dict()["losses"]["InheritExploreLoss.last"]
+
+    torch.manual_seed(1)
+    passes, first = seen_by_fit([loss()])
+    assert len(passes) == len(set(passes)) == 5
+    torch.manual_seed(1)
+    again, second = seen_by_fit([loss()])
+    assert passes == again
+    assert all(torch.equal(v, coder(second)[k]) for k, v in coder(first).items())
+    other, _ = seen_by_fit([loss()], seed=9)
+    assert not set(other) & set(passes)
+
+
+def test_an_auto_encoder_shares_the_passes_of_a_codebook_and_then_varies():
+    from kdlayers import CodebookTargets
+
+    point = KDPoint("last", targets=CodebookTargets(4))
+    alone, _ = seen_by_fit([], [point])
+    point = KDPoint("last", targets=CodebookTargets(4))
+    passes, _ = seen_by_fit([InheritExploreLoss(2, at="last", epochs=6)], [point])
+    shared = len(alone)
+    assert passes[:shared] == alone
+    assert len(set(passes)) == 1 + 6 - shared
