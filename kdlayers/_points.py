@@ -1,6 +1,7 @@
 """Points: where in student and teacher a KD layer and its supervision are."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from kdlayers._layer import check_alpha, check_count
-from kdlayers._layouts import Layout
 from kdlayers._targets import TemplateTargets
-from kdlayers._trace import Call, Trace, example_for, trace
+from kdlayers._trace import Call, example_for, ignored, trace
 from kdlayers.errors import ArgumentTypeError, LayoutError
 
 
@@ -66,23 +66,47 @@ class Candidate:
     name: str
     shape: tuple[int, ...]
     layout: str
+    remark: str = field(default="", repr=False)
+    """What to know before choosing it; mostly nothing."""
 
 
 class Candidates(list[Candidate]):
-    """Candidate points in forward order; prints as a table."""
+    """Candidate points in forward order; prints as a table, with the remarks below it."""
+
+    left_out: dict[str, str]
+    """Stages and blocks that cannot be points, with the reason."""
 
     def __repr__(self) -> str:
         rows = [("name", "shape", "layout")]
         rows += [(c.name, "x".join(map(str, c.shape)), c.layout) for c in self]
-        return table(rows)
+        lines = [table(rows)]
+        lines += [f"{names}: {said}" for said, names in _grouped((c.name, c.remark) for c in self)]
+        left_out = getattr(self, "left_out", {})
+        lines += [f"not listed, {n}: {said}" for said, n in _grouped(left_out.items())]
+        return "\n".join(lines)
+
+
+def _grouped(remarks: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Every sentence once, with the names that it is about: the first and the last of many."""
+    groups: dict[str, list[str]] = {}
+    for name, said in remarks:
+        if said:
+            groups.setdefault(said, []).append(name)
+    return [
+        (said, ", ".join(names) if len(names) < 4 else f"{names[0]}, ..., {names[-1]}")
+        for said, names in groups.items()
+    ]
 
 
 def find_points(model: nn.Module, example: Any = None) -> Candidates:
     """Stages and blocks of ``model`` that can take a KD layer, in forward order.
 
-    Runs the model once, in eval mode, without changing it. A candidate has parameters, runs once in
-    a forward and gives features whose layout can be told. Stages and blocks are listed, what is
-    inside a block is not; any other module that runs once can be named as well.
+    Runs the model in eval mode, once plainly and once with gradients, without changing it. A
+    candidate has parameters, runs once in a forward and gives features whose layout can be told.
+    Stages and blocks are listed, what is inside a block is not; any other module that runs once can
+    be named as well. Remarks below the table say where the model's output does not depend on a
+    candidate, where a later module changes its output in place (a copy is recorded then), and why
+    blocks are not listed whose layout cannot be told.
 
     Args:
         model: any ``nn.Module`` that takes images.
@@ -90,7 +114,7 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
             size that the model states, else 224.
 
     Returns:
-        A list of candidates, each with ``.name``, ``.shape`` and ``.layout``.
+        A list of candidates, each with ``.name``, ``.shape``, ``.layout`` and ``.remark``.
 
     Raises:
         ArgumentError: if the model cannot run on the example.
@@ -102,22 +126,46 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
         >>> find_points(resnet18(), torch.zeros(2, 3, 64, 64))[-1]
         Candidate(name='layer4', shape=(2, 512, 2, 2), layout='NCHW')
     """
-    traced = trace(model, example_for(model, example), "model")
+    args = example_for(model, example)
+    traced = trace(model, args, "model")
     names = set(_stages_and_blocks(model))
+    calls = [call for call in traced.calls.values() if call.name in names]
+    unread = ignored(traced, args, [call.name for call in calls])
     found = Candidates()
-    for call in sorted(traced.calls.values(), key=lambda call: call.order):
-        if call.name in names and call.calls == 1:
-            layout = _layout_or_none(traced, call)
-            if layout is not None and layout.kind != "vector":
-                found.append(Candidate(call.name, call.shape, str(layout)))
+    found.left_out = {}
+    for call in sorted(calls, key=lambda call: call.order):
+        if call.calls > 1:
+            found.left_out[call.name] = f"it runs {call.calls} times in one forward"
+            continue
+        try:
+            layout = traced.layout(call.name)
+        except LayoutError as error:
+            found.left_out[call.name] = _reason(error, call.name)
+            continue
+        if layout.kind != "vector":
+            remark = _remark(call, call.name in unread)
+            found.append(Candidate(call.name, call.shape, str(layout), remark))
     return found
 
 
-def _layout_or_none(traced: Trace, call: Call) -> Layout | None:
-    try:
-        return traced.layout(call.name)
-    except LayoutError:
-        return None
+def _reason(error: LayoutError, name: str) -> str:
+    """What the error says about ``name``, without its advice to call find_points."""
+    said = re.sub(r"(; choose another point)?[;,] find_points\(model\) lists .*", "", str(error))
+    return said.replace(repr(name), "this module")
+
+
+def _remark(call: Call, unread: bool) -> str:
+    if unread:
+        return (
+            "the model's output does not depend on these features, so a KD layer is refused here; "
+            "choose an earlier point"
+        )
+    if call.changed:
+        return (
+            "a later module changes the features in place, so losses on features record a copy of "
+            "them, which takes the memory of one more map"
+        )
+    return ""
 
 
 def _stages_and_blocks(model: nn.Module, prefix: str = "") -> Iterator[str]:

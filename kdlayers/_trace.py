@@ -1,7 +1,7 @@
 """Dry runs: what every module of a model returns, without leaving a trace in the model."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._layouts import Layout, find_layout
-from kdlayers._tree import Path, first_tensor, leaves, main_tensor
+from kdlayers._tree import Path, first_tensor, leaves, main_tensor, pick
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 
 
@@ -107,6 +107,37 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     for name, (tensor, version) in tensors.items():
         calls[name].changed = tensor._version != version
     return Trace(model, calls, logits, image_size(example), label)
+
+
+def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> set[str]:
+    """Those of the modules ``names`` whose features the model's output does not depend on."""
+    model, features = traced.model, dict[str, Tensor]()
+
+    def keep(name: str, output: Any) -> None:
+        features[name] = pick(output, traced.calls[name].path)
+
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.enable_grad())
+        for name in names:
+            module = model.get_submodule(name)
+            hook = module.register_forward_hook(lambda _m, _a, out, name=name: keep(name, out))
+            stack.callback(hook.remove)
+        args = tuple(_differentiable(arg) for arg in to_model(example, model))
+        outputs = [t for _, t in leaves(run_example(model, args, traced.label)) if t.requires_grad]
+    asked = [name for name, tensor in features.items() if tensor.requires_grad]
+    if not outputs or not asked:
+        return set(asked)
+    total = torch.stack([output.float().sum() for output in outputs]).sum()
+    grads = torch.autograd.grad(total, [features[name] for name in asked], allow_unused=True)
+    return {name for name, grad in zip(asked, grads, strict=True) if grad is None}
+
+
+def _differentiable(arg: Any) -> Any:
+    """A floating-point tensor that a frozen model's features depend on, and that is no leaf."""
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+        return arg
+    return arg.detach().requires_grad_().clone()
 
 
 def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:

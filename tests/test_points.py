@@ -3,9 +3,9 @@ import timm
 import torch
 from torchvision import models
 
-from kdlayers import attach_kd, find_points
-from kdlayers.errors import ArgumentError, LayoutError
-from tests.nets import Net
+from kdlayers import KDPoint, attach_kd, find_points
+from kdlayers.errors import ArgumentError, AttachError, LayoutError
+from tests.nets import Awkward, Net
 
 IMAGES = torch.zeros(2, 3, 64, 64)
 
@@ -45,7 +45,11 @@ def test_other_architectures(model, wanted, layout):
 def test_norms_are_no_candidates_and_unrolled_tokens_are_refused():
     assert names(timm.create_model("mnasnet_small"))[-1] == "blocks"
     model = timm.create_model("hiera_tiny_224")
-    assert "tokens" not in {point.layout for point in find_points(model)}
+    found = find_points(model)
+    assert "tokens" not in {point.layout for point in found}
+    assert found.left_out["blocks.9"].startswith("the tokens of this module are not in raster")
+    assert "not listed, patch_embed, ..., blocks.11: the tokens of this module" in repr(found)
+    assert "Hiera unrolls its windows" in repr(found)
     student = timm.create_model("resnet10t")
     with pytest.raises(LayoutError, match="not in raster order: Hiera unrolls its windows"):
         attach_kd(student, model, {"layer4": "blocks.9"}, example=torch.zeros(2, 3, 224, 224))
@@ -57,6 +61,48 @@ def test_prints_as_a_table():
     assert text.splitlines()[-1].split() == ["layer4", "2x512x2x2", "NCHW"]
 
 
+def test_a_point_that_the_head_ignores_is_said_and_refused():
+    model = timm.create_model("pit_ti_224", num_classes=3)
+    found = {point.name: point for point in find_points(model)}
+    ignored = [name for name, point in found.items() if "does not depend on" in point.remark]
+    assert ignored == ["transformers.2", "transformers"]
+    assert "transformers.2, transformers: the model's output does not depend" in repr(
+        find_points(model)
+    )
+    example = torch.zeros(2, 3, 224, 224)
+    with pytest.raises(AttachError, match="does not reach the model's output"):
+        attach_kd(model, at=[KDPoint("transformers.2", num_templates=4)], example=example)
+    attach_kd(model, at=[KDPoint("transformers.2.blocks.3", num_templates=4)], example=example)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_point_that_is_changed_in_place_is_said(frozen):
+    found = find_points(models.densenet121().requires_grad_(not frozen), IMAGES)
+    changed = {point.name for point in found if "changes the features in place" in point.remark}
+    assert changed == {"features"}
+    assert "\nfeatures: a later module changes the features in place" in repr(found)
+    assert found.left_out == {}
+
+
+def test_remarks_only_where_there_is_something_to_say():
+    for make in (models.resnet18, lambda: models.vit_b_16(image_size=64)):
+        found = find_points(make(), IMAGES)
+        assert {point.remark for point in found} == {""}
+        assert len(repr(found).splitlines()) == len(found) + 2
+
+
+def test_modules_that_cannot_be_points_are_named_with_the_reason():
+    found = find_points(Awkward(), torch.zeros(2, 3, 8, 8))
+    assert found.left_out == {
+        "again": "it runs 2 times in one forward",
+        "wide": "the output of this module has shape (4, 5, 8, 4), but the batch has 2 images: its "
+        "first axis is not the batch",
+    }
+    ignored = {point.name for point in found if "does not depend on" in point.remark}
+    assert ignored == {"side"}
+    assert "not listed, wide: the output of this module has shape" in repr(found)
+
+
 def test_leaves_the_model_and_the_random_state_alone():
     model = models.mobilenet_v3_small()
     model.features.eval()
@@ -64,6 +110,7 @@ def test_leaves_the_model_and_the_random_state_alone():
     buffers = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
     find_points(model, IMAGES)
+    assert all(p.grad is None for p in model.parameters())
     assert flags == [m.training for m in model.modules()]
     assert all(torch.equal(v, buffers[k]) for k, v in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
