@@ -1,0 +1,258 @@
+"""The methods of the benchmark: each as a recipe of plain values, and how a recipe is attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+import kdlayers
+from kdlayers import CodebookTargets, DecisionTargets, DistillLoss, KDHandle, KDPoint, attach_kd
+from kdlayers.schedules import LinearWarmup
+
+Recipe = dict[str, Any]
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of `Options`, with the help that the command line prints."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be chosen about a method; defaults as tuned on the validation images."""
+
+    student: str = option("resnet8", "the student's network")
+    width: float = option(8.0, "channels of its first stage")
+    first: str = option("layer3.0", "point of letKD-2's first layer")
+    last: str = option("last", "point of the last layer, and of the losses on features")
+    templates: int = option(256, "K, templates of the last layer")
+    temperature: float = option(1.0, "factor of squared distances in the codebook's softmax")
+    subclasses: int = option(8, "of each class, at letKD-2's first layer")
+    components: int = option(9, "discriminant directions there")
+    alpha_first: float = option(1.0, "value ratio of letKD-2's first layer")
+    alpha_last: float = option(1.0, "value ratio of the last layer")
+    layer_weight: float = option(1.0, "weight of the layers' losses")
+    ce_weight: float = option(1.0, "weight of cross-entropy beside KDLoss")
+    kd_weight: float = option(1.0, "weight of KDLoss")
+    kd_temperature: float = option(4.0, "temperature of all losses on logits")
+    dkd_weight: float = option(1.0, "weight of DKDLoss, after a warm-up")
+    dkd_beta: float = option(2.0, "beta of DKDLoss and AEKTLoss")
+    aekt_weight: float = option(0.2, "weight of AEKTLoss, after a warm-up")
+    aekt_clip: float = option(10.0, "ratio_clip of AEKTLoss")
+    warmup: int = option(4, "epochs of warm-up of DKDLoss and AEKTLoss")
+    skd_grad_scale: float = option(1 / 16, "simplifier_grad_scale of StudentFriendlyKDLoss")
+    fitnet_weight: float = option(100.0, "weight of FitNetLoss")
+    at_weight: float = option(1000.0, "weight of AttentionTransferLoss, after each stage")
+    iekd_weight: float = option(50.0, "inherit_weight and explore_weight of InheritExploreLoss")
+    iekd_epochs: int = option(10, "epochs of its auto-encoder")
+    width_parameters: float = option(0.0, "width for letKD-2's parameters without layers; 0: find")
+    width_macs: float = option(0.0, "width for letKD-2's multiply-adds; 0: find")
+
+
+def add_options(parser: Any) -> None:
+    """Put all `Options` on a command line."""
+    group = parser.add_argument_group("recipe of the methods")
+    for entry in fields(Options):
+        name, text = entry.name.replace("_", "-"), entry.metadata["help"]
+        kind = type(entry.default)
+        group.add_argument(
+            f"--{name}", type=kind, default=entry.default, help=f"{text}; default: %(default)s"
+        )
+
+
+def chosen(args: Any) -> Options:
+    """The `Options` of a parsed command line."""
+    return Options(**{entry.name: getattr(args, entry.name) for entry in fields(Options)})
+
+
+# ------------------------------------------------------------------ recipes
+
+
+def codebook(o: Options, **changes: Any) -> Recipe:
+    """The layer at the last point."""
+    return {
+        "at": o.last,
+        "targets": "codebook",
+        "templates": o.templates,
+        "temperature": o.temperature,
+        "alpha": o.alpha_last,
+    } | changes
+
+
+def decisions(o: Options) -> Recipe:
+    """The layer at the first point."""
+    return {
+        "at": o.first,
+        "targets": "decisions",
+        "subclasses": o.subclasses,
+        "components": o.components,
+        "alpha": o.alpha_first,
+    }
+
+
+def kd(o: Options) -> Recipe:
+    return {"loss": "KDLoss", "temperature": o.kd_temperature, "weight": o.kd_weight}
+
+
+def dkd(o: Options) -> Recipe:
+    return {
+        "loss": "DKDLoss",
+        "temperature": o.kd_temperature,
+        "beta": o.dkd_beta,
+        "weight": o.dkd_weight,
+        "warmup": o.warmup,
+    }
+
+
+def aekt(o: Options, form: str) -> Recipe:
+    changes = {"loss": "AEKTLoss", "form": form, "weight": o.aekt_weight, "ratio_clip": o.aekt_clip}
+    # The authors' summary has no weights; this form diverges with a gamma of 1.
+    return dkd(o) | changes | {"gamma": 0.1 if form == "ratio" else 1.0}
+
+
+def skd(o: Options, base: Recipe) -> Recipe:
+    """The simplifier in front of another loss, which hands over its weight."""
+    inner = {key: value for key, value in base.items() if key not in ("weight", "warmup")}
+    outer = {key: value for key, value in base.items() if key in ("weight", "warmup")}
+    scale = o.skd_grad_scale
+    return {"loss": "StudentFriendlyKDLoss", "simplifier_grad_scale": scale, "base": inner} | outer
+
+
+def attention(o: Options) -> list[Recipe]:
+    stages = ("layer1", "layer2", o.last)
+    loss = {"loss": "AttentionTransferLoss", "weight": o.at_weight}
+    return [loss | {"at": at} for at in stages]
+
+
+def fitnet(o: Options) -> Recipe:
+    return {"loss": "FitNetLoss", "at": o.last, "weight": o.fitnet_weight}
+
+
+def iekd(o: Options) -> Recipe:
+    return {
+        "loss": "InheritExploreLoss",
+        "at": o.last,
+        "inherit_weight": o.iekd_weight,
+        "explore_weight": o.iekd_weight,
+        "epochs": o.iekd_epochs,
+        "weight": 1.0,
+    }
+
+
+def recipes(o: Options) -> dict[str, Recipe]:
+    """Every method by name, in the order in which they are run."""
+    both = [decisions(o), codebook(o)]
+    free = {"supervised": False}
+    parts: dict[str, Recipe] = {
+        "labels only": {},
+        "KD": {"losses": [kd(o)]},
+        "letKD-1": {"layers": [codebook(o)]},
+        "letKD-2": {"layers": both},
+        "QuEST": {"layers": [codebook(o, alpha=0.0)]},
+        "layers only (2)": {"layers": both} | free,
+        "letKD-2 + KD": {"layers": both, "losses": [kd(o)]},
+        "layers only (2) + KD": {"layers": both, "losses": [kd(o)]} | free,
+        "DKD": {"losses": [dkd(o)]},
+        "AEKT chi2": {"losses": [aekt(o, "chi2")]},
+        "SKD + KD": {"losses": [skd(o, kd(o))]},
+        "IE-KD": {"losses": [iekd(o)]},
+        "AT": {"losses": attention(o)},
+        "FitNet": {"losses": [fitnet(o)]},
+        "wider, same parameters": {"width": o.width_parameters},
+        "wider, same MACs": {"width": o.width_macs},
+        "wider, same parameters + KD": {"width": o.width_parameters, "losses": [kd(o)]},
+        "wider, same MACs + KD": {"width": o.width_macs, "losses": [kd(o)]},
+        "QuEST + KD": {"layers": [codebook(o, alpha=0.0)], "losses": [kd(o)]},
+        "letKD-1 + KD": {"layers": [codebook(o)], "losses": [kd(o)]},
+        "letKD-2 + DKD": {"layers": both, "losses": [dkd(o)]},
+        "layers only (1)": {"layers": [codebook(o)]} | free,
+        "AEKT ratio_sq": {"losses": [aekt(o, "ratio_sq")]},
+        "AEKT ratio": {"losses": [aekt(o, "ratio")]},
+        "AEKT is": {"losses": [aekt(o, "is")]},
+        "SKD + DKD": {"losses": [skd(o, dkd(o))]},
+    }
+    return {name: completed(part, o) for name, part in parts.items()}
+
+
+def completed(part: Recipe, o: Options) -> Recipe:
+    """The recipe with everything that it leaves open."""
+    losses = part.get("losses", [])
+    plain_kd = any(loss["loss"] == "KDLoss" for loss in losses)
+    layers, supervised = part.get("layers", []), part.get("supervised", True)
+    recipe: Recipe = {
+        "student": o.student,
+        "width": part.get("width", o.width),
+        "ce_weight": o.ce_weight if plain_kd else 1.0,
+        "losses": losses,
+    }
+    if layers:
+        if not supervised:  # nothing of the targets but their number matters
+            layers = [
+                {"at": x["at"], "templates": count(x, 10), "alpha": x["alpha"]} for x in layers
+            ]
+        recipe |= {"layers": layers, "supervised": supervised}
+    if layers and supervised:
+        recipe["layer_weight"] = o.layer_weight
+    return recipe
+
+
+def count(layer: Recipe, classes: int) -> int:
+    """Templates of a layer."""
+    return layer["templates"] if "templates" in layer else layer["subclasses"] * classes
+
+
+# ------------------------------------------------------------------ attaching
+
+
+def attach(
+    recipe: Recipe, student: nn.Module, teacher: nn.Module, example: torch.Tensor, steps: int
+) -> KDHandle | None:
+    """Give ``student`` what its recipe asks for; ``None`` where no teacher takes part.
+
+    Args:
+        recipe: of one method.
+        student: the network.
+        teacher: the trained one.
+        example: two images.
+        steps: batches in an epoch, for warm-ups.
+    """
+    layers = [point(layer) for layer in recipe.get("layers", [])]
+    if layers and not recipe["supervised"]:
+        attach_kd(student, at=layers, example=example).detach()
+        layers = []
+    scale = recipe.get("layer_weight", 1.0)
+    losses = [loss(part, steps, scale) for part in recipe["losses"]]
+    if not layers and not losses:
+        return None
+    return attach_kd(student, teacher, layers, losses=losses, example=example)
+
+
+def point(layer: Recipe) -> KDPoint:
+    """A layer with its targets, or bare where the recipe has only a number of templates."""
+    targets: CodebookTargets | DecisionTargets | None = None
+    if layer.get("targets") == "codebook":
+        targets = CodebookTargets(layer["templates"], temperature=layer["temperature"])
+    elif layer.get("targets") == "decisions":
+        targets = DecisionTargets(layer["subclasses"], components=layer["components"])
+    number = layer["templates"] if targets is None else None
+    return KDPoint(layer["at"], targets=targets, num_templates=number, alpha=layer["alpha"])
+
+
+def loss(part: Recipe, steps: int, scale: float = 1.0) -> DistillLoss:
+    """A loss from its recipe: its class, its arguments, and a warm-up of its weight in epochs.
+
+    ``kd.loss`` as a whole is multiplied by the weight of the layers, ``scale``; the loss's own
+    weight is divided by it.
+    """
+    arguments = {k: v for k, v in part.items() if k not in ("loss", "warmup", "base", "weight")}
+    if "base" in part:
+        arguments["base"] = loss(part["base"], steps)
+    weight = part.get("weight", 1.0) / scale
+    if "warmup" in part:
+        arguments["weight"] = weight * LinearWarmup(part["warmup"], steps_per_epoch=steps)
+    else:
+        arguments["weight"] = weight
+    return getattr(kdlayers, part["loss"])(**arguments)

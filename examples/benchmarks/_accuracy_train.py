@@ -1,0 +1,142 @@
+"""Training, testing and counting: what all methods of the benchmark share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _accuracy_data import Split, Splits, epoch_batches
+from models.cifar_resnet import fold_batch_norm, make
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdlayers import KDHandle
+
+Recipe = dict[str, Any]
+
+
+def digest(recipe: Recipe) -> str:
+    """Twelve hexadecimal digits that stand for a recipe, whatever the order of its keys."""
+    text = json.dumps(recipe, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def new_model(name: str, splits: Splits, seed: int, **options: float) -> nn.Module:
+    """A network for these images, with the initial weights of ``seed``."""
+    torch.manual_seed(seed)
+    model = make(name, num_classes=splits.classes, in_channels=1, **options)
+    return model.to(memory_format=torch.channels_last)
+
+
+def train(
+    model: nn.Module,
+    kd: KDHandle | None,
+    split: Split,
+    recipe: Recipe,
+    seed: int,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> float:
+    """SGD with a rising and falling rate; returns seconds of process CPU time per epoch.
+
+    Args:
+        model: the network.
+        kd: the handle of a method that has a teacher.
+        split: the images to train on.
+        recipe: epochs, batch_size, padding, lr, weight_decay and precision.
+        seed: of the batches.
+        weights: of cross-entropy, and of ``kd.loss``.
+    """
+    steps = recipe["epochs"] * (len(split) // recipe["batch_size"])
+    own = list(kd.parameters()) if kd is not None else []
+    optimizer = torch.optim.SGD(
+        [*model.parameters(), *own],
+        recipe["lr"],
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=recipe["weight_decay"],
+    )
+    schedule = OneCycleLR(
+        optimizer, recipe["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    model.train()
+    start = time.process_time()
+    for epoch in range(recipe["epochs"]):
+        for x, y in epoch_batches(split, recipe["batch_size"], recipe["padding"], seed, epoch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe["precision"] == "bfloat16"):
+                loss = weights[0] * F.cross_entropy(model(x), y)
+                if kd is not None:
+                    loss = loss + weights[1] * kd.loss(y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return (time.process_time() - start) / recipe["epochs"]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Percentage of images whose largest logit is their class, in float32 and evaluation mode."""
+    model.eval()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in split.batches(500))
+    return 100 * right / len(split)
+
+
+def trained_teacher(
+    splits: Splits, recipe: Recipe, cache: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a recipe, trained on all training images once and kept in ``cache``.
+
+    It is returned as one would deploy it, with batch norms folded, and with what is known about it.
+    """
+    path = cache / f"teacher-{digest(recipe)}.pt"
+    teacher = new_model(recipe["network"], splits, recipe["seed"])
+    if not path.exists():
+        print(f"training the teacher, {recipe['network']}: {path}", flush=True)
+        seconds = train(teacher, None, splits.train, recipe, recipe["seed"])
+        facts = {
+            "recipe": recipe,
+            "recipe_hash": digest(recipe),
+            "parameters": parameters(teacher),
+            "macs": macs(teacher, splits),
+            "training_accuracy": accuracy(teacher, splits.train),
+            "validation_accuracy": accuracy(teacher, splits.validation),
+            "test_accuracy": accuracy(teacher, splits.test),
+            "cpu_seconds_per_epoch": round(seconds, 2),
+        }
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": teacher.state_dict(), "facts": facts}, path)
+    saved = torch.load(path, weights_only=True)
+    teacher.load_state_dict(saved["model"])
+    return fold_batch_norm(teacher), saved["facts"]
+
+
+def parameters(model: nn.Module, _: Splits | None = None) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def macs(model: nn.Module, splits: Splits) -> int:
+    """Multiply-adds of one image in convolutions and matrix products, KD layers included."""
+    image: Tensor = splits.test.batches(1)[0][0]
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    return counter.get_total_flops() // 2
+
+
+def matching_width(name: str, splits: Splits, target: int, count: Callable[..., int]) -> float:
+    """The width at which a network comes nearest to ``target`` by ``count(model, splits)``."""
+    widths = [4 + step / 4 for step in range(4 * 60)]
+    counts = {}
+    for width in widths:
+        counts[width] = count(new_model(name, splits, 0, width=width), splits)
+        if counts[width] > target:
+            break
+    return min(counts, key=lambda width: abs(counts[width] - target))

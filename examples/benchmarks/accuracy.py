@@ -1,0 +1,254 @@
+"""Does it help, how much, and is it the supervision or the size? Measured on Fashion-MNIST.
+
+A teacher learns from all training images (but 5,000 for validation), once, and is kept in
+``--cache``. Students see a tenth of them. For each seed, every method starts from the same weights,
+and sees the same images in the same order with the same augmentation. The accuracy is that of the
+last epoch.
+
+Every run is one JSON line in ``--out``, with its whole recipe. A run whose method, recipe and seed
+are there already is skipped, so this may be stopped at any time and called again. ``--tuning``
+leaves the test images alone.
+
+    python examples/benchmarks/accuracy.py --root data --download --out runs/accuracy.jsonl
+    python examples/benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+# Idle threads sleep instead of spinning, which matters where a machine has other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from _accuracy_data import Split, Splits, few, load
+from _accuracy_methods import Options, Recipe, add_options, attach, chosen, recipes
+from _accuracy_train import (
+    accuracy,
+    digest,
+    macs,
+    matching_width,
+    new_model,
+    parameters,
+    train,
+    trained_teacher,
+)
+from torch import nn
+
+import kdlayers
+from kdlayers import KDHandle
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for and what is not there yet."""
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    splits = load(args.root, download=args.download, validation=args.validation)
+    teacher, facts = trained_teacher(splits, teacher_recipe(args), args.cache)
+    print(f"teacher: {facts['validation_accuracy']:.2f} % of validation images", flush=True)
+    methods = recipes(with_widths(chosen(args), teacher, splits))
+    for seed in args.seeds:
+        for name in args.methods or methods:
+            recipe = common_recipe(args) | {"teacher": facts["recipe_hash"]} | methods[name]
+            if key(name, recipe, seed) in finished(args.out):
+                continue
+            line = run(recipe, seed, teacher, splits, args)
+            line = {"method": name, "seed": seed, "recipe_hash": digest(recipe)} | line
+            append(args.out, line | {"recipe": recipe, "teacher": facts} | circumstances(args))
+            shown = line["validation_accuracy"], line["cpu_seconds"]
+            print(f"seed {seed}  {name:28} {shown[0]:6.2f} %  {shown[1]:6.1f} s", flush=True)
+
+
+def run(
+    recipe: Recipe, seed: int, teacher: nn.Module, splits: Splits, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Train and measure one student."""
+    start = time.process_time()
+    split = few(splits.train, recipe["images"], seed)
+    student = new_model(recipe["student"], splits, seed, width=recipe["width"])
+    example = torch.zeros(2, 1, *split.images.shape[1:])
+    kd = attach(recipe, student, teacher, example, len(split) // recipe["batch_size"])
+    fitted = time.process_time()
+    if kd is not None:
+        kd.fit(fit_batches(split, seed), seed=seed, progress=False)
+    fitted = time.process_time() - fitted
+    weights = recipe["ce_weight"], recipe.get("layer_weight", 1.0)
+    seconds = train(student, kd, split, recipe, seed, weights)
+    terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
+    let_go(kd, recipe)
+    return {
+        "validation_accuracy": accuracy(student, splits.validation),
+        "test_accuracy": None if args.tuning else accuracy(student, splits.test),
+        "training_accuracy": accuracy(student, split),
+        "parameters": parameters(student),
+        "macs": macs(student, splits),
+        "cpu_seconds_per_epoch": round(seconds, 3),
+        "cpu_seconds_of_fit": round(fitted, 2),
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "last_terms": terms,
+        "scales": scales(student),
+    }
+
+
+def with_widths(options: Options, teacher: nn.Module, splits: Splits) -> Options:
+    """The options with the widths of the control students that are as large as letKD-2's."""
+    larger = new_model(options.student, splits, 0, width=options.width)
+    example = torch.zeros(2, 1, *splits.test.images.shape[1:])
+    attach(recipes(options)["layers only (2)"], larger, teacher, example, 1)
+    found = {"width_parameters": parameters, "width_macs": macs}
+    widths = {
+        name: matching_width(options.student, splits, count(larger, splits), count)
+        for name, count in found.items()
+        if not getattr(options, name)
+    }
+    return replace(options, **widths)
+
+
+def let_go(kd: KDHandle | None, recipe: Recipe) -> None:
+    """End the distillation; layers that add nothing are taken out, as one would before use."""
+    if kd is None:
+        return
+    layers = recipe.get("layers", [])
+    if layers and all(layer["alpha"] == 0 for layer in layers):
+        kd.remove()
+    else:
+        kd.detach()
+
+
+def fit_batches(split: Split, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The student's images without augmentation, in a random order."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    return split.take(order).batches(128)
+
+
+def scales(student: nn.Module) -> dict[str, float]:
+    """The learnt scales of the KD layers: those of the scores tell how hard they have become."""
+    return {
+        name: rounded(value)
+        for name, value in student.state_dict().items()
+        if ".kd." in name and name.endswith(".scale")
+    }
+
+
+def rounded(value: torch.Tensor) -> float | None:
+    """Five digits of a number; ``None`` where it is none, which JSON has no word for."""
+    number = float(value)
+    return float(f"{number:.5g}") if math.isfinite(number) else None
+
+
+# ------------------------------------------------------------------ recipes and lines
+
+
+def teacher_recipe(args: argparse.Namespace) -> Recipe:
+    """What determines the teacher."""
+    return {
+        "data": "fashion-mnist",
+        "network": args.teacher,
+        "seed": 0,
+        "validation": args.validation,
+        "epochs": args.teacher_epochs,
+        "batch_size": args.batch_size,
+        "padding": args.padding,
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "precision": args.precision,
+    }
+
+
+def common_recipe(args: argparse.Namespace) -> Recipe:
+    """What all students have in common."""
+    return {
+        "data": "fashion-mnist",
+        "validation": args.validation,
+        "images": args.images,
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "padding": args.padding,
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "precision": args.precision,
+    }
+
+
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    """When, and with what."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": {
+            "kdlayers": kdlayers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": args.threads,
+    }
+
+
+def key(method: str, recipe: Recipe, seed: int) -> tuple[str, str, int]:
+    """What makes a run."""
+    return method, digest(recipe), seed
+
+
+def finished(path: Path) -> set[tuple[str, str, int]]:
+    """The runs of a file, read anew each time since other processes may write to it."""
+    if not path.exists():
+        return set()
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {(line["method"], line["recipe_hash"], line["seed"]) for line in lines}
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--root", default="data", help="folder of the data set; default: %(default)s")
+    add("--download", action="store_true", help="fetch the data set where it is missing")
+    add("--out", type=Path, default=Path("runs/accuracy.jsonl"), help="default: %(default)s")
+    add("--cache", type=Path, default=Path("runs"), help="of teachers; default: %(default)s")
+    add("--methods", nargs="+", help="default: all; a wrong name lists them")
+    add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
+    add("--tuning", action="store_true", help="do not look at the test images")
+    add("--threads", type=int, default=1, help="default: %(default)s")
+    group = parser.add_argument_group("recipe of all students, and of the teacher")
+    add = group.add_argument
+    add("--teacher", default="resnet14", help="default: %(default)s")
+    add("--teacher-epochs", type=int, default=15, help="default: %(default)s")
+    add(
+        "--validation", type=int, default=5000, help="images nobody trains on; default: %(default)s"
+    )
+    add("--images", type=int, default=6000, help="students see; 0: all; default: %(default)s")
+    add("--epochs", type=int, default=20, help="default: %(default)s")
+    add("--batch-size", type=int, default=64, help="default: %(default)s")
+    add("--padding", type=int, default=2, help="of the random crops; default: %(default)s")
+    add("--lr", type=float, default=0.1, help="highest rate; default: %(default)s")
+    add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
+    add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
+    add_options(parser)
+    args = parser.parse_args(arguments)
+    unknown = set(args.methods or ()) - set(recipes(chosen(args)))
+    if unknown:
+        parser.error(f"no method {sorted(unknown)}; there are {list(recipes(chosen(args)))}")
+    return args
+
+
+if __name__ == "__main__":
+    main()
