@@ -42,7 +42,7 @@ class Options:
     dkd_beta: float = option(2.0, "beta of DKDLoss and AEKTLoss")
     aekt_weight: float = option(0.2, "weight of AEKTLoss, after a warm-up")
     aekt_clip: float = option(10.0, "ratio_clip of AEKTLoss")
-    warmup: int = option(4, "epochs of warm-up of DKDLoss and AEKTLoss")
+    warmup: int = option(2, "epochs of warm-up of DKDLoss and AEKTLoss")
     skd_grad_scale: float = option(1 / 16, "simplifier_grad_scale of StudentFriendlyKDLoss")
     fitnet_weight: float = option(100.0, "weight of FitNetLoss")
     at_weight: float = option(1000.0, "weight of AttentionTransferLoss, after each stage")

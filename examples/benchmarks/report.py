@@ -1,0 +1,316 @@
+"""Makes docs/results.md from the lines that accuracy.py has written.
+
+    python examples/benchmarks/report.py
+
+reads docs/data/results: ``*.jsonl`` with the reported runs of one regime each, ``*.tuning.jsonl``
+with the runs on which its recipe was chosen, and ``*.txt`` with what was found out about it, which
+is the only part written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from textwrap import fill
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _accuracy_methods import Options, recipes
+from _report import interval
+
+Line = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+DATA, PAGE = ROOT / "docs" / "data" / "results", ROOT / "docs" / "results.md"
+REFERENCES = ("labels only", "KD")
+
+# What each control answers: a method, what it is compared with, and the question.
+CONTROLS = (
+    ("letKD-1", "layers only (1)", "one layer: does its supervision help?"),
+    ("letKD-2", "layers only (2)", "two layers: does their supervision help?"),
+    ("layers only (1)", "labels only", "one layer: does its size alone help?"),
+    ("layers only (2)", "labels only", "two layers: does their size alone help?"),
+    ("letKD-1", "QuEST", "does it help that the layer adds its value (alpha 1, not 0)?"),
+    ("letKD-2", "letKD-1", "does the second layer help?"),
+    ("letKD-2", "wider, same parameters", "against a wider student of as many parameters"),
+    ("letKD-2", "wider, same MACs", "against a wider student of as many multiply-adds"),
+    ("letKD-1 + KD", "KD", "does one layer help KD?"),
+    ("letKD-2 + KD", "KD", "do two layers help KD?"),
+    ("letKD-2 + KD", "layers only (2) + KD", "with KD: does the layers' supervision help?"),
+    ("layers only (2) + KD", "KD", "with KD: does the layers' size alone help?"),
+    ("letKD-1 + KD", "QuEST + KD", "with KD: does it help that the layer adds its value?"),
+    ("letKD-2 + KD", "wider, same parameters + KD", "with KD: against as many parameters"),
+    ("letKD-2 + KD", "wider, same MACs + KD", "with KD: against as many multiply-adds"),
+    ("letKD-2 + DKD", "DKD", "do two layers help DKD?"),
+    ("SKD + KD", "KD", "does the simplifier help KD?"),
+    ("SKD + DKD", "DKD", "does the simplifier help DKD?"),
+    ("AEKT chi2", "DKD", "does AEKT's adaptive term, with its linear layer, help DKD?"),
+)
+
+INTRODUCTION = """\
+<!-- Made by examples/benchmarks/report.py from docs/data/results; edit neither by hand. -->
+
+# Results
+
+Does it help, how much, and is it the supervision or the size? Every number here is computed by
+
+```bash
+python examples/benchmarks/report.py
+```
+
+from the committed lines in `docs/data/results`, one for each training, with its whole recipe;
+`examples/benchmarks/accuracy.py` writes them, and says how to run it. Accuracies are those of the
+**last epoch** on the test images, which no choice was made on.
+
+For every seed all methods have the same student images, batches and augmentation, and the same
+initial weights of the student (a wider student cannot). Differences are therefore taken seed by
+seed. ± and brackets are 95 % intervals by Student's t. **Better** and **worse** are said only where
+the interval excludes zero; else it says "not separated", which does not mean equal. With this many
+comparisons about one in twenty would exclude zero by chance alone.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="default: docs/data/results")
+    parser.add_argument("--out", type=Path, default=PAGE, help="default: docs/results.md")
+    args = parser.parse_args(arguments)
+    args.out.write_text(page(args.data), "utf-8")
+
+
+def page(data: Path) -> str:
+    """The whole page."""
+    files = sorted(path for path in data.glob("*.jsonl") if ".tuning" not in path.name)
+    return "\n".join([INTRODUCTION, *(regime(path) for path in files)])
+
+
+def regime(path: Path) -> str:
+    """One section: the runs of a file, its tuning and what was found."""
+    runs = by_method(read(path))
+    tuning = path.with_name(f"{path.stem}.tuning.jsonl")
+    found = path.with_suffix(".txt")
+    every = [line for lines in runs.values() for line in lines]
+    parts = [
+        f"## {title(every[0])}",
+        setting(every),
+        "### Accuracy and cost",
+        main_table(runs),
+        "### The supervision or the size?",
+        controls(runs),
+        found.read_text("utf-8").strip() if found.exists() else "",
+        "### How the recipe was chosen" if tuning.exists() else "",
+        tuning_table(read(tuning)) if tuning.exists() else "",
+        "### Recipes",
+        recipe_list(runs),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ------------------------------------------------------------------ reading
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+
+
+def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """Lines by method, in the order of seeds.
+
+    Raises:
+        SystemExit: if a method has two recipes or a seed twice: they must not be mixed.
+    """
+    runs: dict[str, list[Line]] = {}
+    for line in lines:
+        runs.setdefault(line["method"], []).append(line)
+    for name, own in runs.items():
+        if len({line["recipe_hash"] for line in own}) > 1:
+            raise SystemExit(f"{name!r} has runs of several recipes: put them into separate files")
+        if len({line["seed"] for line in own}) < len(own):
+            raise SystemExit(f"{name!r} has two runs of one seed")
+    order = {name: index for index, name in enumerate(recipes(Options()))}
+    names = sorted(runs, key=lambda name: order.get(name, len(order)))
+    return {name: sorted(runs[name], key=lambda line: line["seed"]) for name in names}
+
+
+def paired(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[list[float], list[float]]:
+    """Test accuracies of the seeds that both have."""
+    mine = {line["seed"]: line["test_accuracy"] for line in ours}
+    other = {line["seed"]: line["test_accuracy"] for line in theirs}
+    seeds = sorted(mine.keys() & other.keys())
+    return [mine[seed] for seed in seeds], [other[seed] for seed in seeds]
+
+
+# ------------------------------------------------------------------ numbers in words
+
+
+def plus_minus(values: Sequence[float]) -> str:
+    """Mean and the half of its 95 % interval."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    centre, low, _ = interval(list(values), [0.0] * len(values))
+    return f"{centre:.2f} ± {centre - low:.2f}"
+
+
+def difference(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[str, str]:
+    """The mean difference with its interval, and the verdict."""
+    mine, other = paired(ours, theirs)
+    if not mine:
+        return "no common seed", "not run"
+    if len(mine) < 2:
+        return f"{mine[0] - other[0]:+.2f} (one seed)", "not separated"
+    centre, low, high = interval(mine, other)
+    verdict = "better" if low > 0 else "worse" if high < 0 else "not separated"
+    return f"{centre:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
+
+
+def bold(text: str, verdict: str) -> str:
+    """A difference with its verdict, which is bold where there is one."""
+    return f"{text} {verdict if verdict == 'not separated' else f'**{verdict}**'}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ------------------------------------------------------------------ parts of a regime
+
+
+def title(line: Line) -> str:
+    """What the regime is."""
+    recipe = line["recipe"]
+    images = f"{recipe['images']:,} images" if recipe["images"] else "all training images"
+    names = f"{line['teacher']['recipe']['network']} to {recipe['student']}"
+    return f"Fashion-MNIST, {names}, {images}"
+
+
+def setting(lines: Sequence[Line]) -> str:
+    """The recipe that all share, the teacher, dates and versions, as text."""
+    line = next(line for line in lines if line["method"] == "labels only")
+    recipe, teacher = line["recipe"], line["teacher"]
+    taught = teacher["recipe"]
+    dates = sorted({line["date"] for line in lines})
+    versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
+    items = [
+        f"**Teacher**: {taught['network']}, {teacher['parameters']:,} parameters, "
+        f"{teacher['macs']:,} multiply-adds, {taught['epochs']} epochs on all but the validation "
+        f"images: **{teacher['test_accuracy']:.2f} %** of the test images "
+        f"({teacher['validation_accuracy']:.2f} % of the validation images, "
+        f"{teacher['training_accuracy']:.2f} % of its own).",
+        f"**Student**: {recipe['student']} with stages of {stages(recipe['width'])} channels, "
+        f"{line['parameters']:,} parameters, {line['macs']:,} multiply-adds. It sees "
+        f"{number(recipe['images'])} of the teacher's images, equally many of every class, "
+        "others for every seed.",
+        f"**Training**: {recipe['epochs']} epochs, batches of {recipe['batch_size']}, SGD with "
+        f"Nesterov's momentum 0.9, weight decay {recipe['weight_decay']:g} on all parameters, rate "
+        f"{recipe['lr']:g} after a rise over a tenth of the steps, then falling to 0 by a cosine; "
+        f"crops with {recipe['padding']} pixels of padding, and flips; {recipe['precision']} in "
+        "training, float32 in testing. The teacher runs on the student's augmented batches, its "
+        "batch norms folded.",
+        f"**Validation**: {recipe['validation']:,} training images that nobody trains on.",
+        "**CPU seconds** are process CPU time of one thread for an epoch, augmentation and the "
+        "teacher's forward included; `kd.fit`, once before, is not. Other work on the machine "
+        "disturbs them.",
+        f"**Run** {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {', '.join(versions)}.",
+    ]
+    return "\n".join(wrapped(item) for item in items)
+
+
+def wrapped(item: str) -> str:
+    """An entry of a list."""
+    return fill(item, 100, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def number(images: int) -> str:
+    """A number of images; 0 stands for all."""
+    return f"{images:,}" if images else "all"
+
+
+def stages(width: float) -> str:
+    """Channels of the three stages."""
+    return ", ".join(str(round(width * factor)) for factor in (1, 2, 4))
+
+
+def main_table(runs: dict[str, list[Line]]) -> str:
+    """Accuracy, paired differences and cost of every method; the ones not run are named."""
+    rows = []
+    for name, lines in runs.items():
+        cells = [name, str(len(lines)), plus_minus([line["test_accuracy"] for line in lines])]
+        for other in REFERENCES:
+            known = name != other and other in runs
+            cells.append(bold(*difference(lines, runs[other])) if known else "")
+        cells += [f"{lines[0]['parameters']:,}", f"{lines[0]['macs'] / 1e6:.2f} M"]
+        rows.append([*cells, f"{mean(line['cpu_seconds_per_epoch'] for line in lines):.2f}"])
+    head = ("", "seeds", "test accuracy %", *(f"minus {name}" for name in REFERENCES))
+    head = (*head, "parameters", "MACs", "CPU s per epoch")
+    missing = [name for name in recipes(Options()) if name not in runs]
+    note = f"\n\nNot run here: {', '.join(missing)}." if missing else ""
+    cost = (
+        "Parameters and multiply-adds (MACs) are those of the student at inference, its KD layers"
+    )
+    return f"{table(head, rows)}\n\n{cost} included.{note}"
+
+
+def controls(runs: dict[str, list[Line]]) -> str:
+    """The comparisons that tell supervision from size."""
+    rows = []
+    for ours, theirs, question in CONTROLS:
+        found = ("", "not run")
+        if ours in runs and theirs in runs:
+            found = difference(runs[ours], runs[theirs])
+        rows.append([question, f"{ours} minus {theirs}", *found])
+    return table(("question", "difference", "points of test accuracy", ""), rows)
+
+
+def tuning_table(lines: Sequence[Line]) -> str:
+    """Validation accuracies of what was tried: each recipe by what is special about it."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
+    base = {}  # the first recipe of a method stands for what the others change
+    rows = []
+    for (name, _), own in groups.items():
+        known = flat(own[0]["recipe"])
+        first = base.setdefault(name, known)
+        changed = [f"{k} {v}" for k, v in known.items() if first.get(k) != v]
+        values = [line["validation_accuracy"] for line in sorted(own, key=lambda x: x["seed"])]
+        seeds = ", ".join(str(line["seed"]) for line in sorted(own, key=lambda x: x["seed"]))
+        each = ", ".join(f"{value:.2f}" for value in values)
+        rows.append([name, ", ".join(changed) or "as below", seeds, each, f"{mean(values):.2f}"])
+    rows.sort(key=lambda row: list(base).index(row[0]))
+    note = (
+        "On the validation images, with seeds that are not reported above; the test images were "
+        "not looked at. The first row of a method is the point from which the others differ."
+    )
+    return f"{note}\n\n{table(('', 'changed', 'seeds', 'accuracy %', 'mean'), rows)}"
+
+
+def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested recipe as ``{"layers.0.alpha": 1.0}``."""
+    if not isinstance(recipe, (dict, list)):
+        return {prefix: recipe}
+    items = recipe.items() if isinstance(recipe, dict) else enumerate(recipe)
+    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in items]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def recipe_list(runs: dict[str, list[Line]]) -> str:
+    """What is special about each method's recipe, as it is in the lines."""
+    common = runs["labels only"][0]["recipe"]
+    rows = []
+    for name, lines in runs.items():
+        recipe = lines[0]["recipe"]
+        own = {key: value for key, value in recipe.items() if common.get(key) != value}
+        rows.append([name, f"`{json.dumps(own)}`", f"`{lines[0]['recipe_hash']}`"])
+    return table(("", "beyond labels only", "hash"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""The accuracy benchmark: its data, pairing by seed, resuming; and the report's statistics."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
+import _accuracy_data as data  # noqa: E402
+import accuracy  # noqa: E402
+import report  # noqa: E402
+from _accuracy_methods import Options, attach, loss, recipes  # noqa: E402
+from _accuracy_train import digest, macs, matching_width, new_model, parameters  # noqa: E402
+
+TINY_OPTIONS = (
+    "--teacher resnet8 --teacher-epochs 1 --validation 20 --images 40 --batch-size 20 --epochs 1 "
+    "--width 4 --templates 8 --subclasses 1 --iekd-epochs 1 --warmup 1"
+)
+TINY = TINY_OPTIONS.split()
+
+
+def write_idx(path, array, packed=False):
+    """An IDX file of bytes."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    content = bytes([0, 0, 8, array.dim()]) + sizes + array.numpy().tobytes()
+    if packed:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+    else:
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with 160 and 40 pictures of ten classes, told apart by a bright row."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = torch.Generator().manual_seed(0)
+    for name, count in (("train", 160), ("t10k", 40)):
+        labels = torch.arange(count) % 10
+        images = torch.randint(60, (count, 28, 28), generator=draw)
+        images[torch.arange(count), 2 * labels + 4] += 150
+        write_idx(folder / f"{name}-images-idx3-ubyte", images.byte(), packed=name == "train")
+        write_idx(folder / f"{name}-labels-idx1-ubyte", labels.byte())
+    return folder
+
+
+@pytest.fixture
+def bench(root, tmp_path_factory):
+    """Runs the benchmark on the tiny data; teachers are shared, threads are put back."""
+    cache = tmp_path_factory.getbasetemp() / "teachers"
+    threads = torch.get_num_threads()
+
+    def run(out, *options):
+        paths = ["--root", str(root), "--cache", str(cache), "--out", str(out)]
+        accuracy.main([*paths, *TINY, *options])
+        return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def splits(root):
+    return data.load(str(root), download=False, validation=20)
+
+
+# ------------------------------------------------------------------ data
+
+
+def test_splits_are_disjoint_and_complete(splits, root):
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [140, 20, 40]
+    together = torch.cat([splits.train.images, splits.validation.images]).flatten(1)
+    whole = data.read(root, "train").images.flatten(1)
+    assert torch.equal(*(part[part.sum(1).argsort()].sum(1) for part in (together, whole)))
+    assert splits.classes == 10
+    rows = splits.train.images.float().mean(2).argmax(1)  # images stay with their labels
+    assert torch.equal(rows, 2 * splits.train.labels + 4)
+
+
+def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBIAN", tmp_path)
+    with pytest.raises(SystemExit, match=r"--download fetches it.*dataset-fashion-mnist"):
+        data.load(str(tmp_path), download=False, validation=20)
+
+
+def test_what_is_no_idx_file_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"\0\0\x0d\x01" + bytes(8))
+    with pytest.raises(SystemExit, match="no IDX file of bytes"):
+        data.idx(tmp_path / "x")
+
+
+def test_few_are_balanced_and_drawn_by_seed(splits):
+    first, again, other = (data.few(splits.train, 40, seed) for seed in (3, 3, 4))
+    assert first.labels.bincount().tolist() == [4] * 10
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    assert len(data.few(splits.train, 0, 0)) == len(splits.train)
+
+
+def test_augmentation_is_a_shift_and_a_flip():
+    images = torch.randint(1, 256, (50, 6, 5), dtype=torch.uint8)
+    seen = data.augmented(images, 2, torch.Generator().manual_seed(0))
+    found = set()
+    for image, result in zip(images, seen, strict=True):
+        padded = torch.zeros(10, 9, dtype=torch.uint8)
+        padded[2:8, 2:7] = image
+        crops = {(t, m, 0): padded[t : t + 6, m : m + 5] for t in range(5) for m in range(5)}
+        crops |= {(t, m, 1): crop.flip(1) for (t, m, _), crop in list(crops.items())}
+        fits = [key for key, crop in crops.items() if torch.equal(crop, result)]
+        assert len(fits) == 1
+        found.update(fits)
+    assert len(found) > 25  # of 50 ways
+    assert {flip for _, _, flip in found} == {0, 1}
+
+
+def test_batches_depend_on_seed_and_epoch_only(splits):
+    def epoch(seed, number):
+        torch.rand(3)  # the global generator has no part in it
+        pairs = list(data.epoch_batches(splits.train, 20, 2, seed, number))
+        assert [len(y) for _, y in pairs] == [20] * 7
+        return torch.cat([x for x, _ in pairs])
+
+    assert torch.equal(epoch(0, 0), epoch(0, 0))
+    assert not torch.equal(epoch(0, 0), epoch(0, 1))
+    assert not torch.equal(epoch(0, 0), epoch(1, 0))
+
+
+def test_normalisation(splits):
+    (x, y), *_ = splits.test.batches(7)
+    assert x.shape == (7, 1, 28, 28)
+    torch.testing.assert_close(x[0, 0], (splits.test.images[0] / 255 - 0.2860) / 0.3530)
+    assert torch.equal(y, splits.test.labels[:7])
+
+
+# ------------------------------------------------------------------ methods
+
+
+def test_every_method_runs_and_leaves_a_full_line(bench, tmp_path):
+    out = tmp_path / "runs.jsonl"
+    lines = bench(out, "--seeds", "0")
+    assert [line["method"] for line in lines] == list(recipes(Options()))
+    for line in lines:
+        assert 0 <= line["test_accuracy"] <= 100
+        assert line["recipe_hash"] == digest(line["recipe"])
+        assert line["recipe"]["teacher"] == line["teacher"]["recipe_hash"]
+        assert line["cpu_seconds_per_epoch"] > 0
+        assert None not in line["last_terms"].values()
+        assert set(line["versions"]) == {"kdlayers", "torch", "python"}
+    by_name = {line["method"]: line for line in lines}
+    assert by_name["QuEST"]["parameters"] == by_name["labels only"]["parameters"]
+    assert by_name["layers only (2)"]["parameters"] == by_name["letKD-2"]["parameters"]
+    assert by_name["layers only (2)"]["macs"] == by_name["letKD-2 + KD"]["macs"]
+    near = by_name["wider, same parameters"]["parameters"] / by_name["letKD-2"]["parameters"]
+    assert 0.9 < near < 1.1
+
+
+def test_a_run_that_is_there_is_skipped_and_repeats_exactly(bench, tmp_path):
+    out = tmp_path / "runs.jsonl"
+    methods = ("--methods", "KD", "letKD-1")
+    first = bench(out, *methods, "--seeds", "0", "1")
+    assert [(line["seed"], line["method"]) for line in first] == [
+        (0, "KD"), (0, "letKD-1"), (1, "KD"), (1, "letKD-1")
+    ]  # fmt: skip
+    assert bench(out, *methods, "--seeds", "0", "1") == first
+    out.write_text("".join(f"{json.dumps(line)}\n" for line in first[:3]), "utf-8")
+    resumed = bench(out, *methods, "--seeds", "0", "1")
+    assert resumed[:3] == first[:3]
+    accuracies = [
+        [line[f"{part}_accuracy"] for part in ("training", "validation", "test")]
+        for line in (first[3], resumed[3])
+    ]
+    assert accuracies[0] == accuracies[1]
+    assert first[3]["last_terms"] == resumed[3]["last_terms"]
+    # Another recipe is another run.
+    assert len(bench(out, "--methods", "KD", "--seeds", "0", "--kd-weight", "0.5")) == 5
+
+
+def test_tuning_leaves_the_test_images_alone(bench, tmp_path):
+    line, *_ = bench(tmp_path / "t.jsonl", "--tuning", "--methods", "labels only", "--seeds", "9")
+    assert line["test_accuracy"] is None
+    assert line["validation_accuracy"] >= 0
+
+
+def test_unknown_methods_are_named(bench, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench(tmp_path / "runs.jsonl", "--methods", "letKD-3")
+    assert "no method ['letKD-3']; there are ['labels only', 'KD'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(recipes(Options(templates=8, subclasses=1))))
+def test_students_start_equal(name, splits):
+    """All methods of one width have the same initial weights, also those of KD layers."""
+    recipe = recipes(Options(templates=8, subclasses=1, width_parameters=8, width_macs=8))
+    teacher = new_model("resnet14", splits, 7)
+    states = []
+    for method in ("letKD-2", name):
+        student = new_model("resnet8", splits, 3, width=recipe[method]["width"])
+        attach(recipe[method], student, teacher, torch.zeros(2, 1, 28, 28), 5)
+        states.append(student.state_dict())
+    own = {key for key in states[1] if ".kd." not in key}
+    layers = set(states[1]) - own
+    if name.startswith(("letKD-1", "QuEST", "layers only (1)")):
+        layers = set()  # the only layer is drawn first there, it was second before
+    assert own == {key for key in states[0] if ".kd." not in key}
+    assert all(torch.equal(states[0][key], states[1][key]) for key in own | layers)
+
+
+def test_costs_are_those_of_the_formulas(splits):
+    recipe = recipes(Options(templates=12, subclasses=2))
+    student = new_model("resnet8", splits, 0, width=8)
+    before = parameters(student), macs(student, splits)
+    attach(recipe["layers only (2)"], student, student, torch.zeros(2, 1, 28, 28), 1)
+    added = parameters(student) - before[0], macs(student, splits) - before[1]
+    assert added[0] == sum(2 * k * 32 + 2 * k + 2 for k in (20, 12))
+    assert added[1] == sum(2 * k * 32 * 49 for k in (20, 12))
+
+
+def test_matching_width_is_the_nearest(splits):
+    target = parameters(new_model("resnet8", splits, 0, width=8)) + 5000
+    found = matching_width("resnet8", splits, target, parameters)
+    gaps = {
+        width: abs(parameters(new_model("resnet8", splits, 0, width=width)) - target)
+        for width in (found - 0.25, found, found + 0.25)
+    }
+    assert min(gaps, key=gaps.get) == found
+
+
+def test_losses_keep_their_weight_beside_weighted_layers():
+    made = loss({"loss": "KDLoss", "temperature": 2.0, "weight": 0.9}, 10, scale=3.0)
+    assert (made.weight * 3.0, made.temperature) == (pytest.approx(0.9), 2.0)
+    warm = loss({"loss": "DKDLoss", "weight": 2.0, "warmup": 4}, 10)
+    assert warm.weight(4 * 10) == pytest.approx(2.0)
+    assert warm.weight(10) < 1.0
+
+
+def test_quest_has_letkd_1_but_alpha():
+    first, second = (recipes(Options())[name] for name in ("QuEST", "letKD-1"))
+    assert first["layers"][0] | {"alpha": 1.0} == second["layers"][0]
+    assert first["layers"][0]["alpha"] == 0
+
+
+# ------------------------------------------------------------------ report
+
+
+def lines(method, accuracies, recipe_hash="a"):
+    return [
+        {"method": method, "seed": seed, "test_accuracy": value, "recipe_hash": recipe_hash}
+        for seed, value in enumerate(accuracies)
+    ]
+
+
+OURS, THEIRS = [90.1, 90.4, 90.2, 90.9, 90.3], [89.7, 90.0, 90.1, 90.2, 89.6]
+
+
+def test_intervals_are_those_of_scipy():
+    text, verdict = report.difference(lines("x", OURS), lines("y", THEIRS))
+    test = stats.ttest_rel(OURS, THEIRS)
+    low, high = test.confidence_interval(0.95)
+    mean = sum(OURS) / 5 - sum(THEIRS) / 5
+    assert text == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    assert verdict == "better"
+    half = stats.sem(OURS) * stats.t.ppf(0.975, 4)
+    assert report.plus_minus(OURS) == f"{sum(OURS) / 5:.2f} ± {half:.2f}"
+
+
+@pytest.mark.parametrize("shift", [-2.0, -0.5, -0.4, -0.1, 0.0, 0.3])
+def test_a_verdict_only_where_the_interval_excludes_zero(shift):
+    ours = [value + shift for value in OURS]
+    low, high = stats.ttest_rel(ours, THEIRS).confidence_interval(0.95)
+    expected = "better" if low > 0 else "worse" if high < 0 else "not separated"
+    assert report.difference(lines("x", ours), lines("y", THEIRS))[1] == expected
+
+
+def test_pairs_are_of_one_seed():
+    ours, theirs = lines("x", [1.0, 2.0, 3.0])[1:], lines("y", [5.0, 6.0, 7.0, 8.0])[::-1]
+    assert report.paired(ours, theirs) == ([2.0, 3.0], [6.0, 7.0])
+    assert report.difference(ours[:1], theirs) == ("-4.00 (one seed)", "not separated")
+    assert report.difference(ours[:1], theirs[-1:])[1] == "not run"
+
+
+def test_recipes_and_seeds_are_not_mixed():
+    with pytest.raises(SystemExit, match="several recipes"):
+        report.by_method(lines("KD", [1.0]) + lines("KD", [2.0, 3.0], "b")[1:])
+    with pytest.raises(SystemExit, match="two runs of one seed"):
+        report.by_method(lines("KD", [1.0]) + lines("KD", [2.0]))
+
+
+def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
+    methods = ("--methods", "KD", "labels only", "letKD-1")
+    out = tmp_path / "tiny.jsonl"
+    runs = bench(out, *methods, "--seeds", "0", "1")
+    bench(tmp_path / "tiny.tuning.jsonl", *methods[:2], "--tuning", "--seeds", "8")
+    options = ("--tuning", "--seeds", "8", "--alpha-last", "0.5")
+    bench(tmp_path / "tiny.tuning.jsonl", "--methods", "letKD-1", *options)
+    (tmp_path / "tiny.txt").write_text("### Found\n\nNothing.\n", "utf-8")
+    report.main(["--data", str(tmp_path), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page").read_text("utf-8")
+    assert "Fashion-MNIST, resnet8 to resnet8, 40 images" in page
+    assert f"**{runs[0]['teacher']['test_accuracy']:.2f} %** of the test" in page
+    assert "Not run here: letKD-2, QuEST" in page
+    assert "### Found\n\nNothing.\n" in page
+    rows = [line for line in page.splitlines() if line.startswith("| KD |")]
+    mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2
+    assert rows[0].startswith(f"| KD | 2 | {mean:.2f} ± ")
+    assert "| does the second layer help? | letKD-2 minus letKD-1 |  | not run |" in page
+
+
+def test_the_committed_page_is_made_from_the_committed_lines():
+    assert report.page(report.DATA) == report.PAGE.read_text("utf-8")
+
+
+def test_committed_lines_are_whole():
+    """Hashes are those of their recipes, all methods of a file share teacher and circumstances."""
+    files = list(report.DATA.glob("*.jsonl"))
+    assert files
+    for path in files:
+        read = report.read(path)
+        assert all(digest(line["recipe"]) == line["recipe_hash"] for line in read)
+        assert len({line["recipe"]["teacher"] for line in read}) == 1
+        tuning = ".tuning" in path.name
+        assert all((line["test_accuracy"] is None) == tuning for line in read)
