@@ -17,6 +17,7 @@ from kdlayers._hooks import (
     Tape,
     score_key,
 )
+from kdlayers._layer import check_memory
 from kdlayers._models import unwrap
 from kdlayers._names import match
 from kdlayers._points import KDPoint
@@ -39,6 +40,7 @@ def attach_kd(
     example: Any = None,
     teacher_weights: Sequence[float] | None = None,
     teacher_transform: Transform | None = None,
+    memory: str = "normal",
 ) -> KDHandle:
     """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
 
@@ -67,6 +69,9 @@ def attach_kd(
             default: all equal.
         teacher_transform: function of the images that the teachers' inputs go through, for a
             teacher of another resolution or normalisation; default: none.
+        memory: ``"low"``: KD layers never hold the scores of all positions in training, but compute
+            them again in parts; ``"normal"`` (default): so only where it takes no longer, up to 128
+            channels. The numbers are the same.
 
     Returns:
         The :class:`KDHandle`: ``fit``, ``loss``, ``detach``, ``remove``.
@@ -89,7 +94,7 @@ def attach_kd(
         >>> kd.remove()
     """
     student, _ = unwrap(student, "student")
-    losses = _check_losses(losses)
+    losses, memory = _check_losses(losses), check_memory(memory)
     args = example_for(student, example)
     traced = trace(student, args, "student")
     teachers = make_teachers(student, teacher, args, teacher_weights, teacher_transform)
@@ -104,7 +109,7 @@ def attach_kd(
     tape = Tape()
     with ExitStack() as undo, undisturbed(student):
         undo.callback(take_out, student, tape)
-        _insert_layers(student, points, traced, tape)
+        _insert_layers(student, points, traced, tape, memory)
         _check_layers(student, traced, args, tape, [point.student for point in points])
         terms = _terms(points, losses, traced, teachers)
         hooks = _record_hooks(student, terms, traced, tape, undo)
@@ -132,7 +137,7 @@ def _check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
 
 
 def _insert_layers(
-    student: nn.Module, points: Sequence[KDPoint], traced: Trace, tape: Tape
+    student: nn.Module, points: Sequence[KDPoint], traced: Trace, tape: Tape, memory: str
 ) -> None:
     """Register a slot and its hook for every point."""
     for point in points:
@@ -142,7 +147,7 @@ def _insert_layers(
         call, dim = traced.call(point.student), layout.channel_dim
         # resolve_points has given every point its number of templates.
         templates = point.num_templates or 0
-        slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim)
+        slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim, memory=memory)
         place(student, point.student, slot.to(call.device, call.dtype), call.path, tape)
 
 

@@ -309,7 +309,7 @@ class KDHandle:
             student = record.logits if term.key is None else record.features[term.key]
             _follow(term.loss, student.device)
             teacher = term.teacher_tensor(self._teachers, taught)
-            value = term.loss(*term.pair(student, teacher), targets)
+            value = term.value(student, teacher, targets, record.features)
             weight = term.loss.weight_at(self.step)
             live |= {term.name} if weight else set()
             total = total + weight * value

@@ -32,7 +32,7 @@ class Slot(KDLayer):
     """
 
     def forward(self, x: Any, *_: Any, insert: bool = False, **__: Any) -> Any:
-        """``x`` unchanged; with ``insert``, the new features and the scores."""
+        """``x`` unchanged; with ``insert``, what `KDLayer.enhance` gives."""
         return self.enhance(x) if insert else x
 
     def _load_from_state_dict(
@@ -129,8 +129,10 @@ class InsertLayer:
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """The output with the layer's features in the place of the module's."""
         # Through __call__, not a method: FSDP gathers the layer's parameters in its own hooks.
-        features, scores = self.slot(module)(pick(output, self.path), insert=True)
+        features, scores, templates = self.slot(module)(pick(output, self.path), insert=True)
         self.tape.record(score_key(self.name), scores)
+        if templates is not None:
+            self.tape.record(templates_of(score_key(self.name)), templates)
         return put(output, self.path, features)
 
 
@@ -213,6 +215,11 @@ def watch_backward(tape: Tape, output: Any) -> None:
 def score_key(name: str) -> str:
     """Key of a KD layer's scores on the tape, apart from the features of the same module."""
     return f"scores of {name}"
+
+
+def templates_of(key: str) -> str:
+    """Key of the templates, where ``key`` holds unit features in the place of scores."""
+    return f"templates for {key}"
 
 
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
+from kdlayers._batch_norm import update_statistics, why_plain
+from kdlayers._recognise import recognise
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+
+MEMORY = ("normal", "low")
+CHEAP_CHANNELS = 128
+"""Up to so many channels scores are computed again rather than kept: it takes no longer."""
 
 
 class CosineProjection(nn.Module):
@@ -26,6 +32,10 @@ class CosineProjection(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, in_features) * sqrt(2 / in_features))
         # One element rather than none: FSDP cannot shard a parameter without axes.
         self.scale = nn.Parameter(torch.tensor([float(scale)]))
+
+    def kernels(self) -> Tensor:
+        """The rows as unit vectors times the scale, in float32 or better."""
+        return self.weight * (inverse_norm(self.weight) * self.scale)
 
     def project(self, vectors: Tensor) -> Tensor:
         """Cosines of ``vectors`` [..., in_features] with the rows: [..., out_features]."""
@@ -147,6 +157,9 @@ class KDLayer(nn.Module):
         alpha: value ratio, the factor of v; default 1, as in all but one of the authors'
             configurations. 0 keeps the features as they are (the loss still acts on the scores).
         channel_dim: axis of the channels; default 1 (NCHW). Use -1 for NHWC and for tokens.
+        memory: ``"low"``: never keep the scores of all positions, in training, but compute them
+            again in parts. ``"normal"`` (default): so only where it takes no longer, up to 128
+            channels. The numbers are the same.
 
     Attributes:
         head: the :class:`TemplateHead`, ``weight [K, C]`` and ``scale`` (initially 3).
@@ -154,7 +167,8 @@ class KDLayer(nn.Module):
         value: ``weight [C, K]``, drawn from N(0, 2/K), and ``scale`` (initially 1).
 
     Raises:
-        ArgumentError: if a size is below 1, ``alpha`` is negative or ``channel_dim`` is 0.
+        ArgumentError: if a size is below 1, ``alpha`` is negative, ``channel_dim`` is 0 or
+            ``memory`` unknown.
         ShapeError: in ``forward``, if the channels are not ``in_channels``.
 
     Source: Gorgun, Gurbuz, Alatan, BMVC 2023; values and gradients follow the authors' code.
@@ -169,9 +183,16 @@ class KDLayer(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, num_templates: int, *, alpha: float = 1.0, channel_dim: int = 1
+        self,
+        in_channels: int,
+        num_templates: int,
+        *,
+        alpha: float = 1.0,
+        channel_dim: int = 1,
+        memory: str = "normal",
     ) -> None:
         super().__init__()
+        self.memory = check_memory(memory)
         self.head = TemplateHead(in_channels, num_templates, channel_dim=channel_dim)
         self.norm = nn.BatchNorm1d(num_templates)
         self.value = CosineProjection(num_templates, in_channels, scale=1.0)
@@ -181,14 +202,55 @@ class KDLayer(nn.Module):
         """Features with the recognised knowledge added: same shape, same dtype."""
         return self.enhance(x)[0]
 
-    def enhance(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The new features, and the scores with K in the place of C."""
+    def enhance(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The new features, and the scores with K in the place of C.
+
+        Or the latter in two parts, where they are not kept: unit vectors of the shape of x, and the
+        templates ``[K, C]`` whose products with them they are.
+        """
         features = self.head.channels_last(x)
+        if not is_scripting() and self.fuses(x.device) and features[..., 0].numel() > 1:
+            return self._fused(x, features)
         scores = self.head.project(features)
         # Batch norm wants two axes: positions of all images, templates.
         assignment = F.relu(self.norm(scores.flatten(0, -2))).view_as(scores)
         value = self.value.project(assignment).movedim(-1, self.head.channel_dim)
-        return x + (self.alpha * value).to(x.dtype), scores.movedim(-1, self.head.channel_dim)
+        scores = scores.movedim(-1, self.head.channel_dim)
+        return x + (self.alpha * value).to(x.dtype), scores, None
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `enhance`, training with the batch's statistics, without tensors [positions, K]."""
+        norm, device = self.norm, x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        units = (features * inverse_norm(features)).to(dtype)
+        templates, values = self.head.kernels().to(dtype), self.value.kernels().to(dtype)
+        affine = [p.to(torch.promote_types(dtype, torch.float32)) for p in (norm.weight, norm.bias)]
+        value, scores, mean, variance, _ = recognise(
+            units.flatten(0, -2), templates, *affine, values, norm.eps, self.keeps_scores()
+        )
+        update_statistics(norm, mean.detach(), variance.detach(), value.shape[0])
+        value = value.view_as(features).movedim(-1, self.head.channel_dim)
+        new = x + (self.alpha * value).to(x.dtype)
+        if self.keeps_scores():
+            scores = scores.view(*features.shape[:-1], -1)
+            return new, scores.movedim(-1, self.head.channel_dim), None
+        return new, units.movedim(-1, self.head.channel_dim), templates
+
+    @torch.jit.unused
+    def fuses(self, device: torch.device) -> bool:
+        """Whether a forward now takes the fused path rather than the plain operations.
+
+        Training forwards do, on CPUs and CUDA devices, with an ordinary batch norm; exports and
+        traces see the plain operations.
+        """
+        ready = self.training and self.norm.training and why_plain(self.norm, device) is None
+        return ready and not is_tracing() and not torch.compiler.is_exporting()
+
+    @torch.jit.unused
+    def keeps_scores(self) -> bool:
+        """Whether the fused path keeps the scores of all positions for the backward pass."""
+        return self.memory == "normal" and self.head.in_channels > CHEAP_CHANNELS
 
     def extra_repr(self) -> str:
         """Shows alpha in the printed module."""
@@ -202,6 +264,13 @@ def check_count(name: str, value: int) -> int:
     if value < 1:
         raise ArgumentError(f"{name} must be 1 or more, got {value}")
     return value
+
+
+def check_memory(memory: str) -> str:
+    """``memory`` if it is a mode there is."""
+    if memory not in MEMORY:
+        raise ArgumentError(f'memory must be "normal" or "low", got {memory!r}')
+    return memory
 
 
 def check_alpha(alpha: float) -> float:

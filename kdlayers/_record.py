@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._hooks import Tape, version_of
+from kdlayers._hooks import Tape, templates_of, version_of
 from kdlayers._tree import first_tensor
 from kdlayers.errors import AttachError, CaptureError, StaleCaptureError
 
@@ -91,6 +91,11 @@ def _no_forward(student: nn.Module) -> str:
     )
 
 
+def _parts_require_grad(features: dict[str, Tensor], key: str) -> bool:
+    templates = features.get(templates_of(key))
+    return features[key].requires_grad or (templates is not None and templates.requires_grad)
+
+
 def _check_features(features: dict[str, Tensor], keys: Collection[str]) -> None:
     missing = [key for key in keys if key not in features]
     if missing:
@@ -99,7 +104,7 @@ def _check_features(features: dict[str, Tensor], keys: Collection[str]) -> None:
             "so the hooks were bypassed: the model was compiled before attach_kd, or the module "
             "was replaced since (convert_sync_batchnorm, fuse); attach after such changes"
         )
-    cut = [key for key in keys if not features[key].requires_grad]
+    cut = [key for key in keys if not _parts_require_grad(features, key)]
     if cut:
         raise CaptureError(
             f"{', '.join(cut)}: recorded without a gradient, as reentrant gradient checkpointing "

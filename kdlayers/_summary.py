@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from kdlayers._batch_norm import why_plain
+from kdlayers._hooks import Slot
 from kdlayers._points import table
 from kdlayers._sites import slots
 from kdlayers._terms import Term
@@ -14,7 +16,7 @@ def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
     layers = slots(student)
     lines = [f"KD layers in {type(student).__name__} (kept at inference)"]
     rows: list[tuple[str, ...]] = [
-        ("point", "channels", "templates", "alpha", "parameters", "MACs")
+        ("point", "channels", "templates", "alpha", "parameters", "MACs", "training")
     ]
     for name, slot in layers.items():
         positions = next((t.positions for t in terms if t.scores and t.point == name), None)
@@ -22,11 +24,19 @@ def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
         macs = "-" if positions is None else f"{2 * size * positions:,}"
         count = f"{sum(p.numel() for p in slot.parameters()):,}"
         cells = (slot.head.in_channels, slot.head.num_templates, slot.alpha)
-        rows.append((name, *map(str, cells), count, macs))
+        rows.append((name, *map(str, cells), count, macs, _path(slot)))
     lines.append(table(rows) if layers else "none")
     if terms:
         lines += ["", "Losses (training only)", table(_loss_rows(terms))]
     return "\n".join(lines)
+
+
+def _path(slot: Slot) -> str:
+    """How the layer computes in training."""
+    plain = why_plain(slot.norm, slot.head.weight.device)
+    if plain is not None:
+        return f"plain ({plain})"
+    return "fused, scores kept" if slot.keeps_scores() else "fused, scores computed again"
 
 
 def _loss_rows(terms: Sequence[Term]) -> list[tuple[str, ...]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdlayers._hooks import score_key
+from kdlayers._hooks import score_key, templates_of
 from kdlayers._layouts import Layout, common_size, pool
 from kdlayers._teacher import Taught, Teacher, mean_logits
 from kdlayers._trace import Trace
@@ -66,6 +66,21 @@ class Term:
         ours, theirs = self.student_layout.to_grid(student), self.teacher_layout.to_grid(teacher)
         size = common_size(_size(ours), _size(theirs))
         return self._form(pool(ours, size)), self._form(pool(theirs, size))
+
+    def value(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor | None,
+        features: dict[str, Tensor],
+    ) -> Tensor:
+        """The loss; ``features`` has the templates where ``student`` are the unit vectors."""
+        student, teacher = self.pair(student, teacher)
+        templates = features.get(templates_of(self.key)) if self.key is not None else None
+        # Scores are linear in the unit vectors, so pooling the latter has pooled them.
+        extra = {} if templates is None else {"templates": templates}
+        value: Tensor = self.loss(student, teacher, targets, **extra)
+        return value
 
     def teacher_alone(self, teacher: Tensor) -> Tensor:
         """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""

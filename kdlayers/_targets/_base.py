@@ -13,7 +13,9 @@ from kdlayers.errors import (
     ArgumentTypeError,
     CheckpointError,
     NotFittedError,
+    ShapeError,
 )
+from kdlayers.functional import template_kl
 
 
 class TemplateTargets(nn.Module):
@@ -73,6 +75,30 @@ class TemplateTargets(nn.Module):
         """Features ``[..., D]`` to probabilities ``[..., K]``, without gradient."""
         raise NotImplementedError
 
+    def divergence(
+        self,
+        student: Tensor,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        templates: Tensor | None = None,
+    ) -> Tensor:
+        """Mean KL divergence of template scores from :meth:`soft_assignment`, a scalar.
+
+        Args:
+            student: scores ``[..., K]``; or with ``templates`` unit vectors ``[..., C]``.
+            features: the teacher's, ``[..., D]``.
+            labels: as for :meth:`soft_assignment`.
+            templates: ``[K, C]``, whose products with the unit vectors are the scores.
+
+        Raises:
+            ShapeError: if there are scores for another number of templates.
+        """
+        scores = scores_of(student, templates)
+        assignment = self.soft_assignment(features, labels)
+        check_templates(scores.shape[-1], assignment.shape[-1])
+        return template_kl(scores, assignment)
+
     def _need(self, buffer: Tensor | None) -> Tensor:
         if buffer is None:
             raise NotFittedError(
@@ -125,6 +151,20 @@ class TemplateTargets(nn.Module):
                 raise CheckpointError(
                     f"the state of {owner} is damaged: {name} has NaN or infinite values"
                 )
+
+
+def scores_of(student: Tensor, templates: Tensor | None) -> Tensor:
+    """Scores ``[..., K]``, given as they are or as unit vectors and templates."""
+    return student if templates is None else student @ templates.T
+
+
+def check_templates(scored: int, wanted: int) -> None:
+    """Raise ShapeError unless the KD layer scores as many templates as the targets have."""
+    if scored != wanted:
+        raise ShapeError(
+            f"the KD layer scores {scored} templates, but the targets have {wanted}; make the "
+            f"layer with num_templates={wanted}"
+        )
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:

@@ -7,9 +7,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from kdlayers._fitter import Fitter
-from kdlayers._targets._base import TemplateTargets, check_count, check_shapes
+from kdlayers._targets._base import (
+    TemplateTargets,
+    check_count,
+    check_shapes,
+    check_templates,
+)
 from kdlayers._targets._codebook_fit import SamplePass
 from kdlayers._targets._distances import closeness
+from kdlayers._targets._divergence import codebook_divergence, fuses, needs_grad
 from kdlayers._targets._rows import RowFitter, check_features, work_dtype
 from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
@@ -121,6 +127,33 @@ class CodebookTargets(TemplateTargets):
             scores = closeness(rows, centers.to(dtype))
             assigned = self._assigned(scores)
         return assigned.reshape(*features.shape[:-1], -1)
+
+    @override
+    def divergence(
+        self,
+        student: Tensor,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        templates: Tensor | None = None,
+    ) -> Tensor:
+        centers = self._need(self.centers)
+        check_features(features, centers.shape[1])
+        check_templates(student.shape[-1] if templates is None else len(templates), len(centers))
+        own = type(self).soft_assignment is CodebookTargets.soft_assignment
+        if not own or not fuses(student, templates):
+            return super().divergence(student, features, labels, templates=templates)
+        dtype = torch.promote_types(work_dtype(features), work_dtype(centers))
+        rows = features.reshape(-1, features.shape[-1]).to(dtype)
+        value: Tensor = codebook_divergence(
+            student.reshape(-1, student.shape[-1]),
+            templates,
+            rows.detach(),
+            centers.to(dtype),
+            self.temperature,
+            needs_grad(student, templates),
+        )[0]
+        return value
 
     def _assigned(self, scores: Tensor) -> Tensor:
         if self.temperature is None:

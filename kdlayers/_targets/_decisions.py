@@ -7,9 +7,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from kdlayers._fitter import Fitter
-from kdlayers._targets._base import TemplateTargets, check_count, check_shapes
+from kdlayers._targets._base import (
+    TemplateTargets,
+    check_count,
+    check_shapes,
+    check_templates,
+)
 from kdlayers._targets._decision_fit import Plan, ScatterPass, own_subclass
 from kdlayers._targets._distances import affine
+from kdlayers._targets._divergence import decision_divergence, fuses, needs_grad
 from kdlayers._targets._rows import RowFitter, check_features, expand_labels, work_dtype
 from kdlayers.errors import ArgumentError, CheckpointError
 
@@ -162,6 +168,31 @@ class DecisionTargets(TemplateTargets):
             ArgumentTypeError: if labels are no integers, as after mixup.
             ShapeError: if the last axis is not D wide, or labels do not fit the positions.
         """
+        own, decisions = self._own(features, labels)
+        return decisions[own].reshape(*features.shape[:-1], -1)
+
+    @override
+    def divergence(
+        self,
+        student: Tensor,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        templates: Tensor | None = None,
+    ) -> Tensor:
+        if type(self).soft_assignment is not DecisionTargets.soft_assignment or not fuses(
+            student, templates
+        ):
+            return super().divergence(student, features, labels, templates=templates)
+        own, decisions = self._own(features, labels)
+        check_templates(student.shape[-1] if templates is None else len(templates), len(decisions))
+        rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
+        value: Tensor = decision_divergence(rows, templates, own, decisions, needed)[0]
+        return value
+
+    @torch.no_grad()
+    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sub-class of each position, ``[N]``, and the table in the precision of the features."""
         projection, shift = self._need(self.projection), self._need(self.shift)
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
@@ -172,7 +203,7 @@ class DecisionTargets(TemplateTargets):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
             own = own_subclass(z, labels, centers.to(dtype), self.subclasses)
-            return decisions.to(dtype)[own].reshape(*features.shape[:-1], -1)
+        return own, decisions.to(dtype)
 
     def _check_range(self, labels: Tensor) -> None:
         # On an accelerator this would wait for the device at every step.

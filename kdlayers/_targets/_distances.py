@@ -14,10 +14,14 @@ def closeness(rows: Tensor, centers: Tensor) -> Tensor:
 
     Taken round the mean of the centres, so that a large common mean does not eat the digits.
     """
+    return affine(*balanced(rows, centers))
+
+
+def balanced(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and centres round the centres' mean, and the bias that `affine` makes closeness of."""
     origin = centers.mean(dim=0)
     rows, centers = rows - origin, centers - origin
-    bias = centers.square().sum(dim=1) * -0.5
-    return affine(rows, centers, bias)
+    return rows, centers, centers.square().sum(dim=1) * -0.5
 
 
 def affine(rows: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:

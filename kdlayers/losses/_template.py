@@ -5,6 +5,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from kdlayers._fitter import Fitter
+from kdlayers._targets import check_templates, scores_of
 from kdlayers.errors import ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
@@ -27,6 +28,16 @@ class SoftTargets(Protocol):
 
     def fitter(self, *, seed: int = 0) -> Fitter:
         """What learns the targets from passes over the teacher's features."""
+
+    def divergence(
+        self,
+        student: Tensor,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        templates: Tensor | None = None,
+    ) -> Tensor:
+        """The mean divergence, where it can be had without the whole assignment; optional."""
 
 
 class TemplateLoss(DistillLoss):
@@ -89,8 +100,19 @@ class TemplateLoss(DistillLoss):
     def _soft_targets(self) -> SoftTargets | None:
         return self.template_targets  # type: ignore[return-value]  # checked in __init__
 
-    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The divergence: scores ``[..., K]``, features ``[..., D]`` at the same positions."""
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor | None = None,
+        *,
+        templates: Tensor | None = None,
+    ) -> Tensor:
+        """The divergence: scores ``[..., K]``, features ``[..., D]`` at the same positions.
+
+        With ``templates`` ``[K, C]``, ``student`` holds unit vectors ``[..., C]`` whose products
+        with them are the scores; then no tensor of all positions and templates is made.
+        """
         check.floats("student", student)
         check.floats("teacher", teacher)
         if student.dim() < 2 or student.shape[:-1] != teacher.shape[:-1]:
@@ -99,18 +121,14 @@ class TemplateLoss(DistillLoss):
                 f"the same positions, channels last, got {check.shape(student)} and "
                 f"{check.shape(teacher)}; for maps [B, C, H, W] use .movedim(1, -1)"
             )
-        return template_kl(student, self._assignment(student, teacher.detach(), targets))
-
-    def _assignment(self, student: Tensor, teacher: Tensor, targets: Tensor | None) -> Tensor:
-        if self._soft_targets is None:
-            return teacher
-        assignment = self._soft_targets.soft_assignment(teacher, targets)
-        if assignment.shape != student.shape:
-            raise ShapeError(
-                f"the KD layer scores {student.shape[-1]} templates, but the targets have "
-                f"{assignment.shape[-1]}; make the layer with num_templates={assignment.shape[-1]}"
-            )
-        return assignment
+        teacher, soft = teacher.detach(), self._soft_targets
+        if soft is None:
+            return template_kl(scores_of(student, templates), teacher)
+        if hasattr(soft, "divergence"):
+            return soft.divergence(student, teacher, targets, templates=templates)
+        scores, assignment = scores_of(student, templates), soft.soft_assignment(teacher, targets)
+        check_templates(scores.shape[-1], assignment.shape[-1])
+        return template_kl(scores, assignment)
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:
         """The fitter of the template targets; ``None`` without them."""
