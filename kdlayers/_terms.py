@@ -63,6 +63,8 @@ class Term:
             return student, teacher
         if student.shape[0] != teacher.shape[0]:
             return student, teacher  # the loss or the handle says what is wrong
+        if self._classifiers:
+            return student, teacher
         ours, theirs = self.student_layout.to_grid(student), self.teacher_layout.to_grid(teacher)
         size = common_size(_size(ours), _size(theirs))
         return self._form(pool(ours, size)), self._form(pool(theirs, size))
@@ -82,9 +84,15 @@ class Term:
         value: Tensor = self.loss(student, teacher, targets, **extra)
         return value
 
+    @property
+    def _classifiers(self) -> bool:
+        """Whether class scores are compared, which stay as they are, and not maps."""
+        layouts = (self.student_layout, self.teacher_layout)
+        return self.loss.on_logits and all(y is not None and y.kind == "vector" for y in layouts)
+
     def teacher_alone(self, teacher: Tensor) -> Tensor:
         """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
-        if self.teacher_layout is None:
+        if self.teacher_layout is None or self._classifiers:
             return teacher
         grid = self.teacher_layout.to_grid(teacher)
         height, width = _size(grid)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kdlayers import (
     load_student,
     save_student,
 )
+from kdlayers._tree import leaves
 
 CLASSES = 5
 
@@ -82,8 +84,9 @@ class AttachCase:
 
     def kd_points(self) -> list[KDPoint]:
         *early, last = self.points.items()
+        decisions = partial(DecisionTargets, 2, components=3, num_classes=CLASSES)
         return [
-            *(KDPoint(s, t, targets=DecisionTargets(2, components=3)) for s, t in early),
+            *(KDPoint(s, t, targets=decisions()) for s, t in early),
             KDPoint(*last, targets=CodebookTargets(6)),
         ]
 
@@ -92,8 +95,7 @@ class AttachCase:
         optimiser = torch.optim.SGD(student.parameters(), lr=0.01)
         for _ in range(2):
             optimiser.zero_grad()
-            logits = first(student(self.images))
-            loss = F.cross_entropy(logits, self.labels) + kd.loss(self.labels)
+            loss = task_loss(student(self.images), self.labels) + kd.loss(self.labels)
             loss.backward()
             optimiser.step()
         assert torch.isfinite(loss)
@@ -122,17 +124,26 @@ class Frozen:
         )
 
 
-def first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+def task_loss(output: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits, or of every position of maps; of several outputs the sum."""
+    parts = [t.flatten(2) if t.dim() > 2 else t for _, t in leaves(output)]
+    each = [labels if t.dim() == 2 else labels[:, None].expand(-1, t.shape[2]) for t in parts]
+    losses = [F.cross_entropy(t, y) for t, y in zip(parts, each, strict=True)]
+    return torch.stack(losses).sum()
+
+
+def flat(output: Any) -> Tensor:
+    """All tensors of an output, one row an image."""
+    return torch.cat([t.flatten(1) for _, t in leaves(output)], dim=1)
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """Eval-mode logits, with every training flag put back."""
+    """Eval-mode outputs, with every training flag put back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return first(model(images))
+        return flat(model(images))
     finally:
         for module, flag in flags:
             module.training = flag

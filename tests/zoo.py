@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlayers import (
@@ -29,6 +28,7 @@ from kdlayers import (
 )
 from kdlayers._trace import trace
 from kdlayers.errors import AttachError
+from tests.attach_tester import flat, task_loss
 from tests.nets import Net
 
 STAGES = ("points", "attach", "train", "copy", "save, load", "bake", "export")
@@ -66,10 +66,42 @@ def timm_models() -> dict[str, tuple[Callable[[], nn.Module], int]]:
     return found
 
 
-def first(output: object) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+def segmentation_models() -> dict[str, tuple[Callable[[], nn.Module], int]]:
+    """Every segmentation model of torchvision; they return maps of scores in a dict."""
+    from torchvision import models
+
+    def factory(name: str) -> Callable[[], nn.Module]:
+        extra = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
+        return lambda: models.get_model(name, **extra)
+
+    names = models.list_models(module=models.segmentation)
+    return {f"segmentation: {name}": (factory(name), 64) for name in names}
+
+
+def detection_models() -> dict[str, tuple[Callable[[], nn.Module], int]]:
+    """Every detector of torchvision, attached at its backbone, and its parts on their own."""
+    from torchvision import models
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+
+    def factory(name: str) -> Callable[[], nn.Module]:
+        extra = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
+        if not name.startswith("ssd"):
+            extra |= {"min_size": 64, "max_size": 64}
+        return lambda: models.get_model(name, **extra)
+
+    sizes = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
+    names = models.list_models(module=models.detection)
+    found = {f"detection: {name}": (factory(name), sizes.get(name, 64)) for name in names}
+    layers = {"layer2": "2", "layer4": "4"}
+    resnet = {"backbone_name": "resnet18", "weights": None, "norm_layer": nn.BatchNorm2d}
+    mobile = {**resnet, "backbone_name": "mobilenet_v3_large", "fpn": True}
+    parts = {
+        "IntermediateLayerGetter": lambda: IntermediateLayerGetter(models.resnet18(), layers),
+        "resnet_fpn_backbone": lambda: resnet_fpn_backbone(**resnet),
+        "mobilenet_backbone": lambda: mobilenet_backbone(**mobile),
+    }
+    return found | {f"backbone: {name}": (make, 64) for name, make in parts.items()}
 
 
 class Check:
@@ -78,11 +110,14 @@ class Check:
     def __init__(self, make: Callable[[], nn.Module], size: int) -> None:
         torch.manual_seed(0)
         self.make = make
-        self.student = make()
         self.images = torch.randn(4, 3, size, size)
+        self.student = self.made()
         self.labels = torch.arange(4) % CLASSES
         self.layout = ""
         self.point = ""
+
+    def made(self) -> nn.Module:
+        return self.make()
 
     def stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
         methods = (
@@ -119,9 +154,7 @@ class Check:
 
     def train(self) -> None:
         self.student.train()
-        logits = first(self.student(self.images))
-        loss = F.cross_entropy(logits, self.labels) + self.kd.loss(self.labels)
-        loss.backward()
+        (self.task_loss() + self.kd.loss()).backward()
         grads = [p.grad for n, p in self.student.named_parameters() if ".kd." in f".{n}"]
         if len(grads) != 6 or any(g is None or not torch.isfinite(g).all() for g in grads):
             raise RuntimeError("a KD parameter got no finite gradient")
@@ -130,9 +163,12 @@ class Check:
         self.student.eval()
         self.expected = self.run(self.student)
 
+    def task_loss(self) -> Tensor:
+        return task_loss(self.student(self.images), self.labels)
+
     @torch.no_grad()
     def run(self, model: nn.Module) -> Tensor:
-        return first(model(self.images[:2]))
+        return flat(model(self.images[:2]))
 
     def same(self, model: nn.Module, tolerance: float = 0.0) -> None:
         difference = (self.run(model) - self.expected).abs().max().item()
@@ -145,7 +181,7 @@ class Check:
     def saved(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_student(self.student, f"{folder}/student.pt")
-            self.same(load_student(self.make().eval(), f"{folder}/student.pt"))
+            self.same(load_student(self.made().eval(), f"{folder}/student.pt"))
 
     def baked(self) -> None:
         self.same(bake(self.student), 1e-6)
@@ -154,12 +190,31 @@ class Check:
         self.same(torch.export.export(self.student, (self.images[:2],)).module(), 1e-4)
 
 
+class DetectorCheck(Check):
+    """A detector whose backbone is the student; in training the detector is run as a whole."""
+
+    def made(self) -> nn.Module:
+        self.detector = self.make()
+        return self.detector.backbone
+
+    def task_loss(self) -> Tensor:
+        target = {
+            "boxes": torch.tensor([[8.0, 8.0, 50.0, 50.0]]),
+            "labels": torch.ones(1, dtype=torch.int64),
+            "masks": torch.ones(1, *self.images.shape[2:], dtype=torch.uint8),
+            "keypoints": torch.tensor([[[20.0, 20.0, 1.0]] * 17]),
+        }
+        self.detector.train()
+        losses = self.detector(list(self.images), [dict(target) for _ in self.images])
+        return torch.stack(list(losses.values())).sum()
+
+
 def check(make: Callable[[], nn.Module], size: int) -> dict[str, object]:
     """Layout, point, seconds, and for every stage "pass" or the reason."""
     start = time.monotonic()
     result: dict[str, object] = dict.fromkeys(STAGES, "-")
     try:
-        model = Check(make, size)
+        model = (DetectorCheck if is_detector(make()) else Check)(make, size)
     except Exception as error:
         return {**result, "points": sentence(error), "layout": "", "point": "", "seconds": 0}
     for stage, run in model.stages():
@@ -174,13 +229,22 @@ def check(make: Callable[[], nn.Module], size: int) -> dict[str, object]:
     return {**result, "layout": model.layout, "point": model.point, "seconds": seconds}
 
 
+def is_detector(model: nn.Module) -> bool:
+    return hasattr(model, "backbone") and hasattr(model, "transform")
+
+
 def sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:240]
 
 
 def everything() -> dict[str, tuple[Callable[[], nn.Module], int]]:
-    return {**torchvision_models(), **timm_models()}
+    return {
+        **torchvision_models(),
+        **segmentation_models(),
+        **detection_models(),
+        **timm_models(),
+    }
 
 
 def write_table(results: dict[str, dict[str, object]]) -> None:
@@ -190,9 +254,11 @@ def write_table(results: dict[str, dict[str, object]]) -> None:
     lines = [
         "# Compatibility",
         "",
-        "Written by `python -m tests.zoo`: every classification model of torchvision and a small",
-        "model of every timm family, with the last candidate of `find_points` as its point (an",
-        "earlier one where the model's head does not read it), random weights, float32, on CPU.",
+        "Written by `python -m tests.zoo`: every classification, segmentation and detection model",
+        "of torchvision and a small model of every timm family, with the last candidate of",
+        "`find_points` as its point (an earlier one where the model's head does not read it),",
+        "random weights, float32, on CPU. A detector is attached at its `backbone`, which is what",
+        "is copied, saved, baked and exported; it is trained as a whole.",
         "",
         f"{len(passed)} of {len(results)} models pass every stage.",
         "",

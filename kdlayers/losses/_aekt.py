@@ -10,10 +10,10 @@ from kdlayers.functional import _checks as check
 from kdlayers.functional import aekt, nckd, tckd
 from kdlayers.functional._aekt import Form, ratio_limit
 from kdlayers.functional._precision import linear
-from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._base import LogitLoss, Weight
 
 
-class AEKTLoss(DistillLoss):
+class AEKTLoss(LogitLoss):
     r"""AEKT: adaptive transfer of explicit knowledge, after one train-only linear layer.
 
     .. math::
@@ -112,7 +112,7 @@ class AEKTLoss(DistillLoss):
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Make the linear layer for the number of classes."""
-        check.logits(student, teacher)
+        super().build(student, teacher)
         if self.fc is None:
             dtype = torch.promote_types(student.dtype, torch.float32)
             self._make_fc(student.shape[1], dtype, student.device)

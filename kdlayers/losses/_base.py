@@ -6,7 +6,8 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from kdlayers._fitter import Fitter
-from kdlayers.errors import ArgumentError, ArgumentTypeError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+from kdlayers.functional import _checks as check
 
 Weight: TypeAlias = float | Callable[[int], float]
 
@@ -46,6 +47,9 @@ class DistillLoss(nn.Module):
 
     detaches_teacher: ClassVar[bool] = False
     """Whether no gradient reaches the second argument, even where it asks for one."""
+
+    on_logits: ClassVar[bool] = False
+    """Whether it takes class scores ``[B, K]`` rather than maps where ``at`` names a classifier."""
 
     metric_names: tuple[str, ...] = ()
     """What :meth:`metrics` may give, so that no other term takes a name that this one logs."""
@@ -125,3 +129,19 @@ class DistillLoss(nn.Module):
     def extra_repr(self) -> str:
         """Shows weight and at in the printed module."""
         return f"weight={self.weight!r}, at={self.at!r}"
+
+
+class LogitLoss(DistillLoss):
+    """A loss on logits ``[B, K]``, of the models or of auxiliary classifiers."""
+
+    on_logits: ClassVar[bool] = True
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Check the shapes of a dry run, so that a wrong use is said before training."""
+        if isinstance(student, Tensor) and student.dim() == 4:
+            raise ShapeError(
+                f"{type(self).__name__} compares logits [batch, classes], but it would get maps "
+                f"{check.shape(student)}, as segmentation and detection models return: use KD "
+                "layers (at=...) or losses on features, such as FitNetLoss(at=...)"
+            )
+        check.logits(student, teacher)

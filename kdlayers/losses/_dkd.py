@@ -4,10 +4,10 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional import dkd
-from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._base import LogitLoss, Weight
 
 
-class DKDLoss(DistillLoss):
+class DKDLoss(LogitLoss):
     r"""Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022).
 
     .. math:: L = T^2 \big( \alpha \, \mathrm{TCKD} + \beta \, \mathrm{NCKD} \big)

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
-from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._base import LogitLoss, Weight
 
 
-class KDLoss(DistillLoss):
+class KDLoss(LogitLoss):
     r"""Knowledge distillation by softened logits (Hinton, Vinyals, Dean, 2015).
 
     .. math::

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
-from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._base import LogitLoss, Weight
 
 
-class MutualLoss(DistillLoss):
+class MutualLoss(LogitLoss):
     r"""Deep mutual learning (Zhang, Xiang, Hospedales, Lu, CVPR 2018): each learns from the other.
 
     .. math:: L_i = T^2 \, \mathrm{KL}\big( \mathrm{softmax}(z_j / T) \,\|\,

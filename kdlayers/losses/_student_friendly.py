@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
-from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._base import DistillLoss, LogitLoss, Weight
 from kdlayers.losses._kd import KDLoss
 from kdlayers.losses._simplifier import AttentionSimplifier
 
 
-class StudentFriendlyKDLoss(DistillLoss):
+class StudentFriendlyKDLoss(LogitLoss):
     r"""Student-friendly knowledge distillation (SKD): a learnt simplifier between teacher and loss.
 
     .. math::
@@ -113,7 +113,7 @@ class StudentFriendlyKDLoss(DistillLoss):
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Make the default simplifier for the number of classes, and what the base loss needs."""
-        check.logits(student, teacher)
+        super().build(student, teacher)
         self.base.build(student, teacher)
         self._build_simplifier(teacher)
 
