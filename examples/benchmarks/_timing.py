@@ -1,0 +1,177 @@
+"""Times of alternatives that take turns, their ratios, and peaks of memory in fresh processes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log
+from pathlib import Path
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{digits(self.middle)} ({digits(self.low)} to {digits(self.high)})"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, or all before the point."""
+    decimals = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:.{decimals}f}"
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which ``share`` of the values lie, linear between neighbours."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[floor(place)], ordered[ceil(place)]
+    return low + (high - low) * (place - floor(place))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of the values."""
+    return Spread(*(quantile(values, share) for share in (0.5, 0.25, 0.75)))
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Ours over theirs, round by round: what slows the machine for a while slows both."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Ours minus theirs, round by round."""
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The e of values = constant * sizes ** e that fits best: least squares of the logarithms."""
+    x, y = [log(size) for size in sizes], [log(value) for value in values]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    along = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return along / sum((a - mean_x) ** 2 for a in x)
+
+
+def alternate(
+    steps: dict[str, Step], rounds: int, *, least: float = 0.02, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Milliseconds a call of each step, which take turns: A B C A B C ...
+
+    Args:
+        steps: what to time; each is called once or twice before, to warm up.
+        rounds: how often each gets its turn.
+        least: seconds that a turn takes at least; short steps are called several times in it.
+        device: where the steps run.
+    """
+    calls = {name: _calls(step, least, device) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(1000 * _seconds(step, calls[name], device) / calls[name])
+    return times
+
+
+def _calls(step: Step, least: float, device: str) -> int:
+    _seconds(step, 1, device)
+    return max(1, ceil(least / max(_seconds(step, 1, device), 1e-7)))
+
+
+def _seconds(step: Step, calls: int, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_memory(build: Callable[..., Step], *args: object, device: str = "cpu") -> float | None:
+    """MiB in use at the peak of a step, with all that was there before it.
+
+    On the CPU: the greatest resident memory of a fresh process, without program code, while the
+    step runs for the second time. It has much that is no tensor: subtract what another step's
+    process uses. On a GPU: the greatest sum of tensors.
+
+    Args:
+        build: a function of a module, which makes the step.
+        args: what it is given.
+        device: where the step runs.
+
+    Returns:
+        ``None`` where the peak cannot be known: on the CPU of systems other than Linux.
+    """
+    if device != "cpu":
+        return _cuda_peak(build, args)
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = _fresh_processes()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, build, args, torch.get_num_threads()))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise SystemExit("the process that measures memory died; its error is above") from None
+    finally:
+        process.join()
+
+
+def _fresh_processes() -> multiprocessing.context.ForkServerContext:
+    # Freed memory goes back to the system at once, so that what is resident is what is in use.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
+    context = multiprocessing.get_context("forkserver")
+    # Processes are forked from one that has imported this and done nothing.
+    context.set_forkserver_preload(["torch", "torchvision.models", "kdlayers"])
+    return context
+
+
+def _child(pipe: object, build: Callable[..., Step], args: Sequence[object], threads: int) -> None:
+    torch.set_num_threads(threads)
+    step = build(*args)
+    step()  # what is done only once is not the step's
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = _resident()
+    step()
+    pipe.send(_resident()["VmHWM"] - before["VmRSS"] + before["RssAnon"])
+
+
+def _resident() -> dict[str, float]:
+    """What the system says about this process's memory, in MiB."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[-1] == "kB"}
+
+
+def _cuda_peak(build: Callable[..., Step], args: Sequence[object]) -> float:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    step = build(*args)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -1,0 +1,101 @@
+"""Writes the documentation's page on performance from the files that the benchmarks saved.
+
+`python examples/benchmarks/page.py docs/data/performance docs/performance.md`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from _tables import Comparison, Table, measured_on
+from _timing import Spread
+
+INTRODUCTION = """# Performance
+
+What the library costs, against the same written the obvious way, against plain PyTorch and against
+another library. Every table comes from one command, given below it, which measures all its rows in
+one process, in turns, so that what slows the machine for a while slows all alike.
+
+Times are medians with quartiles in brackets. A ratio is taken within each round; its median and
+quartiles over the rounds are shown. It is the library's time over the other's: **below 1 the
+library is faster**. Memory is the peak of a step, above that of the same step without distillation:
+on a CPU the resident memory of a fresh process, on a GPU the sum of tensors.
+
+This page is written by `python examples/benchmarks/page.py docs/data/performance
+docs/performance.md`."""
+
+
+def main() -> None:
+    """Read a folder, and write a page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder of the files *.json")
+    parser.add_argument("page", type=Path, help="Markdown file to write")
+    args = parser.parse_args()
+    files = sorted(args.data.glob("*.json"), key=order)
+    if not files:
+        raise SystemExit(f"no *.json in {args.data}; run the benchmarks with --out {args.data}")
+    args.page.write_text(page([json.loads(file.read_text("utf-8")) for file in files]), "utf-8")
+    print(f"{args.page} written from {', '.join(file.name for file in files)}")
+
+
+def order(file: Path) -> tuple[int, str]:
+    """Training steps first."""
+    names = ("step", "losses", "scale", "inference")
+    name = file.stem.removesuffix("-gpu")
+    return names.index(name) if name in names else len(names), file.stem
+
+
+def page(reports: list[dict]) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, slower(reports)]
+    for report in reports:
+        where = " (GPU)" if report["machine"]["gpu"] else ""
+        parts.append(f"## {report['title']}{where}")
+        parts += [Table(**table).markdown(level=3) for table in report["tables"]]
+        parts.append(f"`{command(report)}`  \n{measured_on(report['machine'])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def command(report: dict) -> str:
+    """What to type to measure it again."""
+    options = [f"--rounds {report['settings']['rounds']}"]
+    options += [f"--threads {report['machine']['threads']}"] if not report["machine"]["gpu"] else []
+    options += ["--device cuda"] if report["machine"]["gpu"] else []
+    options += ["--quick"] if report["settings"]["quick"] else []
+    return " ".join([f"python examples/benchmarks/{report['benchmark']}.py", *options])
+
+
+def slower(reports: list[dict]) -> str:
+    """Where an alternative is better than the library; a bare step always is, and is left out."""
+    rows = [
+        (comparison, report)
+        for report in reports
+        for comparison in map(to_comparison, report["comparisons"])
+        if comparison.ratio.low > 1 and comparison.alternative not in ("floor", "student")
+    ]
+    if not rows:
+        return (
+            "## Where an alternative is better\n\nNowhere in these tables: no ratio to an "
+            "alternative has its lower quartile above 1."
+        )
+    cells = [
+        (c.case + (" (GPU)" if report["machine"]["gpu"] else ""),
+         c.quantity, c.ours, c.alternative, str(c.ratio))
+        for c, report in sorted(rows, key=lambda row: -row[0].ratio.middle)
+    ]  # fmt: skip
+    columns = ("case", "quantity", "ours", "better", "ours / theirs")
+    note = "All comparisons whose lower quartile is above 1, the worst first."
+    return Table("Where an alternative is better", columns, cells, note).markdown()
+
+
+def to_comparison(saved: dict) -> Comparison:
+    """A comparison as it was before it was saved."""
+    return Comparison(**saved | {"ratio": Spread(**saved["ratio"])})
+
+
+if __name__ == "__main__":
+    main()
