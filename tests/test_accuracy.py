@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from scipy import stats
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from kdlayers import KDPoint, attach_kd
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import _accuracy_data as data  # noqa: E402
+import _accuracy_words as words  # noqa: E402
 import accuracy  # noqa: E402
 import report  # noqa: E402
 from _accuracy_methods import Options, attach, loss, recipes  # noqa: E402
+from _accuracy_probe import discriminant, pooled  # noqa: E402
 from _accuracy_train import digest, macs, matching_width, new_model, parameters  # noqa: E402
 
 TINY_OPTIONS = (
@@ -154,6 +159,9 @@ def test_every_method_runs_and_leaves_a_full_line(bench, tmp_path):
     assert by_name["QuEST"]["parameters"] == by_name["labels only"]["parameters"]
     assert by_name["layers only (2)"]["parameters"] == by_name["letKD-2"]["parameters"]
     assert by_name["layers only (2)"]["macs"] == by_name["letKD-2 + KD"]["macs"]
+    assert by_name["letKD-1"]["probes"].keys() == {"last", "last.before", "last.after"}
+    assert [cut["budget"] for cut in by_name["letKD-2"]["pruned"]] == [0.05]
+    assert by_name["KD"]["pruned"] == []
     near = by_name["wider, same parameters"]["parameters"] / by_name["letKD-2"]["parameters"]
     assert 0.9 < near < 1.1
 
@@ -229,6 +237,30 @@ def test_matching_width_is_the_nearest(splits):
     assert min(gaps, key=gaps.get) == found
 
 
+def test_the_probe_is_linear_discriminant_analysis():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.randn(300, 6, generator=draw) * torch.tensor([1, 2, 3, 1, 1, 0])
+    features[:, :2] += labels[:, None]
+    train, test = slice(0, 150), slice(150, 300)
+    reference = LinearDiscriminantAnalysis(solver="svd", priors=[1 / 3] * 3)
+    reference.fit(features[train, :5], labels[train])
+    expected = 100 * reference.score(features[test, :5], labels[test])
+    found = discriminant(features[train], labels[train], features[test], labels[test])
+    assert found == pytest.approx(expected)
+    assert 50 < found < 95
+
+
+def test_probes_see_both_sides_of_a_layer(splits):
+    student = new_model("resnet8", splits, 0, width=4)
+    attach_kd(student, at=[KDPoint("last", num_templates=8)], example=torch.zeros(2, 1, 28, 28))
+    found = pooled(student, "last", splits.test)
+    torch.testing.assert_close(found["last"], found["last.after"])
+    assert not torch.allclose(found["last.before"], found["last.after"])
+    images = torch.cat([x for x, _ in splits.test.batches(40)])
+    torch.testing.assert_close(student.fc(found["last"]), student(images))
+
+
 def test_losses_keep_their_weight_beside_weighted_layers():
     made = loss({"loss": "KDLoss", "temperature": 2.0, "weight": 0.9}, 10, scale=3.0)
     assert (made.weight * 3.0, made.temperature) == (pytest.approx(0.9), 2.0)
@@ -257,14 +289,14 @@ OURS, THEIRS = [90.1, 90.4, 90.2, 90.9, 90.3], [89.7, 90.0, 90.1, 90.2, 89.6]
 
 
 def test_intervals_are_those_of_scipy():
-    text, verdict = report.difference(lines("x", OURS), lines("y", THEIRS))
+    text, verdict = words.difference(lines("x", OURS), lines("y", THEIRS))
     test = stats.ttest_rel(OURS, THEIRS)
     low, high = test.confidence_interval(0.95)
     mean = sum(OURS) / 5 - sum(THEIRS) / 5
     assert text == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
     assert verdict == "better"
     half = stats.sem(OURS) * stats.t.ppf(0.975, 4)
-    assert report.plus_minus(OURS) == f"{sum(OURS) / 5:.2f} ± {half:.2f}"
+    assert words.plus_minus(OURS) == f"{sum(OURS) / 5:.2f} ± {half:.2f}"
 
 
 @pytest.mark.parametrize("shift", [-2.0, -0.5, -0.4, -0.1, 0.0, 0.3])
@@ -272,14 +304,14 @@ def test_a_verdict_only_where_the_interval_excludes_zero(shift):
     ours = [value + shift for value in OURS]
     low, high = stats.ttest_rel(ours, THEIRS).confidence_interval(0.95)
     expected = "better" if low > 0 else "worse" if high < 0 else "not separated"
-    assert report.difference(lines("x", ours), lines("y", THEIRS))[1] == expected
+    assert words.difference(lines("x", ours), lines("y", THEIRS))[1] == expected
 
 
 def test_pairs_are_of_one_seed():
     ours, theirs = lines("x", [1.0, 2.0, 3.0])[1:], lines("y", [5.0, 6.0, 7.0, 8.0])[::-1]
-    assert report.paired(ours, theirs) == ([2.0, 3.0], [6.0, 7.0])
-    assert report.difference(ours[:1], theirs) == ("-4.00 (one seed)", "not separated")
-    assert report.difference(ours[:1], theirs[-1:])[1] == "not run"
+    assert words.paired(ours, theirs) == ([2.0, 3.0], [6.0, 7.0])
+    assert words.difference(ours[:1], theirs) == ("-4.00 (one seed)", "not separated")
+    assert words.difference(ours[:1], theirs[-1:])[1] == "not run"
 
 
 def test_recipes_and_seeds_are_not_mixed():

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from _accuracy_data import Split, Splits, few, load
 from _accuracy_methods import Options, Recipe, add_options, attach, chosen, recipes
+from _accuracy_probe import probes, pruned
 from _accuracy_train import (
     accuracy,
     digest,
@@ -87,6 +88,7 @@ def run(
     seconds = train(student, kd, split, recipe, seed, weights)
     terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
     let_go(kd, recipe)
+    shown = splits.validation if args.tuning else splits.test
     return {
         "validation_accuracy": accuracy(student, splits.validation),
         "test_accuracy": None if args.tuning else accuracy(student, splits.test),
@@ -98,6 +100,8 @@ def run(
         "cpu_seconds": round(time.process_time() - start, 1),
         "last_terms": terms,
         "scales": scales(student),
+        "probes": probes(student, args.last, split, shown),
+        "pruned": pruned(student, split, shown, splits),
     }
 
 
@@ -151,17 +155,17 @@ def rounded(value: torch.Tensor) -> float | None:
 
 
 def teacher_recipe(args: argparse.Namespace) -> Recipe:
-    """What determines the teacher."""
+    """What determines the teacher; what cannot be chosen suits all networks of this kind."""
     return {
         "data": "fashion-mnist",
         "network": args.teacher,
         "seed": 0,
         "validation": args.validation,
         "epochs": args.teacher_epochs,
-        "batch_size": args.batch_size,
+        "batch_size": 64,
         "padding": args.padding,
-        "lr": args.lr,
-        "weight_decay": args.weight_decay,
+        "lr": 0.1,
+        "weight_decay": 5e-4,
         "precision": args.precision,
     }
 
@@ -228,7 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
     add("--tuning", action="store_true", help="do not look at the test images")
     add("--threads", type=int, default=1, help="default: %(default)s")
-    group = parser.add_argument_group("recipe of all students, and of the teacher")
+    group = parser.add_argument_group("recipe of all students")
     add = group.add_argument
     add("--teacher", default="resnet14", help="default: %(default)s")
     add("--teacher-epochs", type=int, default=15, help="default: %(default)s")
@@ -237,9 +241,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--images", type=int, default=6000, help="students see; 0: all; default: %(default)s")
     add("--epochs", type=int, default=12, help="default: %(default)s")
-    add("--batch-size", type=int, default=64, help="default: %(default)s")
+    add("--batch-size", type=int, default=32, help="default: %(default)s")
     add("--padding", type=int, default=2, help="of the random crops; default: %(default)s")
-    add("--lr", type=float, default=0.1, help="highest rate; default: %(default)s")
+    add("--lr", type=float, default=0.05, help="highest rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
     add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
     add_options(parser)

@@ -16,14 +16,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _accuracy_methods import Options, recipes
-from _report import interval
+from _accuracy_words import (
+    Line,
+    bold,
+    difference,
+    plus_minus,
+    probe_table,
+    pruned_table,
+    table,
+    tuning_table,
+)
 
-Line = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 DATA, PAGE = ROOT / "docs" / "data" / "results", ROOT / "docs" / "results.md"
 REFERENCES = ("labels only", "KD")
@@ -102,6 +109,10 @@ def regime(path: Path) -> str:
         main_table(runs),
         "### The supervision or the size?",
         controls(runs),
+        "### Before and after the layers",
+        probe_table(runs),
+        "### Pruned",
+        pruned_table(runs),
         found.read_text("utf-8").strip() if found.exists() else "",
         "### How the recipe was chosen" if tuning.exists() else "",
         tuning_table(read(tuning)) if tuning.exists() else "",
@@ -136,48 +147,6 @@ def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
     order = {name: index for index, name in enumerate(recipes(Options()))}
     names = sorted(runs, key=lambda name: order.get(name, len(order)))
     return {name: sorted(runs[name], key=lambda line: line["seed"]) for name in names}
-
-
-def paired(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[list[float], list[float]]:
-    """Test accuracies of the seeds that both have."""
-    mine = {line["seed"]: line["test_accuracy"] for line in ours}
-    other = {line["seed"]: line["test_accuracy"] for line in theirs}
-    seeds = sorted(mine.keys() & other.keys())
-    return [mine[seed] for seed in seeds], [other[seed] for seed in seeds]
-
-
-# ------------------------------------------------------------------ numbers in words
-
-
-def plus_minus(values: Sequence[float]) -> str:
-    """Mean and the half of its 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    centre, low, _ = interval(list(values), [0.0] * len(values))
-    return f"{centre:.2f} ± {centre - low:.2f}"
-
-
-def difference(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[str, str]:
-    """The mean difference with its interval, and the verdict."""
-    mine, other = paired(ours, theirs)
-    if not mine:
-        return "no common seed", "not run"
-    if len(mine) < 2:
-        return f"{mine[0] - other[0]:+.2f} (one seed)", "not separated"
-    centre, low, high = interval(mine, other)
-    verdict = "better" if low > 0 else "worse" if high < 0 else "not separated"
-    return f"{centre:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
-
-
-def bold(text: str, verdict: str) -> str:
-    """A difference with its verdict, which is bold where there is one."""
-    return f"{text} {verdict if verdict == 'not separated' else f'**{verdict}**'}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ------------------------------------------------------------------ parts of a regime
@@ -267,38 +236,6 @@ def controls(runs: dict[str, list[Line]]) -> str:
             found = difference(runs[ours], runs[theirs])
         rows.append([question, f"{ours} minus {theirs}", *found])
     return table(("question", "difference", "points of test accuracy", ""), rows)
-
-
-def tuning_table(lines: Sequence[Line]) -> str:
-    """Validation accuracies of what was tried: each recipe by what is special about it."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
-    base = {}  # the first recipe of a method stands for what the others change
-    rows = []
-    for (name, _), own in groups.items():
-        known = flat(own[0]["recipe"])
-        first = base.setdefault(name, known)
-        changed = [f"{k} {v}" for k, v in known.items() if first.get(k) != v]
-        values = [line["validation_accuracy"] for line in sorted(own, key=lambda x: x["seed"])]
-        seeds = ", ".join(str(line["seed"]) for line in sorted(own, key=lambda x: x["seed"]))
-        each = ", ".join(f"{value:.2f}" for value in values)
-        rows.append([name, ", ".join(changed) or "as below", seeds, each, f"{mean(values):.2f}"])
-    rows.sort(key=lambda row: list(base).index(row[0]))
-    note = (
-        "On the validation images, with seeds that are not reported above; the test images were "
-        "not looked at. The first row of a method is the point from which the others differ."
-    )
-    return f"{note}\n\n{table(('', 'changed', 'seeds', 'accuracy %', 'mean'), rows)}"
-
-
-def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested recipe as ``{"layers.0.alpha": 1.0}``."""
-    if not isinstance(recipe, (dict, list)):
-        return {prefix: recipe}
-    items = recipe.items() if isinstance(recipe, dict) else enumerate(recipe)
-    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in items]
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def recipe_list(runs: dict[str, list[Line]]) -> str:

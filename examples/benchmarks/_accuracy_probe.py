@@ -1,0 +1,98 @@
+"""What is in a trained student: features before and after its KD layers, and pruning."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from _accuracy_data import Split, Splits
+from _accuracy_train import accuracy, macs, parameters
+from torch import Tensor, nn
+
+from kdlayers import KDLayer, prune_templates
+
+BUDGETS = (0.05,)
+
+
+def probes(student: nn.Module, last: str, train: Split, test: Split) -> dict[str, float]:
+    """Accuracy in % of a linear discriminant on pooled features, fitted on the student's images.
+
+    Args:
+        student: a trained student.
+        last: the point whose output the classifier pools.
+        train: what the discriminant is fitted on.
+        test: what it is measured on.
+
+    Returns:
+        Under ``"last"`` that of the features that the classifier sees; under ``NAME.before`` and
+        ``NAME.after`` those of each KD layer's input and output.
+    """
+    fitted, tested = (pooled(student, last, split) for split in (train, test))
+    return {
+        name: round(discriminant(fitted[name], train.labels, tested[name], test.labels), 2)
+        for name in fitted
+    }
+
+
+@torch.no_grad()
+def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
+    """Features of all images, averaged over positions, at each place of interest."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, maps: Tensor) -> None:
+        found.setdefault(name, []).append(maps.mean((2, 3)))
+
+    def layer_hook(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            keep(f"{name}.before", inputs[0])
+            keep(f"{name}.after", output[0])
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(layer_hook(name.removesuffix(".kd")))
+        for name, module in student.named_modules()
+        if isinstance(module, KDLayer)
+    ]
+    # Registered last, so it sees what the KD layer's own hook made of the output.
+    output = student.get_submodule(last)
+    hooks.append(output.register_forward_hook(lambda _, __, maps: keep("last", maps)))
+    try:
+        student.eval()
+        for x, _ in split.batches(500):
+            student(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def discriminant(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
+    """Accuracy in % of linear discriminant analysis, in float64, classes equally likely."""
+    train, test = train.double(), test.double()
+    means = torch.stack([train[labels == label].mean(0) for label in labels.unique()])
+    centred = train - means[labels]
+    within = centred.T @ centred / len(train)
+    # Channels that are always zero leave the covariance singular.
+    directions = torch.linalg.pinv(within, hermitian=True, rtol=1e-8) @ means.T
+    scores = test @ directions - 0.5 * (means.T * directions).sum(0)
+    return 100 * (scores.argmax(1) == truth).double().mean().item()
+
+
+def pruned(student: nn.Module, train: Split, test: Split, splits: Splits) -> list[dict[str, Any]]:
+    """Size and accuracy after templates have gone that fire at few positions of ``train``."""
+    results = []
+    for budget in BUDGETS if any(isinstance(m, KDLayer) for m in student.modules()) else ():
+        smaller = copy.deepcopy(student)
+        layers = prune_templates(smaller, train.batches(500), budget=budget)
+        results.append(
+            {
+                "budget": budget,
+                "templates": {layer.name: layer.after for layer in layers},
+                "parameters": parameters(smaller),
+                "macs": macs(smaller, splits),
+                "accuracy": accuracy(smaller, test),
+            }
+        )
+    return results

@@ -1,0 +1,132 @@
+"""Numbers of the benchmark in words and tables: intervals, verdicts, what students hold inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+from _report import interval
+
+Line = dict[str, Any]
+
+
+def paired(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[list[float], list[float]]:
+    """Test accuracies of the seeds that both have."""
+    mine = {line["seed"]: line["test_accuracy"] for line in ours}
+    other = {line["seed"]: line["test_accuracy"] for line in theirs}
+    seeds = sorted(mine.keys() & other.keys())
+    return [mine[seed] for seed in seeds], [other[seed] for seed in seeds]
+
+
+def plus_minus(values: Sequence[float]) -> str:
+    """Mean and the half of its 95 % interval."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    centre, low, _ = interval(list(values), [0.0] * len(values))
+    return f"{centre:.2f} ± {centre - low:.2f}"
+
+
+def difference(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[str, str]:
+    """The mean difference in test accuracy with its interval, and the verdict."""
+    return gap(*paired(ours, theirs))
+
+
+def gap(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
+    """The mean of paired differences with its interval, and the verdict."""
+    if not ours:
+        return "no common seed", "not run"
+    if len(ours) < 2:
+        return f"{ours[0] - theirs[0]:+.2f} (one seed)", "not separated"
+    centre, low, high = interval(list(ours), list(theirs))
+    verdict = "better" if low > 0 else "worse" if high < 0 else "not separated"
+    return f"{centre:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
+
+
+def bold(text: str, verdict: str) -> str:
+    """A difference with its verdict, which is bold where there is one."""
+    return f"{text} {verdict if verdict == 'not separated' else f'**{verdict}**'}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tuning_table(lines: Sequence[Line]) -> str:
+    """Validation accuracies of what was tried: each recipe by what is special about it."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
+    base = {}  # the first recipe of a method stands for what the others change
+    rows = []
+    for (name, _), own in groups.items():
+        known = flat(own[0]["recipe"])
+        first = base.setdefault(name, known)
+        changed = [f"{k} {v}" for k, v in known.items() if first.get(k) != v]
+        values = [line["validation_accuracy"] for line in sorted(own, key=lambda x: x["seed"])]
+        seeds = ", ".join(str(line["seed"]) for line in sorted(own, key=lambda x: x["seed"]))
+        each = ", ".join(f"{value:.2f}" for value in values)
+        rows.append([name, ", ".join(changed) or "as below", seeds, each, f"{mean(values):.2f}"])
+    rows.sort(key=lambda row: list(base).index(row[0]))
+    note = (
+        "On the validation images, with seeds that are not reported above; the test images were "
+        "not looked at. The first row of a method is the point from which the others differ."
+    )
+    return f"{note}\n\n{table(('', 'changed', 'seeds', 'accuracy %', 'mean'), rows)}"
+
+
+def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested recipe as ``{"layers.0.alpha": 1.0}``."""
+    if not isinstance(recipe, (dict, list)):
+        return {prefix: recipe}
+    items = recipe.items() if isinstance(recipe, dict) else enumerate(recipe)
+    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in items]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def probe_table(runs: dict[str, list[Line]]) -> str:
+    """Linear discriminants on pooled features: before and after each layer, and at the end."""
+    rows = []
+    for name, lines in runs.items():
+        known = [line for line in lines if line.get("probes")]
+        if not known:
+            continue
+        layers = [key.removesuffix(".before") for key in known[0]["probes"] if "before" in key]
+        for layer in layers or ["last"]:
+            keys = (f"{layer}.before", f"{layer}.after") if layers else ("last", "last")
+            before, after = ([line["probes"][key] for line in known] for key in keys)
+            cells = (plus_minus(before), plus_minus(after), bold(*gap(after, before)))
+            rows.append([name, layer, str(len(known)), *(cells if layers else (cells[0], "", ""))])
+    note = (
+        "Test accuracy in % of a linear discriminant on features averaged over positions, fitted "
+        "on the student's own images; without layers, that of the last features."
+    )
+    head = ("", "layer after", "seeds", "before the layer", "after the layer", "difference")
+    return f"{note}\n\n{table(head, rows)}" if rows else ""
+
+
+def pruned_table(runs: dict[str, list[Line]]) -> str:
+    """What `prune_templates` leaves of size and accuracy."""
+    rows = []
+    for name, lines in runs.items():
+        known = [line for line in lines if line.get("pruned")]
+        for index in range(len(known[0]["pruned"]) if known else 0):
+            cuts = [line["pruned"][index] for line in known]
+            left = {
+                layer: round(mean(cut["templates"][layer] for cut in cuts))
+                for layer in cuts[0]["templates"]
+            }
+            change = gap([cut["accuracy"] for cut in cuts], [x["test_accuracy"] for x in known])
+            size = f"{mean(cut['parameters'] for cut in cuts):,.0f}"
+            work = f"{mean(cut['macs'] for cut in cuts) / 1e6:.2f} M"
+            text = ", ".join(f"{count} at {layer}" for layer, count in left.items())
+            budget = f"{cuts[0]['budget']:.0%}"
+            rows.append([name, str(len(cuts)), budget, text, size, work, bold(*change)])
+    head = ("", "seeds", "budget", "templates left", "parameters", "MACs", "change of accuracy")
+    note = (
+        "`prune_templates` removes templates that fire at no more than this share of the positions "
+        "of the student's images; means over seeds."
+    )
+    return f"{note}\n\n{table(head, rows)}" if rows else ""
