@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._chunks import DEVICES
+from kdlayers.errors import AttachError
 
 
 def why_plain(norm: nn.Module, device: torch.device) -> str | None:
@@ -17,6 +18,21 @@ def why_plain(norm: nn.Module, device: torch.device) -> str | None:
     if norm._forward_hooks or norm._forward_pre_hooks:
         return "hooks on its batch norm"
     return None
+
+
+def as_affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Gain and bias, each ``[K]`` in float64, that the norm amounts to at inference.
+
+    Raises:
+        AttachError: if it has no running statistics.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise AttachError(
+            "a KD layer's batch norm has no running statistics, so there is nothing to fold; "
+            "leave norm.track_running_stats as it is"
+        )
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return gain, norm.bias.double() - gain * norm.running_mean.double()
 
 
 @torch.no_grad()

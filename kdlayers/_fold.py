@@ -3,11 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._bake import replace_layers
+from kdlayers._batch_norm import as_affine
+from kdlayers._chunks import DEVICES
 from kdlayers._hooks import Slot
-from kdlayers._layer import inverse_norm
-from kdlayers.errors import AttachError
+from kdlayers._layer import inverse_norm, product_dtype
+from kdlayers._recognise import recognise_frozen
 
 
 class FoldedKDLayer(nn.Module):
@@ -26,29 +29,40 @@ class FoldedKDLayer(nn.Module):
     def __init__(self, slot: Slot) -> None:
         super().__init__()
         head, norm, value = slot.head, slot.norm, slot.value
-        if norm.running_mean is None or norm.running_var is None:
-            raise AttachError(
-                "a KD layer's batch norm has no running statistics, so there is nothing to fold; "
-                "leave norm.track_running_stats as it is"
-            )
-        gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        gain, bias = as_affine(norm)
         unit = _unit_rows(head.weight) * head.scale.double()
         mixed = slot.alpha * value.scale.double() * _unit_rows(value.weight)
         dtype = head.weight.dtype
         self.channel_dim = head.channel_dim
         self.register_buffer("matching", (gain[:, None] * unit).to(dtype))
-        bias = norm.bias.double() - gain * norm.running_mean.double()
         self.register_buffer("threshold", bias.to(dtype))
         self.register_buffer("values", mixed.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
         features = x.movedim(self.channel_dim, -1)
+        if not is_scripting() and self.eager(x.device):
+            return x + self._in_chunks(x, features)
         # The norms come after the products, on K or C numbers a position rather than before both.
         scores = F.linear(features, self.matching) * inverse_norm(features)
         assignment = F.relu(scores + self.threshold)
         value = F.linear(assignment.to(x.dtype), self.values) * inverse_norm(assignment)
         return x + value.movedim(-1, self.channel_dim).to(x.dtype)
+
+    @torch.jit.unused
+    def eager(self, device: torch.device) -> bool:
+        """Whether to compute in chunks that stay in the cache; compilers do better alone."""
+        quiet = not (torch.is_grad_enabled() or is_tracing() or torch.compiler.is_compiling())
+        return quiet and device.type in DEVICES
+
+    @torch.jit.unused
+    def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:
+        """What is added to ``x``."""
+        dtype = product_dtype(x)
+        units = (features * inverse_norm(features)).to(dtype).flatten(0, -2)
+        matching, values = self.matching.to(dtype), self.values.to(dtype)
+        value = recognise_frozen(units, matching, self.threshold, values).view_as(features)
+        return value.movedim(-1, self.channel_dim).to(x.dtype)
 
 
 def _unit_rows(weight: Tensor) -> Tensor:

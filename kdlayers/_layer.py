@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
-from kdlayers._batch_norm import update_statistics, why_plain
-from kdlayers._recognise import recognise
+from kdlayers._batch_norm import as_affine, update_statistics, why_plain
+from kdlayers._recognise import recognise, recognise_frozen
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 MEMORY = ("normal", "low")
@@ -44,6 +44,12 @@ class CosineProjection(nn.Module):
         product = F.linear(vectors, unit)
         factor = inverse_norm(vectors) * self.scale
         return (product * factor).to(product.dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the factors of matrix products with ``x``: autocast's, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def inverse_norm(vectors: Tensor, eps: float = 1e-12) -> Tensor:
@@ -211,6 +217,8 @@ class KDLayer(nn.Module):
         features = self.head.channels_last(x)
         if not is_scripting() and self.fuses(x.device) and features[..., 0].numel() > 1:
             return self._fused(x, features)
+        if not is_scripting() and self.frozen(x.device):
+            return self._at_inference(x, features)
         scores = self.head.project(features)
         # Batch norm wants two axes: positions of all images, templates.
         assignment = F.relu(self.norm(scores.flatten(0, -2))).view_as(scores)
@@ -221,8 +229,7 @@ class KDLayer(nn.Module):
     @torch.jit.unused
     def _fused(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `enhance`, training with the batch's statistics, without tensors [positions, K]."""
-        norm, device = self.norm, x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        norm, dtype = self.norm, product_dtype(x)
         units = (features * inverse_norm(features)).to(dtype)
         templates, values = self.head.kernels().to(dtype), self.value.kernels().to(dtype)
         affine = [p.to(torch.promote_types(dtype, torch.float32)) for p in (norm.weight, norm.bias)]
@@ -236,6 +243,27 @@ class KDLayer(nn.Module):
             scores = scores.view(*features.shape[:-1], -1)
             return new, scores.movedim(-1, self.head.channel_dim), None
         return new, units.movedim(-1, self.head.channel_dim), templates
+
+    @torch.jit.unused
+    def _at_inference(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `enhance`, with the running statistics, without tensors [positions, K]."""
+        norm, dtype = self.norm, product_dtype(x)
+        units = (features * inverse_norm(features)).to(dtype)
+        templates = self.head.kernels()
+        gain, threshold = as_affine(norm)
+        matching = (templates * gain.unsqueeze(1)).to(dtype)
+        rows = units.flatten(0, -2)
+        value = recognise_frozen(rows, matching, threshold, self.value.kernels().to(dtype))
+        value = value.view_as(features).movedim(-1, self.head.channel_dim)
+        units = units.movedim(-1, self.head.channel_dim)
+        return x + (self.alpha * value).to(x.dtype), units, templates.to(dtype)
+
+    @torch.jit.unused
+    def frozen(self, device: torch.device) -> bool:
+        """Whether a forward now is inference, outside `torch.compile`, which does this itself."""
+        evaluating = not (self.training or self.norm.training or torch.is_grad_enabled())
+        ready = evaluating and why_plain(self.norm, device) is None
+        return ready and not is_tracing() and not torch.compiler.is_compiling()
 
     @torch.jit.unused
     def fuses(self, device: torch.device) -> bool:

@@ -171,6 +171,25 @@ def _backward(ctx: Any, grad_value: Tensor, grad_scores: Tensor, *_: object) -> 
 recognise.register_autograd(_backward, setup_context=_setup)
 
 
+def recognise_frozen(units: Tensor, matching: Tensor, threshold: Tensor, values: Tensor) -> Tensor:
+    """As `recognise`, at inference: v ``[N, C]``, with the batch norm's constants folded in.
+
+    Args:
+        units: u, unit vectors of the positions, ``[N, C]``.
+        matching: templates times the gain of the batch norm, ``[K, C]``, of the dtype of ``units``.
+        threshold: its bias less gain times mean, ``[K]``.
+        values: V, unit rows times the scale, ``[C, K]``, of the dtype of ``units``.
+    """
+    with torch.autocast(units.device.type, enabled=False):
+        bias, value = threshold.to(units.dtype), units.new_empty(len(units), len(values))
+        for part in chunks(len(units), len(matching), units.device):
+            assigned = torch.addmm(bias, units[part], matching.T).relu_()
+            work = work_dtype(units)
+            norms = torch.linalg.vector_norm(assigned, dim=1, keepdim=True, dtype=work)
+            value[part] = (assigned @ values.T) * _inverse(norms)
+    return value
+
+
 class _Recognised:
     """The assignment p, a chunk at a time, from kept scores or from the units again."""
 

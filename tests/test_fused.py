@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from kdlayers import (
@@ -21,10 +19,9 @@ from kdlayers import (
 )
 from kdlayers._recognise import recognise
 from kdlayers._targets._divergence import codebook_divergence, decision_divergence
-from kdlayers.errors import ArgumentError, ShapeError
-from kdlayers.functional import template_kl
 from tests import reference
 from tests.nets import Net
+from tests.test_divergence import assignments
 
 # torch.compile looks at gradients of non-leaf tensors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -224,97 +221,6 @@ def test_low_memory_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
     assert largest_allocation(run) < 4 * n * k / 10
 
 
-def assignments(draw_labels, dtype, classes=4, width=6):
-    """Fitted targets of both kinds, features, labels."""
-    torch.manual_seed(1)
-    features = torch.randn(200, width, dtype=dtype) + 3
-    labels = torch.arange(200) % classes
-    features[:, 0] += labels * 2
-    codebook = CodebookTargets(12).fit([(features, None)])
-    decisions = DecisionTargets(2, components=3).fit([(features, labels)])
-    return codebook, decisions, features, labels
-
-
-@given(
-    positions=st.integers(1, 30),
-    channels=st.integers(1, 6),
-    temperature=st.sampled_from([1e-3, 0.1, 1.0, 50.0, None]),
-    entries=st.sampled_from([1, 50, 2**20]),
-    given_scores=st.booleans(),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=60, deadline=None)
-def test_codebook_divergence_is_the_loss_written_out(
-    positions, channels, temperature, entries, given_scores, seed
-):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    targets = CodebookTargets(5, temperature=temperature).fit([(draw(50, 3), None)])
-    features = draw(positions, 3) * 2
-    units, templates = (
-        draw(positions, channels).requires_grad_(),
-        draw(5, channels).requires_grad_(),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_chunks._ENTRIES, "cpu", entries)
-        student = units @ templates.T if given_scores else units
-        ours = targets.divergence(student, features, templates=None if given_scores else templates)
-        grads = torch.autograd.grad(ours, (units, templates))
-    scores = units @ templates.T
-    plain = template_kl(scores, targets.soft_assignment(features))
-    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-12)
-    wanted = torch.autograd.grad(plain, (units, templates))
-    for mine, theirs in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("given_scores", [True, False])
-def test_decision_divergence_is_the_loss_written_out(given_scores, monkeypatch):
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 30)
-    _, targets, features, labels = assignments(True, torch.float64)
-    units = torch.randn(200, 5, dtype=torch.float64, requires_grad=True)
-    templates = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
-    student = units @ templates.T if given_scores else units
-    ours = targets.divergence(
-        student, features, labels, templates=None if given_scores else templates
-    )
-    plain = reference.template_kl(units @ templates.T, targets.soft_assignment(features, labels))
-    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=0)
-    for mine, theirs in zip(
-        torch.autograd.grad(ours, (units, templates)),
-        torch.autograd.grad(plain, (units, templates)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-13)
-
-
-def test_float32_divergence_with_far_features_is_exact_to_a_millionth():
-    torch.manual_seed(0)
-    features = torch.randn(500, 64).relu() * 3 + 20  # squared distances of hundreds
-    targets = CodebookTargets(100).fit([(features + torch.randn(500, 64), None)])
-    scores = torch.randn(500, 100).requires_grad_()
-    ours = targets.divergence(scores, features)
-    (grad,) = torch.autograd.grad(ours, scores)
-    wide = scores.detach().double().requires_grad_()
-    plain = template_kl(wide, targets.soft_assignment(features.double()))
-    (exact,) = torch.autograd.grad(plain, wide)
-    assert abs(ours.item() / plain.item() - 1) < 1e-6
-    assert (grad - exact).norm() < 2e-5 * exact.norm()
-    same = template_kl(scores, targets.soft_assignment(features))
-    assert abs(ours.item() / same.item() - 1) < 1e-6
-
-
-def test_small_float16_gradients_survive_the_scaler():
-    scores = torch.randn(4096, 512).half().requires_grad_()
-    targets = CodebookTargets(512).fit([(torch.randn(2048, 8), None)])
-    scale = 2.0**16
-    (grad,) = torch.autograd.grad(targets.divergence(scores, torch.randn(4096, 8)) * scale, scores)
-    assert (grad != 0).float().mean() > 0.99
-
-
 def test_a_second_derivative_is_an_error_and_not_wrong():
     layer = layer_of()
     x = torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -322,7 +228,7 @@ def test_a_second_derivative_is_an_error_and_not_wrong():
     with pytest.raises(RuntimeError, match="recognise_backward"):
         grad.sum().backward()
     scores = torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
-    codebook, _, features, _ = assignments(False, torch.float64)
+    codebook, _, features, _ = assignments(torch.float64)
     value = codebook.divergence(scores, features[:9])
     (grad,) = torch.autograd.grad(value, scores, create_graph=True)
     with pytest.raises(RuntimeError, match="scale_gradient"):
@@ -375,7 +281,7 @@ def test_without_gradients_a_training_forward_is_the_same():
         quiet = layer(x)
     assert torch.equal(quiet, other(x).detach())
     assert torch.equal(layer.norm.running_var, other.norm.running_var)
-    codebook, _, features, _ = assignments(False, torch.float64)
+    codebook, _, features, _ = assignments(torch.float64)
     scores = torch.randn(9, 12, dtype=torch.float64)
     assert not codebook.divergence(scores, features[:9]).requires_grad
 
@@ -421,36 +327,43 @@ def test_templates_learn_below_frozen_modules():
     assert grads["first.2.kd.head.weight"].abs().sum() > 0
 
 
-class Sharper(CodebookTargets):
-    def soft_assignment(self, features, labels=None):
-        return super().soft_assignment(features, labels).square().softmax(-1)
-
-
-def test_an_overridden_soft_assignment_is_honoured():
-    torch.manual_seed(0)
-    features, scores = torch.randn(40, 3), torch.randn(40, 5)
-    targets = Sharper(5).fit([(features, None)])
-    wanted = template_kl(scores, targets.soft_assignment(features))
-    assert TemplateLoss(targets)(scores, features) == wanted
-    assert losses_and_grads("low", targets=Sharper(9))[0] > 0
-
-
-def test_what_does_not_fit_is_refused():
-    codebook, decisions, features, labels = assignments(False, torch.float32)
-    for targets, number in ((codebook, 12), (decisions, 8)):
-        with pytest.raises(ShapeError, match=f"num_templates={number}"):
-            targets.divergence(torch.randn(200, 5), features, labels)
-        with pytest.raises(ShapeError, match=f"num_templates={number}"):
-            targets.divergence(torch.randn(200, 3), features, labels, templates=torch.randn(5, 3))
-    with pytest.raises(ArgumentError, match='"normal" or "low"'):
-        KDLayer(4, 4, memory="little")
-    with pytest.raises(ArgumentError, match='"normal" or "low"'):
-        attach_kd(Net(), Net(), ["last"], memory="little")
-
-
 def test_the_summary_says_which_path_is_taken():
     student = Net()
     kd = attach_kd(student, Net(), [KDPoint("last", targets=CodebookTargets(4))])
     assert "fused, scores computed again" in kd.summary()
     student.last[1].kd.norm = nn.SyncBatchNorm(4)
     assert "plain (SyncBatchNorm)" in kd.summary()
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_inference_in_chunks_equals_the_plain_operations(channel_dim, monkeypatch):
+    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 40)
+    layer = layer_of(channel_dim=channel_dim)
+    shape = (2, 5, 3, 4) if channel_dim == 1 else (2, 9, 5)
+    for _ in range(3):
+        layer(torch.randn(shape, dtype=torch.float64))
+    layer.eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    x[0] = 0.0
+    plain = layer(x)  # with gradients the plain operations run
+    scores = layer.enhance(x)[1]
+    with torch.no_grad():
+        found, units, templates = layer.enhance(x)
+        torch.testing.assert_close(found, plain.detach(), rtol=0, atol=1e-12)
+        matched = (units.movedim(channel_dim, -1) @ templates.T).movedim(-1, channel_dim)
+        torch.testing.assert_close(matched, scores.detach(), rtol=0, atol=1e-12)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (layer(x.float()) - plain).abs().max() < 0.1
+
+
+def test_inference_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
+    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 2**12)
+    student = Net(channels=8)
+    kd = attach_kd(student, at=[KDPoint("stem", num_templates=512)])
+    kd.detach()
+    student.eval()
+    images = torch.randn(2, 3, 24, 24)
+    for model in (student, fold(student)):
+        with torch.no_grad():
+            most = largest_allocation(lambda model=model: model(images))
+        assert most < 4 * 2 * 24 * 24 * 512 / 10
