@@ -16,6 +16,7 @@ from kdlayers import (
     _chunks,
     _layer,
     attach_kd,
+    fold,
 )
 from kdlayers._recognise import recognise
 from kdlayers._targets._divergence import codebook_divergence, decision_divergence
