@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.cluster import KMeans
 
-from kdlayers._targets import _distances, _kmeans
-from kdlayers._targets._distances import closeness, nearest, sums_by_index
+from kdlayers._targets import _distances, _kmeans, _seeding
+from kdlayers._targets._distances import Search, closeness, nearest, nearest_index, sums_by_index
 from kdlayers._targets._hash import counter_keys, derive_seed, row_tags
 from kdlayers._targets._kmeans import kmeans, lloyd
 from kdlayers._targets._reservoir import Reservoir
@@ -35,6 +35,30 @@ def test_nearest_agrees_with_subtraction(dtype, monkeypatch):
     distance, index = nearest(rows, centers)
     assert torch.equal(index, naive.argmin(1))
     torch.testing.assert_close(distance, naive.amin(1))
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([1, 100]))
+def test_search_by_lanes_is_exact_and_takes_the_first_of_equals(k, n, seed, values):
+    generator = torch.Generator().manual_seed(seed)
+    # Small integers: every product is exact, and with 1 value there are ties everywhere.
+    rows, centers = (
+        torch.randint(-values, values + 1, (m, 3), generator=generator) for m in (n, k)
+    )
+    naive = ((rows[:, None] - centers[None]) ** 2).sum(-1)
+    search = Search(centers.double(), torch.zeros(3, dtype=torch.float64))
+    value, index = search.best(rows.double())
+    first = (naive == naive.amin(1, keepdim=True)).long().argmax(1)
+    assert torch.equal(index, first)
+    squares = rows.double().square().sum(1)
+    assert torch.equal(squares - 2 * value, naive.amin(1).double())
+
+
+@pytest.mark.parametrize("k", [127, 128, 129, 4096])
+def test_nearest_agrees_with_exact_distances_in_float32(k):
+    rows, centers = torch.randn(300, 24), torch.randn(k, 24)
+    exact = torch.cdist(rows.double(), centers.double()).square()
+    found = exact.gather(1, nearest_index(rows, centers).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(found, exact.amin(1), rtol=1e-5, atol=0)
 
 
 def test_a_common_offset_costs_no_digits():
@@ -69,7 +93,8 @@ def test_sums_by_index_agrees_with_a_loop():
     rows, index = torch.randn(100, 3), torch.randint(5, (100,))
     sums = sums_by_index(rows, index, 6)
     for k in range(6):
-        torch.testing.assert_close(sums[k], rows[index == k].double().sum(0))
+        expected = rows[index == k].double().sum(0)
+        torch.testing.assert_close(sums[k], expected, rtol=1e-5, atol=1e-5)
     assert sums.dtype == torch.float64
 
 
@@ -86,7 +111,7 @@ def test_inertia_is_as_low_as_scikit_learns(k, width):
 
 
 def test_inertia_with_many_centres_seeded_in_rounds(monkeypatch):
-    monkeypatch.setattr(_kmeans, "GREEDY_LIMIT", 8)
+    monkeypatch.setattr(_seeding, "GREEDY_LIMIT", 8)
     rows = torch.randn(3000, 6)
     ours = kmeans(rows, 120, seed=0).inertia
     theirs = KMeans(120, n_init=1, random_state=0).fit(rows.numpy()).inertia_ / len(rows)
@@ -103,9 +128,44 @@ def test_no_obvious_cluster_is_left_empty(seed):
 
 
 def test_no_obvious_cluster_is_left_empty_when_seeded_in_rounds(monkeypatch):
-    monkeypatch.setattr(_kmeans, "GREEDY_LIMIT", 4)
+    monkeypatch.setattr(_seeding, "GREEDY_LIMIT", 4)
     rows = blobs(100, 10, 16, spread=0.01)
     assert kmeans(rows, 100, seed=0).counts.tolist() == [10] * 100
+
+
+def mixed(n, width, rank):
+    """Rows as a network gives them: few strong directions, half the entries 0."""
+    hidden = torch.randn(n, rank) + 2 * torch.randn(40, rank)[torch.randint(40, (n,))]
+    return (hidden @ torch.randn(rank, width) + 0.3 * torch.randn(n, width)).relu()
+
+
+@pytest.mark.parametrize(("width", "rank"), [(24, 8), (192, 8), (192, 192)])
+def test_stages_end_where_scikit_learn_does(width, rank):
+    """Growing parts of the rows, in few axes first where those hold most of the variance."""
+    rows = mixed(80 * 160, width, rank)
+    ours = kmeans(rows, 80, seed=0)
+    theirs = KMeans(80, n_init=1, random_state=0, max_iter=100).fit(rows.numpy())
+    assert ours.inertia < 1.01 * theirs.inertia_ / len(rows)
+    assert ours.counts.sum() == len(rows)
+    distance, index = nearest(rows, ours.centers)
+    torch.testing.assert_close(ours.inertia, distance.double().mean())
+    assert torch.equal(ours.counts, torch.bincount(index, minlength=80))
+
+
+def test_principal_axes_hold_their_share():
+    rows = mixed(3000, 160, 6)
+    axes, mean = _kmeans.principal_axes(rows, 0.9)
+    assert axes.shape[1] % 16 == 0
+    torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), atol=1e-4, rtol=0)
+    centred = rows - mean
+    assert (centred @ axes).square().sum() >= 0.9 * centred.square().sum()
+    assert (centred @ axes[:, :-16]).square().sum() < 0.9 * centred.square().sum()
+
+
+def test_iterations_survive_a_large_common_offset():
+    rows = mixed(80 * 64, 12, 6)
+    plain, moved = (kmeans(rows + offset, 80, seed=0).inertia for offset in (0.0, 1000.0))
+    assert moved < 1.02 * plain
 
 
 def test_centres_are_the_means_of_their_rows():
@@ -134,7 +194,7 @@ def test_rounds_draw_as_one_by_one(monkeypatch):
     counts = torch.zeros(4, 4, 4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1500):
-        counts[tuple(_kmeans._rejection_seeds(rows, 3, generator).tolist())] += 1
+        counts[tuple(_seeding._rejection_seeds(rows, 3, generator).tolist())] += 1
     possible = expected > 0
     assert counts[~possible].sum() == 0
     p = stats.chisquare(
@@ -152,7 +212,7 @@ def test_dead_centres_move_to_the_farthest_rows():
 
 @pytest.mark.parametrize("limit", [512, 2])
 def test_fewer_distinct_rows_than_centres_gives_no_nan(limit, monkeypatch):
-    monkeypatch.setattr(_kmeans, "GREEDY_LIMIT", limit)
+    monkeypatch.setattr(_seeding, "GREEDY_LIMIT", limit)
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).repeat(10, 1)
     result = kmeans(rows, 7, seed=0)
     assert result.centers.isfinite().all()

@@ -1,4 +1,4 @@
-"""The passes that learn a codebook: a sample and k-means on it, then a Lloyd step on all rows."""
+"""The passes that learn a codebook: k-means on a sample; after a small one, a step on all rows."""
 
 import warnings
 from collections.abc import Callable
@@ -13,8 +13,10 @@ from kdlayers._targets._kmeans import kmeans, mean_centers
 from kdlayers._targets._reservoir import Reservoir, Sample, sample_size
 from kdlayers.errors import FitError, KDLayersWarning
 
-ROWS_PER_CENTER, SMALL_SAMPLE = 64, 2**14
+ROWS_PER_CENTER, SMALL_SAMPLE = 256, 2**14
 """Rows in a sample: this many a centre, but not fewer in all, which costs little."""
+ENOUGH_ROWS = 256
+"""Rows a centre from which a sample's centres are as good as those of all rows, to about 1 %."""
 
 
 class SamplePass:
@@ -36,7 +38,7 @@ class SamplePass:
         self._reservoir.add(rows)
 
     def finish(self) -> "LloydPass | None":
-        """Cluster the sample; all rows are wanted once more unless the sample has them."""
+        """Cluster the sample; all rows are wanted once more if it has few rows a centre."""
         if self._reservoir is None:
             raise FitError("fit() was given batches without a single row")
         sample = self._reservoir.merged()
@@ -44,7 +46,7 @@ class SamplePass:
         result = kmeans(sample.rows, self._k, derive_seed(self._seed, 0))
         # Ranks may run on unlike hardware: the first one decides.
         centers, counts = from_first_rank(result.centers), from_first_rank(result.counts)
-        if sample.complete:
+        if sample.complete or len(sample.rows) >= ENOUGH_ROWS * self._k:
             self._install(centers=centers, counts=counts, inertia=from_first_rank(result.inertia))
             return None
         return LloydPass(centers, self._install)

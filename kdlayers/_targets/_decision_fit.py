@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdlayers._distributed import all_sum
 from kdlayers._targets._codebook_fit import from_first_rank
-from kdlayers._targets._distances import affine, nearest, sums_by_index
+from kdlayers._targets._distances import affine, nearest_index, sums_by_index
 from kdlayers._targets._hash import derive_seed
 from kdlayers._targets._kmeans import kmeans, mean_centers
 from kdlayers._targets._lda import Scatter, check_range, discriminants
@@ -180,7 +180,7 @@ class DecisionPass(_ProjectedPass):
 
     def add(self, z: Tensor, labels: Tensor, rows: Tensor) -> None:  # noqa: ARG002
         """Count a block."""
-        _, decided = nearest(z, self._plan.prototypes)
+        decided = nearest_index(z, self._plan.prototypes)
         cells = self._plan.own(z, labels) * len(self._table) + decided
         self._table.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
 

@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-_CHUNK = 2**24
-"""Entries of the largest matrix of distances, 64 MiB in float32."""
+_CHUNK, _CHUNK_ON_DEVICE = 2**20, 2**24
+"""Entries of the largest matrix of distances: 4 MiB in float32, which stay in the cache of a CPU;
+64 MiB on other devices, where each call costs more than memory does."""
+_LANES = 32
+"""On a CPU the largest of many columns is found by maxima over this many interleaved parts first:
+those are vectorised, whereas a maximum with its index takes longer than the product itself."""
+SUMMED = 2**14
+"""Rows added up in their own precision before the sum goes to float64."""
 
 
 def closeness(rows: Tensor, centers: Tensor) -> Tensor:
@@ -31,15 +37,61 @@ def affine(rows: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, rows, matrix.T)
 
 
+class Search:
+    """Centres [K, D] laid out to find the nearest one of each row; the first one of equals.
+
+    Args:
+        centers: the centres.
+        origin: [D], near the centres; what rows are given relative to. Default: their mean.
+    """
+
+    def __init__(self, centers: Tensor, origin: Tensor | None = None) -> None:
+        self.origin = centers.mean(dim=0) if origin is None else origin
+        matrix = centers - self.origin
+        bias = matrix.square().sum(dim=1) * -0.5
+        on_cpu = centers.device.type == "cpu"
+        self.size = len(centers)
+        self._depth = -(-self.size // _LANES) if on_cpu and self.size >= 4 * _LANES else 0
+        self._rows = max(1, (_CHUNK if on_cpu else _CHUNK_ON_DEVICE) // self.size)
+        self._matrix, self._bias = self._interleave(matrix, 0.0), self._interleave(bias, -torch.inf)
+
+    def best(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest `closeness` and its index, for rows [n, D] less the origin: each [n]."""
+        parts = [self._best(part) for part in rows.split(self._rows)]
+        return torch.cat([value for value, _ in parts]), torch.cat([index for _, index in parts])
+
+    def _best(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        scores = affine(rows, self._matrix, self._bias)
+        if not self._depth:
+            value, index = scores.max(dim=1)
+            return value, index
+        lanes = scores.view(len(rows), self._depth, _LANES)
+        value, lane = lanes.amax(dim=1).max(dim=1)
+        column = lanes.gather(2, lane.view(-1, 1, 1).expand(-1, self._depth, 1)).squeeze(2)
+        return value, lane * self._depth + column.max(dim=1).indices
+
+    def _interleave(self, values: Tensor, fill: float) -> Tensor:
+        """Centre ``lane * depth + step`` to row ``step * lanes + lane``: ties go to the first."""
+        if not self._depth:
+            return values
+        missing = self._depth * _LANES - self.size
+        padded = torch.cat([values, values.new_full((missing, *values.shape[1:]), fill)])
+        shape = (_LANES, self._depth, *values.shape[1:])
+        return padded.view(shape).transpose(0, 1).reshape(padded.shape)
+
+
+def nearest_index(rows: Tensor, centers: Tensor) -> Tensor:
+    """Index of the nearest centre of each row, [n]; the first one of equals."""
+    search = Search(centers)
+    return torch.cat([search.best(part - search.origin)[1] for part in rows.split(SUMMED)])
+
+
 def nearest(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance to the nearest centre and its index, each [n]; the first one of equals."""
-    distances, indices = [], []
-    for part in rows.split(max(1, _CHUNK // len(centers))):
-        index = closeness(part, centers).argmax(dim=1)
-        # By subtraction, so that a row at its centre has distance 0.
-        distances.append((part - centers[index]).square().sum(dim=1))
-        indices.append(index)
-    return torch.cat(distances), torch.cat(indices)
+    index = nearest_index(rows, centers)
+    # By subtraction, so that a row at its centre has distance 0.
+    pairs = zip(rows.split(SUMMED), index.split(SUMMED), strict=True)
+    return torch.cat([(part - centers[i]).square().sum(dim=1) for part, i in pairs]), index
 
 
 def sums_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
@@ -47,7 +99,9 @@ def sums_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
     sums = rows.new_zeros(size, rows.shape[1], dtype=torch.float64)
     if rows.is_cuda:  # there index_add_ adds in any order, index_put_ sorts first
         return sums.index_put_((index,), rows.double(), accumulate=True)
-    return sums.index_add_(0, index, rows.double())
+    for part, where in zip(rows.split(SUMMED), index.split(SUMMED), strict=True):
+        sums += rows.new_zeros(size, rows.shape[1]).index_add_(0, where, part)
+    return sums
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""k-means in memory: k-means++ seeding and Lloyd iterations, seeded and free of global state."""
+"""k-means in memory: Lloyd iterations over growing parts of the rows, seeded and deterministic."""
 
 import math
 from typing import NamedTuple
@@ -6,14 +6,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdlayers._targets._distances import closeness, nearest, sums_by_index
+from kdlayers._targets._distances import (
+    SUMMED,
+    Search,
+    nearest,
+    nearest_index,
+    sums_by_index,
+)
+from kdlayers._targets._seeding import seeds
 
-GREEDY_LIMIT = 512
-"""Up to this many centres are seeded one by one, the best of a few candidates each time, and Lloyd
-runs until nothing changes; more centres are seeded in rounds, and Lloyd stops early."""
+EXACT_LIMIT = 64
+"""Up to this many centres Lloyd runs over all rows until nothing changes."""
 ITERATIONS, EARLY_ITERATIONS = 300, 50
-EARLY_TOLERANCE = 1e-4
-"""Stopping early: when an iteration lowers the inertia by less than this part of it."""
+TOLERANCE, WARM_TOLERANCE = 1e-3, 5e-3
+"""Stopping early: when an iteration lowers the inertia by less than this part of it; the second one
+on a part of the rows or of the channels, which another stage follows."""
+SEED_ROWS, FIRST_ROWS, GROWTH = 16, 32, 4
+"""Rows a centre that seeds are taken from and that the first stage has, and by how much the rows
+grow from one stage to the next."""
+NARROW_WIDTH, NARROW_SHARE = 96, 0.9
+"""Wider rows are first clustered in their principal axes that hold this share of the variance."""
 
 
 class Clustering(NamedTuple):
@@ -28,30 +40,27 @@ class Clustering(NamedTuple):
 
 
 def kmeans(rows: Tensor, k: int, seed: int) -> Clustering:
-    """Cluster rows [n, D], n >= ``k``; equal rows, order and seed give equal centres."""
+    """Cluster rows [n, D], n >= ``k``, in random order; equal rows and seed give equal centres.
+
+    Many centres are seeded on the first rows and moved by Lloyd iterations over growing parts of
+    the rows, each stage from where the one before ended: what the first iterations find out does
+    not need all rows (nested mini-batches: Newling and Fleuret, NIPS 2016).
+    """
     generator = torch.Generator().manual_seed(seed)
-    choose = _greedy_seeds if k <= GREEDY_LIMIT else _rejection_seeds
-    return lloyd(rows, rows[choose(rows, k, generator)])
+    if k <= EXACT_LIMIT:
+        return lloyd(rows, rows[seeds(rows, k, generator)])
+    first = rows[: SEED_ROWS * k]
+    centers = first[seeds(first, k, generator)]
+    warm = _warm_narrow if rows.shape[1] > NARROW_WIDTH else _warm
+    return lloyd(rows, warm(rows, centers), tolerance=TOLERANCE)
 
 
-def lloyd(rows: Tensor, centers: Tensor) -> Clustering:
-    """Lloyd iterations from ``centers``; one without rows moves to a row far from its own."""
-    early = len(centers) > GREEDY_LIMIT
-    limit, tolerance = (EARLY_ITERATIONS, EARLY_TOLERANCE) if early else (ITERATIONS, 0.0)
-    previous = math.inf
-    for step in range(limit + 1):
-        distances, index = nearest(rows, centers)
-        inertia = distances.double().mean()
-        counts = torch.bincount(index, minlength=len(centers))
-        value = float(inertia)
-        movable = bool((counts == 0).any()) and bool((distances > 0).any())
-        converged = step > 0 and not movable and previous - value <= tolerance * previous
-        if converged or step == limit:
-            break
-        previous = value
-        centers = mean_centers(sums_by_index(rows, index, len(centers)), counts, centers)
-        centers = _revive(rows, centers, counts, distances)
-    return Clustering(centers, counts, inertia)
+def lloyd(rows: Tensor, centers: Tensor, *, tolerance: float = 0.0) -> Clustering:
+    """Lloyd iterations from ``centers``, then the counts and the inertia that come of them."""
+    centers = _iterate(rows, centers, tolerance)
+    distances, index = nearest(rows, centers)
+    counts = torch.bincount(index, minlength=len(centers))
+    return Clustering(centers, counts, distances.double().mean())
 
 
 def mean_centers(sums: Tensor, counts: Tensor, fallback: Tensor) -> Tensor:
@@ -60,75 +69,82 @@ def mean_centers(sums: Tensor, counts: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(counts.unsqueeze(1) > 0, means, fallback)
 
 
-def _revive(rows: Tensor, centers: Tensor, counts: Tensor, distances: Tensor) -> Tensor:
-    dead = (counts == 0).nonzero().squeeze(1)
-    if len(dead):
-        centers = centers.clone()
-        centers[dead] = rows[distances.topk(len(dead)).indices]
+def principal_axes(rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The fewest axes [D, d], d a multiple of 16, that hold ``share`` of the variance; the mean."""
+    mean = rows.mean(dim=0)
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+    for part in rows.split(SUMMED):
+        gram.addmm_((part - mean).T, part - mean)
+    values, vectors = torch.linalg.eigh(gram)
+    held = values.flip(0).clamp(min=0).cumsum(0)
+    enough = int((held < share * held[-1]).sum()) + 1
+    return vectors.flip(1)[:, : -(-enough // 16) * 16].contiguous(), mean
+
+
+def _warm(rows: Tensor, centers: Tensor) -> Tensor:
+    size = FIRST_ROWS * len(centers)
+    while size < len(rows):
+        centers = _iterate(rows[:size], centers, WARM_TOLERANCE)
+        size *= GROWTH
     return centers
 
 
-def _greedy_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Indices of ``k`` rows by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 5).
+def _warm_narrow(rows: Tensor, centers: Tensor) -> Tensor:
+    """Cluster the principal components of the rows, and take the means of these clusters."""
+    axes, mean = principal_axes(rows[: FIRST_ROWS * len(centers)], NARROW_SHARE)
+    if 2 * axes.shape[1] > rows.shape[1]:
+        return _warm(rows, centers)
+    narrow = torch.cat([(part - mean) @ axes for part in rows.split(SUMMED)])
+    start = _warm(narrow, (centers - mean) @ axes)
+    start = _iterate(narrow, start, WARM_TOLERANCE)
+    index = nearest_index(narrow, start)
+    counts = torch.bincount(index, minlength=len(centers))
+    return mean_centers(sums_by_index(rows, index, len(centers)), counts, centers)
 
-    Each step draws 2 + ln k candidates in proportion to their squared distance to the chosen ones
-    and takes the one that leaves the smallest sum of squared distances.
+
+def _iterate(rows: Tensor, centers: Tensor, tolerance: float) -> Tensor:
+    """Move ``centers`` until no row changes sides, or an iteration gains little.
+
+    A centre without rows moves to a row far from its own.
     """
-    chosen = [_draw(rows.new_ones(len(rows)), 1, generator)]
-    distances = nearest(rows, rows[chosen[0]])[0]
-    for _ in range(k - 1):
-        candidates = _draw(distances, 2 + int(math.log(k)), generator)
-        reached = torch.minimum(distances.unsqueeze(1), _all_distances(rows, rows[candidates]))
-        best = reached.sum(dim=0, dtype=torch.float64).argmin()
-        chosen.append(candidates[best].reshape(1))
-        distances = torch.minimum(distances, nearest(rows, rows[chosen[-1]])[0])
-    return torch.cat(chosen)
+    origin = rows.mean(dim=0)
+    norms = sum(float((part - origin).double().square().sum()) for part in rows.split(SUMMED))
+    before, inertia = None, math.inf
+    for _ in range(EARLY_ITERATIONS if tolerance else ITERATIONS):
+        index, sums, closest = _assign(rows, centers, origin)
+        counts = torch.bincount(index, minlength=len(centers))
+        previous, inertia = inertia, norms - 2 * closest
+        dead = bool((counts == 0).any())
+        if not dead and before is not None and torch.equal(index, before):
+            break
+        before, moved = index, mean_centers(sums + counts.unsqueeze(1) * origin, counts, centers)
+        if dead:
+            distances = nearest(rows, centers)[0]
+            if not bool((distances > 0).any()):
+                break
+            moved = _revive(rows, moved, counts, distances)
+        centers = moved
+        if tolerance and not dead and inertia > (1 - tolerance) * previous:
+            break
+    return centers
 
 
-def _rejection_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Indices of ``k`` rows by k-means++, in rounds of one matrix product each.
-
-    As in k-means|| (Bahmani et al., VLDB 2012) a round draws many rows by the squared distances at
-    its start. Each is then accepted with the probability by which the rows accepted before it in
-    the round have shrunk its squared distance, which gives exactly the distribution of drawing them
-    one after the other.
-    """
-    chosen = _draw(rows.new_ones(len(rows)), 1, generator)
-    distances = nearest(rows, rows[chosen])[0]
-    while len(chosen) < k:
-        candidates = _draw(distances, min(1024, max(8, len(chosen) // 4)), generator)
-        accepted = _accept(rows[candidates], distances[candidates], generator)
-        new = candidates[accepted][: k - len(chosen)]
-        chosen = torch.cat([chosen, new])
-        distances = torch.minimum(distances, nearest(rows, rows[new])[0])
-    return chosen
+def _assign(rows: Tensor, centers: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Nearest centre of each row, sums of the rows of each less the origin, summed closeness."""
+    search = Search(centers, origin)
+    sums = torch.zeros_like(centers, dtype=torch.float64)
+    indices, total = [], torch.zeros((), dtype=torch.float64, device=rows.device)
+    for part in rows.split(SUMMED):
+        moved = part - origin
+        value, index = search.best(moved)
+        sums += sums_by_index(moved, index, len(centers))
+        total += value.sum(dtype=torch.float64)
+        indices.append(index)
+    return torch.cat(indices), sums, float(total)
 
 
-def _accept(candidates: Tensor, distances: Tensor, generator: torch.Generator) -> Tensor:
-    """Which candidates [m, D] pass, given their distances [m] at the start of the round."""
-    between = _all_distances(candidates, candidates).cpu()
-    start, current = distances.cpu(), distances.cpu()
-    thresholds = torch.rand(len(start), generator=generator, dtype=torch.float64) * start
-    accepted: list[int] = []
-    for i, threshold in enumerate(thresholds.tolist()):
-        # The first is accepted always, also when all distances are 0 (fewer distinct rows than k).
-        if not accepted or threshold < float(current[i]):
-            accepted.append(i)
-            current = torch.minimum(current, between[i])
-    return torch.tensor(accepted, device=candidates.device)
-
-
-def _all_distances(rows: Tensor, centers: Tensor) -> Tensor:
-    """Squared distances [n, m], for few centres."""
-    squares = (rows - centers.mean(dim=0)).square().sum(dim=1, keepdim=True)
-    return (squares - 2 * closeness(rows, centers)).clamp(min=0)
-
-
-def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices [count] drawn in proportion to ``weights`` [n]; on the CPU, the same everywhere."""
-    totals = weights.double().cpu().cumsum(dim=0)
-    if not totals[-1] > 0:
-        totals = torch.arange(1, len(weights) + 1, dtype=torch.float64)
-    points = torch.rand(count, generator=generator, dtype=torch.float64) * totals[-1]
-    index = torch.searchsorted(totals, points, right=True).clamp(max=len(weights) - 1)
-    return index.to(weights.device)
+def _revive(rows: Tensor, centers: Tensor, counts: Tensor, distances: Tensor) -> Tensor:
+    dead = (counts == 0).nonzero().squeeze(1)
+    centers = centers.clone()
+    centers[dead] = rows[distances.topk(len(dead)).indices]
+    return centers
