@@ -9,7 +9,7 @@ from torch import Tensor
 from kdlayers.errors import ArgumentError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
-from kdlayers.functional._dkd import target_log_probs
+from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._precision import full_precision
 
 Form: TypeAlias = Literal["chi2", "ratio_sq", "ratio", "is"]
@@ -92,7 +92,7 @@ def aekt(
         check.positive("ratio_clip", ratio_clip)
     check.logits(student, teacher)
     limit = ratio_limit(student.dtype, ratio_clip)
-    values = _adaptive(student, teacher, targets, form, temperature, limit, drop_one_minus_s)
+    values = _of_logits(student, teacher, targets, form, temperature, limit, drop_one_minus_s)
     return check.reduce(values, reduction)
 
 
@@ -103,7 +103,7 @@ def ratio_limit(dtype: torch.dtype, ratio_clip: float | None) -> float:
 
 
 @full_precision
-def _adaptive(
+def _of_logits(
     student: Tensor,
     teacher: Tensor,
     targets: Tensor,
@@ -114,21 +114,37 @@ def _adaptive(
 ) -> Tensor:
     check.positive("temperature", temperature)
     targets = check.labels(targets, student)
-    log_s, log_rest = target_log_probs(student / temperature, targets).unbind(dim=1)
-    log_a = target_log_probs(teacher.detach() / temperature, targets)[:, 0]
+    ours, theirs = decouple(student, teacher.detach(), targets, temperature)
+    values, _ = adaptive(ours.binary(), theirs.binary(), form, limit, drop_one_minus_s)
+    return temperature**2 * values
+
+
+def adaptive(
+    student: Tensor, teacher: Tensor, form: Form, limit: float, drop_one_minus_s: bool
+) -> tuple[Tensor, Tensor]:
+    """The term without the squared temperature, and the ratio r, each ``[B]``.
+
+    Args:
+        student: log-probabilities ``[B, 2]`` of the target class and of the others together.
+        teacher: the same of the teacher.
+        form: one of the forms of `aekt`.
+        limit: largest r in the gradient.
+        drop_one_minus_s: as in `aekt`.
+    """
+    log_s, log_rest = student.unbind(dim=1)
     with torch.no_grad():
-        log_r = (log_a - log_s).clamp(max=_LOG_RATIO_LIMIT)
-        value = _value(form, log_s.exp(), log_a.exp(), log_r)
-        slope = _slope(form, log_s.exp(), log_a.exp(), log_r.exp().clamp(max=limit))
+        log_a = teacher[:, 0]
+        s, a, log_r = log_s.exp(), log_a.exp(), (log_a - log_s).clamp(max=_LOG_RATIO_LIMIT)
+        r = log_r.exp()
+        value, slope = _value(form, s, a, log_r, r), _slope(form, s, a, r.clamp(max=limit))
         if drop_one_minus_s:
             slope = slope / log_rest.exp().clamp(min=torch.finfo(slope.dtype).eps)
     surrogate = slope * log_s
     # The difference is exactly 0, so the value stays exact; its gradient is the surrogate's.
-    return temperature**2 * (value + (surrogate - surrogate.detach()))
+    return value + (surrogate - surrogate.detach()), r
 
 
-def _value(form: Form, s: Tensor, a: Tensor, log_r: Tensor) -> Tensor:
-    r = log_r.exp()
+def _value(form: Form, s: Tensor, a: Tensor, log_r: Tensor, r: Tensor) -> Tensor:
     if form == "chi2":
         return (s - a) * (1 - r)  # = s (1 - r)^2, without the square that would overflow
     if form == "ratio_sq":

@@ -1,11 +1,10 @@
 """Decoupled knowledge distillation: target-class and non-target-class terms."""
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
+from kdlayers.functional._decoupled import decouple, divergences
 from kdlayers.functional._precision import full_precision
 
 
@@ -55,10 +54,8 @@ def tckd(
         tensor(1.8876)
     """
     targets = _checked(student, teacher, targets, temperature)
-    ours = target_log_probs(student / temperature, targets)
-    theirs = target_log_probs(teacher / temperature, targets)
-    divergence = (theirs.exp() * (theirs - ours)).sum(dim=1)
-    return check.reduce(divergence * temperature**2, reduction)
+    ours, theirs = decouple(student, teacher, targets, temperature)
+    return check.total(divergences(ours.binary(), theirs.binary()), reduction, temperature**2)
 
 
 @full_precision
@@ -108,17 +105,12 @@ def nckd(
         tensor(2.4053)
     """
     targets = _checked(student, teacher, targets, temperature)
-    if student.shape[1] == 2:
-        check.warn(
-            "with 2 classes the non-target term of decoupled distillation (nckd, dkd, DKDLoss, "
-            "AEKTLoss) is always 0; use kd / KDLoss instead, or set beta=0"
-        )
-    ours = F.log_softmax(other_logits(student, targets) / temperature, dim=1)
-    theirs = F.log_softmax(other_logits(teacher, targets) / temperature, dim=1)
-    divergence = (theirs.exp() * (theirs - ours)).sum(dim=1)
-    return check.reduce(divergence * temperature**2, reduction)
+    warn_of_two_classes(student)
+    ours, theirs = decouple(student, teacher, targets, temperature)
+    return check.total(divergences(ours.others(), theirs.others()), reduction, temperature**2)
 
 
+@full_precision
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -173,27 +165,25 @@ def dkd(
     """
     check.not_negative("alpha", alpha)
     check.not_negative("beta", beta)
-    target = tckd(student, teacher, targets, temperature=temperature, reduction=reduction)
+    targets = _checked(student, teacher, targets, temperature)
+    ours, theirs = decouple(student, teacher, targets, temperature)
+    binary, square = divergences(ours.binary(), theirs.binary()), temperature**2
+    target = check.total(binary, reduction, alpha * square)
     if beta == 0:
-        return alpha * target
-    other = nckd(student, teacher, targets, temperature=temperature, reduction=reduction)
-    return alpha * target + beta * other
+        return target
+    warn_of_two_classes(student)
+    others = divergences(ours.others(), theirs.others())
+    return target + check.total(others, reduction, beta * square)
 
 
-def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """``[B, 2]``: log-probability of the label and of everything else."""
-    target = logits.gather(1, targets[:, None])
-    others = other_logits(logits, targets).logsumexp(dim=1, keepdim=True)
-    return F.log_softmax(torch.cat([target, others], dim=1), dim=1)
-
-
-def other_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """``[B, K - 1]``: the logits without the label's, in order.
-
-    Gathering beats masking with a large number: nothing depends on how large the logits are.
-    """
-    index = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
-    return logits.gather(1, index + (index >= targets[:, None]))
+def warn_of_two_classes(student: Tensor) -> None:
+    """Warn where the non-target term is always 0."""
+    if student.shape[1] == 2:
+        check.warn(
+            "with 2 classes the non-target term of decoupled distillation (nckd, dkd, DKDLoss, "
+            "AEKTLoss) is always 0; use kd / KDLoss instead, or set beta=0",
+            stacklevel=4,
+        )
 
 
 def _checked(student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:

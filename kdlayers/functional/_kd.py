@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
+from kdlayers.functional._decoupled import divergences
 from kdlayers.functional._precision import full_precision
 
 
@@ -55,5 +56,4 @@ def kd(
     check.positive("temperature", temperature)
     ours = F.log_softmax(student / temperature, dim=1)
     theirs = F.log_softmax(teacher / temperature, dim=1)
-    divergence = (theirs.exp() * (theirs - ours)).sum(dim=1)
-    return check.reduce(divergence * temperature**2, reduction)
+    return check.total(divergences(ours, theirs), reduction, temperature**2)

@@ -16,13 +16,14 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        if not tensors:  # the function's own checks say what is wrong
-            return function(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        device = next((arg.device for arg in given if isinstance(arg, Tensor)), None)
         wide = [widen(arg) for arg in args]
         named = {key: widen(arg) for key, arg in kwargs.items()}
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        if device is None or not torch.is_autocast_enabled(device.type):
             return function(*wide, **named)  # type: ignore[arg-type]  # the same types, wider
+        with torch.autocast(device.type, enabled=False):
+            return function(*wide, **named)  # type: ignore[arg-type]
 
     return wrapper
 

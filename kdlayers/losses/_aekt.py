@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
-from kdlayers.functional import aekt, nckd, tckd
-from kdlayers.functional._aekt import Form, ratio_limit
-from kdlayers.functional._precision import linear
+from kdlayers.functional._aekt import Form, adaptive, ratio_limit
+from kdlayers.functional._decoupled import decouple, divergences
+from kdlayers.functional._dkd import warn_of_two_classes
+from kdlayers.functional._precision import full_precision, linear
 from kdlayers.losses._base import LogitLoss, Weight
 
 
@@ -135,23 +136,24 @@ class AEKTLoss(LogitLoss):
         targets = check.given(targets, self)
         self.build(student, teacher)
         mapped = self._mapped(student)
-        temperature = self.temperature
-        target = tckd(mapped, teacher, targets, temperature=temperature)
+        check.logits(mapped, teacher)
+        limit = ratio_limit(student.dtype, self.ratio_clip)
+        return self._terms(mapped, teacher, check.labels(targets, mapped), limit)
+
+    @full_precision
+    def _terms(self, student: Tensor, teacher: Tensor, targets: Tensor, limit: float) -> Tensor:
+        square = self.temperature**2
+        ours, theirs = decouple(student, teacher, targets, self.temperature)
+        binary, taught = ours.binary(), theirs.binary()
+        target = check.total(divergences(binary, taught), "mean", square)
         others = torch.zeros_like(target)
         if self.beta:
-            others = nckd(mapped, teacher, targets, temperature=temperature)
-        adaptive = aekt(
-            mapped,
-            teacher,
-            targets,
-            form=self.form,
-            temperature=temperature,
-            ratio_clip=ratio_limit(student.dtype, self.ratio_clip),
-            drop_one_minus_s=self.drop_one_minus_s,
-        )
-        ratio = aekt(mapped.detach(), teacher, targets, form="ratio", temperature=temperature)
-        self._record(target=target, others=others, adaptive=adaptive, ratio=ratio / temperature**2)
-        return self.alpha * target + self.beta * others + self.gamma * adaptive
+            warn_of_two_classes(student)
+            others = check.total(divergences(ours.others(), theirs.others()), "mean", square)
+        values, ratio = adaptive(binary, taught, self.form, limit, self.drop_one_minus_s)
+        adapted = square * values.mean()
+        self._record(target=target, others=others, adaptive=adapted, ratio=ratio.mean())
+        return self.alpha * target + self.beta * others + self.gamma * adapted
 
     def _mapped(self, student: Tensor) -> Tensor:
         if self.fc is None or self.fc.in_features != student.shape[1]:
