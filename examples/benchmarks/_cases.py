@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1]))  # the networks of the examples
 
 import torch
 import torch.nn.functional as F
+from _networks import NETWORKS, GivenFeatures, GivenTeacher, settle
 from _plain import PlainKD
 from _timing import Step
-from models.cifar_resnet import resnet
 from torch import Tensor, nn
-from torchvision import models
 
 from kdlayers import CodebookTargets, DecisionTargets, DistillLoss, KDPoint, attach_kd
 
 COMPONENTS = 60
-LOW = "memory" in inspect.signature(attach_kd).parameters
-VARIANTS = ("floor", "plain", "kdlayers", *(["kdlayers, low memory"] if LOW else []))
+VARIANTS = ("floor", "plain", "kdlayers", "kdlayers, low memory")
 
 Loss = Callable[[Tensor, Tensor], Tensor | float]
 State = dict[str, Tensor]
@@ -54,32 +47,6 @@ class Case:
         return int(self.networks == "vit" or len(self.size) == 1)
 
 
-class GivenFeatures(nn.Module):
-    """The features pass two points on their way to a linear classifier; nothing else happens."""
-
-    num_prefix_tokens, output_fmt = 1, "NCHW"
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.first, self.last = nn.Identity(), nn.Identity()
-        self.fc = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.last(self.first(x))
-        return self.fc(x.mean((2, 3) if x.dim() == 4 else 1))
-
-
-class GivenTeacher(GivenFeatures):
-    """Has its own features, whatever the student's are."""
-
-    def __init__(self, features: Tensor, channels: int, classes: int) -> None:
-        super().__init__(channels, classes)
-        self.register_buffer("features", features, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.features[: len(x)])
-
-
 def make_networks(case: Case) -> tuple[nn.Module, nn.Module, Tensor]:
     """Student, teacher and what they are called with."""
     kind, classes = case.networks, case.classes
@@ -88,15 +55,10 @@ def make_networks(case: Case) -> tuple[nn.Module, nn.Module, Tensor]:
         teacher = GivenTeacher(features(case, wide), wide, classes)
         return GivenFeatures(channels, classes), teacher, features(case, channels)
     images = torch.randn(case.batch, 3, *case.size)
-    if kind == "cifar":
-        return resnet(20, num_classes=classes), resnet(56, num_classes=classes), images
-    if kind == "resnet":
-        pair = models.resnet18(num_classes=classes), models.resnet34(num_classes=classes)
-        return *pair, images
-    import timm
-
-    names = ("vit_tiny_patch16_224", "vit_small_patch16_224")
-    return *(timm.create_model(name, num_classes=classes) for name in names), images
+    student, teacher = NETWORKS[kind](classes)
+    for network in (student, teacher):
+        settle(network, images)
+    return student, teacher, images
 
 
 def features(case: Case, channels: int) -> Tensor:
@@ -159,8 +121,8 @@ def add(
         plain = PlainKD(student, teacher, sizes, case.prefix)
         return plain.loss, list(plain.layers.parameters())
     points = [KDPoint(name, targets=targets(case, state)) for name, state in states.items()]
-    options = {"memory": "low"} if variant.endswith("low memory") else {}
-    kd = attach_kd(student, teacher, points, example=images[:2].detach(), **options)
+    memory = "low" if variant.endswith("low memory") else "normal"
+    kd = attach_kd(student, teacher, points, example=images[:2].detach(), memory=memory)
     return lambda _, labels: kd.loss(labels), list(kd.parameters())
 
 
