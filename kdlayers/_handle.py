@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from kdlayers import _record
 from kdlayers._batches import labels_for, split_batch
 from kdlayers._distributed import keep_in_step, world_size
+from kdlayers._eager import eager
 from kdlayers._fitter import Fitter, pass_seed, run_passes
 from kdlayers._hooks import Ahead, Tape, version_of
 from kdlayers._progress import progress as show_progress
 from kdlayers._sites import slots, take_out
 from kdlayers._summary import summarise
 from kdlayers._teacher import Taught, Teacher
-from kdlayers._terms import Term, log
+from kdlayers._terms import Inputs, Term, weighted_sum
 from kdlayers._trace import cuda_devices
 from kdlayers._watch import OptimiserWatch
 from kdlayers.errors import (
@@ -144,20 +145,10 @@ class KDHandle:
             StaleCaptureError: if several forwards were run, or the batch was changed since.
             NotFittedError: if :meth:`fit` has not been called.
         """
-        self._need_teacher("loss")
-        self._keep_in_step()
-        unfitted = [term.name for term in self._terms if not term.loss.fitted]
-        if unfitted:
-            raise NotFittedError(
-                f"{', '.join(unfitted)} has not learnt from the teacher yet; call kd.fit(loader) "
-                "once before training, or kd.load_state_dict(...) when you resume"
-            )
-        ahead, self._tape.ahead = self._tape.ahead, None
-        keys = {term.key for term in self._terms if term.key is not None}
-        record = _record.read(self._tape, keys, self.student, logits)
-        targets = labels_for(targets, record.logits)
-        taught = self._teach(record, ahead)
-        return self._sum(record, taught, targets)
+        inputs = self._inputs(targets, logits)
+        total, logged = weighted_sum(self._terms, inputs)
+        self._done(logged)
+        return total
 
     @contextmanager
     def batch(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -299,26 +290,37 @@ class KDHandle:
         found = [term.teacher_tensor(self._teachers, taught) for term in terms]
         return [term.teacher_alone(tensor) for term, tensor in zip(terms, found, strict=True)]
 
-    def _sum(
-        self, record: _record.Record, taught: Sequence[Taught], targets: Tensor | None
-    ) -> Tensor:
-        total = torch.zeros((), device=record.logits.device)
-        terms: dict[str, Tensor] = {}
-        live = set()
+    @eager
+    def _inputs(self, targets: Tensor | None, logits: Any) -> Inputs:
+        """What the terms of the last forward are computed from; the teacher runs here."""
+        self._need_teacher("loss")
+        self._keep_in_step()
+        unfitted = [term.name for term in self._terms if not term.loss.fitted]
+        if unfitted:
+            raise NotFittedError(
+                f"{', '.join(unfitted)} has not learnt from the teacher yet; call kd.fit(loader) "
+                "once before training, or kd.load_state_dict(...) when you resume"
+            )
+        ahead, self._tape.ahead = self._tape.ahead, None
+        keys = {term.key for term in self._terms if term.key is not None}
+        record = _record.read(self._tape, keys, self.student, logits)
+        targets = labels_for(targets, record.logits)
+        taught = self._teach(record, ahead)
+        pairs = []
         for term in self._terms:
             student = record.logits if term.key is None else record.features[term.key]
             _follow(term.loss, student.device)
-            teacher = term.teacher_tensor(self._teachers, taught)
-            value = term.value(student, teacher, targets, record.features)
-            weight = term.loss.weight_at(self.step)
-            live |= {term.name} if weight else set()
-            total = total + weight * value
-            log(terms, term, value.detach(), weight)
-        terms["total"] = total.detach()
-        self.terms = terms
-        self._watch.look(live)
+            pairs.append((student, term.teacher_tensor(self._teachers, taught)))
+        # Tensors: a compiled sum does not depend on their values.
+        weights = {term.name: term.loss.weight_at(self.step) for term in self._terms}
+        self._watch.look([name for name, weight in weights.items() if weight])
+        values = torch.tensor(list(weights.values()), dtype=torch.float64)
+        return Inputs(pairs, list(values), targets, record.features)
+
+    @eager
+    def _done(self, logged: dict[str, Tensor]) -> None:
+        self.terms = logged
         self.step += 1
-        return total
 
 
 def _release(tape: Tape, hooks: Sequence[Any]) -> None:

@@ -166,14 +166,37 @@ def unique_names(terms: list[Term]) -> None:
         seen.add(term.name)
 
 
-def log(logged: dict[str, Tensor], term: Term, value: Tensor, weight: float) -> None:
+@dataclass
+class Inputs:
+    """What the terms of one batch are computed from: a pair of tensors and a weight for each."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    weights: list[Tensor]
+    targets: Tensor | None
+    features: dict[str, Tensor]
+
+
+def weighted_sum(terms: Sequence[Term], inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and every value by its key in ``kd.terms``; what torch.compile makes graphs of."""
+    total = torch.zeros((), device=inputs.pairs[0][0].device)
+    logged: dict[str, Tensor] = {}
+    for term, pair, weight in zip(terms, inputs.pairs, inputs.weights, strict=True):
+        value = term.value(*pair, inputs.targets, inputs.features)
+        weighted = weight.to(value.dtype) * value
+        total = total + weighted
+        _log(logged, term, value.detach(), weighted.detach())
+    logged["total"] = total.detach()
+    return total, logged
+
+
+def _log(logged: dict[str, Tensor], term: Term, value: Tensor, weighted: Tensor) -> None:
     """Add the entries of a term to ``logged``: its value, its weighted value, its metrics.
 
     Raises:
         ArgumentError: if a key is taken, by a metric that the loss had not announced.
     """
     entries = {f"{term.name}.{name}": metric for name, metric in term.loss.metrics().items()}
-    own = {term.name: value, f"{term.name}.weighted": weight * value}
+    own = {term.name: value, f"{term.name}.weighted": weighted}
     taken = (entries.keys() & own.keys()) | ((entries.keys() | own.keys()) & logged.keys())
     if taken:
         raise ArgumentError(

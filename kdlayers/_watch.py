@@ -47,7 +47,7 @@ class OptimiserWatch:
                 "attach_kd, or without kd.parameters(). Make it after attach_kd as "
                 "Optimizer([*student.parameters(), *kd.parameters()])",
                 KDLayersWarning,
-                stacklevel=4,
+                stacklevel=7,  # the line of the user that calls kd.loss
             )
 
 
