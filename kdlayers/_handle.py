@@ -181,10 +181,7 @@ class KDHandle:
             StaleCaptureError: in :meth:`loss`, if the student was run on other tensors.
         """
         self._need_teacher("teach")
-        taught = [
-            teacher.run(args, kwargs, self._taps(index, self._terms))
-            for index, teacher in enumerate(self._teachers)
-        ]
+        taught = self._run_teachers(self._terms, args, kwargs)
         self._tape.ahead = Ahead(args, version_of(args), taught)
 
     def clear(self) -> None:
@@ -276,17 +273,27 @@ class KDHandle:
             _record.check_same(record, ahead.args, ahead.version)
             return ahead.taught
         autocast = record.autocast_dtype(self.student)
-        return [
-            teacher.run(record.args, record.kwargs, self._taps(index, self._terms), autocast)
-            for index, teacher in enumerate(self._teachers)
-        ]
+        return self._run_teachers(self._terms, record.args, record.kwargs, autocast)
 
-    def _taps(self, index: int, terms: Iterable[Term]) -> list[str]:
-        return list(dict.fromkeys(t.tap for t in terms if t.tap is not None and t.reads(index)))
+    def _run_teachers(
+        self,
+        terms: Sequence[Term],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        autocast: torch.dtype | None = None,
+    ) -> list[Taught]:
+        """What the terms read of each teacher, from one forward no deeper than they need."""
+        taught: list[Taught] = []
+        for index, teacher in enumerate(self._teachers):
+            read = (term.tap for term in terms if term.tap is not None and term.reads(index))
+            logits = any(term.reads_logits(index) for term in terms)
+            taps = list(dict.fromkeys(read))
+            taught.append(teacher.run(args, kwargs, taps, autocast, logits=logits))
+        return taught
 
     def _teacher_tensors(self, terms: Sequence[Term], images: Any) -> list[Tensor]:
         args = images if isinstance(images, tuple) else (images,)
-        taught = [t.run(args, {}, self._taps(i, terms)) for i, t in enumerate(self._teachers)]
+        taught = self._run_teachers(terms, args, {})
         found = [term.teacher_tensor(self._teachers, taught) for term in terms]
         return [term.teacher_alone(tensor) for term, tensor in zip(terms, found, strict=True)]
 

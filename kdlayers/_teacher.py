@@ -15,6 +15,8 @@ from kdlayers._tree import first_tensor
 from kdlayers.errors import ArgumentError, CaptureError
 
 Transform = Callable[[Tensor], Tensor]
+Taught = tuple[Tensor | None, dict[str, Tensor]]
+"""A teacher's logits, None where nothing asked for them, and its taps."""
 
 
 class Teacher:
@@ -45,12 +47,14 @@ class Teacher:
         kwargs: dict[str, Any],
         names: Collection[str],
         autocast: torch.dtype | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        *,
+        logits: bool = True,
+    ) -> Taught:
         """Logits, and the features of the modules ``names``, for the student's inputs.
 
         Runs in eval mode without gradients, with the inputs on the teacher's device and in its
         dtype; ``autocast`` is the dtype of an autocast that the student ran under and that has
-        ended since.
+        ended since. If no ``logits`` are asked for, the forward ends after the last tap.
 
         Raises:
             CaptureError: if a tapped module did not run.
@@ -67,8 +71,14 @@ class Teacher:
                 tap = Capture(name, call.path, tape, clone=call.changed)
                 hook = hook_site(self.model, name).register_forward_hook(tap)
                 stack.callback(hook.remove)
+                if not logits and self._stoppable():
+                    stop = hook_site(self.model, name).register_forward_hook(_Stop(names, tape))
+                    stack.callback(stop.remove)
             args = to_model(transformed(tuple(args), self.transform), self.model)
-            output = self.called(*args, **kwargs)
+            try:
+                output = self.called(*args, **kwargs)
+            except _Enough:
+                return None, tape.features
         missing = [name for name in names if name not in tape.features]
         if missing:
             raise CaptureError(
@@ -76,10 +86,32 @@ class Teacher:
                 "attach; a teacher compiled and called before attach_kd skips new hooks: pass the "
                 "teacher uncompiled, or attach before its first call"
             )
-        logits = first_tensor(output)
-        if logits is None:
+        found = first_tensor(output)
+        if found is None and logits:
             raise CaptureError("the teacher returned no tensor, though it did at attach")
-        return logits, tape.features
+        return found, tape.features
+
+    def _stoppable(self) -> bool:
+        """Whether a forward may be left early: not a graph's, a peer's, or with parts gathered."""
+        plain = self.called is self.model and self.eval_mode
+        return plain and not any(hasattr(p, "placements") for p in self.model.parameters())
+
+
+class _Enough(BaseException):
+    """Ends a teacher's forward; no Exception, so that no model takes it for an error."""
+
+
+class _Stop:
+    """Forward hook that ends the forward once all taps have been recorded."""
+
+    def __init__(self, names: Collection[str], tape: Tape) -> None:
+        self.names = names
+        self.tape = tape
+
+    def __call__(self, *_: Any) -> None:
+        """Raise when nothing is missing any more."""
+        if all(name in self.tape.features for name in self.names):
+            raise _Enough
 
 
 def transformed(args: tuple[Any, ...], transform: Transform | None) -> tuple[Any, ...]:
@@ -87,16 +119,25 @@ def transformed(args: tuple[Any, ...], transform: Transform | None) -> tuple[Any
     return args if transform is None else (transform(args[0]), *args[1:])
 
 
-Taught = tuple[Tensor, dict[str, Tensor]]
-
-
 def mean_logits(teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
     """The weighted mean of the teachers' logits; those of one teacher as they are."""
-    if len(taught) == 1:
-        return taught[0][0]
-    device = taught[0][0].device
-    parts = [t.weight * logits.to(device) for t, (logits, _) in zip(teachers, taught, strict=True)]
+    logits = [logits_of(each) for each in taught]
+    if len(logits) == 1:
+        return logits[0]
+    device = logits[0].device
+    parts = [t.weight * each.to(device) for t, each in zip(teachers, logits, strict=True)]
     return torch.stack(parts).sum(0)
+
+
+def logits_of(taught: Taught) -> Tensor:
+    """A teacher's logits.
+
+    Raises:
+        CaptureError: if its forward ended before.
+    """
+    if taught[0] is None:
+        raise CaptureError("the teacher's forward ended before its logits, which a loss reads")
+    return taught[0]
 
 
 def make_teachers(

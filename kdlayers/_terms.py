@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdlayers._hooks import score_key, templates_of
 from kdlayers._layouts import Layout, common_size, pool
-from kdlayers._teacher import Taught, Teacher, mean_logits
+from kdlayers._teacher import Taught, Teacher, logits_of, mean_logits
 from kdlayers._trace import Trace
 from kdlayers.errors import ArgumentError
 from kdlayers.losses import DistillLoss, TemplateLoss
@@ -48,12 +48,16 @@ class Term:
         """Whether the loss needs the features of the teacher of this index."""
         return self.tap is not None and teacher == (self.teacher_index or 0)
 
+    def reads_logits(self, teacher: int) -> bool:
+        """Whether the loss needs the logits of the teacher of this index."""
+        return self.tap is None and self.teacher_index in (None, teacher)
+
     def teacher_tensor(self, teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
         """The teacher's tensor in its own layout, from what the teachers returned."""
         if self.tap is not None:
             return taught[self.teacher_index or 0][1][self.tap]
         if self.teacher_index is not None:
-            return taught[self.teacher_index][0]
+            return logits_of(taught[self.teacher_index])
         return mean_logits(teachers, taught)
 
     def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

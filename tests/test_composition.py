@@ -240,7 +240,7 @@ def fitted(methods, seed=3):
     at = points("first", "last") if LETKD in methods else ()
     losses = [InheritExploreLoss(at="last", epochs=6)] if "IE" in methods else []
     kd = attach_kd(student, teacher, at, losses=losses, example=IMAGES)
-    runs = Tap(teacher)
+    runs = Tap(teacher.stem)  # the forward ends after the last tap
     kd.fit(LOADER, seed=seed, progress=False)
     return kd.state_dict()["losses"], len(runs.outputs)
 

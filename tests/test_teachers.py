@@ -250,3 +250,42 @@ def test_inherit_and_explore_between_peers_learns_the_peers_coder_along():
             optimiser.step()
         errors = [float(kd.terms["InheritExploreLoss.last.reconstruction"]) for kd in (kd_a, kd_b)]
         assert all(e == e and e < 10 for e in errors)
+
+
+class Deep(Net):
+    """Counts the runs of what comes after the last tap."""
+
+    def forward(self, x):
+        features = self.last(self.first(self.stem(x)))
+        self.ends = getattr(self, "ends", 0) + 1
+        return self.head(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("losses", "ends"), [([], 0), ([KDLoss()], 1)])
+def test_the_teacher_runs_no_deeper_than_the_losses_read(losses, ends):
+    student, teacher = Net(), Deep()
+    kd = attach_kd(student, teacher, [KDPoint("last", targets=CodebookTargets(4))], losses=losses)
+    images, labels = torch.randn(4, 3, 12, 12), torch.arange(4) % 3
+    teacher.ends = 0
+    kd.fit([(images, labels)], progress=False)
+    assert teacher.ends == 0
+    student(images)
+    value = kd.loss(labels)
+    assert teacher.ends == ends
+    assert not teacher.last._forward_hooks
+    assert not any(module._forward_hooks for module in teacher.modules())
+    with torch.no_grad():  # the features are those of a whole forward
+        whole = teacher.last(teacher.first(teacher.stem(images))).movedim(1, -1)
+    targets = next(t.loss.template_targets for t in kd._terms if t.point)
+    again = student.last[1].kd
+    assert value > 0
+    assert targets.soft_assignment(whole).shape[-1] == again.head.num_templates
+
+
+def test_a_teacher_that_is_compiled_or_a_peer_runs_to_its_end():
+    teacher = Deep()
+    compiled = torch.compile(teacher, backend="eager")
+    kd = attach_kd(Net(), compiled, [KDPoint("last", targets=CodebookTargets(4))])
+    teacher.ends = 0
+    kd.fit([(torch.randn(4, 3, 12, 12), None)], progress=False)
+    assert teacher.ends == 1
