@@ -55,7 +55,7 @@ class Ahead:
 
     args: tuple[Any, ...]
     version: int | None
-    taught: list[tuple[Tensor, dict[str, Tensor]]]
+    taught: list[tuple[Tensor | None, dict[str, Tensor]]]
 
 
 class Tape:
