@@ -1,6 +1,5 @@
 """`attach_kd`: from two models and some names to a student with KD layers and a handle."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +14,7 @@ from kdlayers._hooks import (
     OpenForward,
     Slot,
     Tape,
+    guard_hooks,
     score_key,
 )
 from kdlayers._layer import check_memory
@@ -117,7 +117,7 @@ def attach_kd(
     for module, _, hook in inserts(student):
         if hook.tape is tape:
             hook.slot(module).train(module.training)
-    _forget_compiled_graphs()
+    guard_hooks(reset=True)
     return KDHandle(student, teachers, terms, tape, hooks)
 
 
@@ -273,10 +273,3 @@ def _record_hooks(
     for hook in hooks:
         undo.callback(hook.remove)
     return hooks
-
-
-def _forget_compiled_graphs() -> None:
-    """Graphs that torch.compile made before do not look at hooks again, so they must go."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()

@@ -10,6 +10,7 @@ a deep copy, an unpickled model or a replica then runs its own layer, not the or
 an empty tape that never records.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,11 @@ class InsertLayer:
         self.path = path
         self.tape = tape
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled or copied students are compiled too."""
+        self.__dict__.update(state)
+        guard_hooks()
+
     def slot(self, module: nn.Module) -> Slot:
         """The layer that belongs to ``module``."""
         return descend(module, self.store)._modules[SLOT]  # type: ignore[return-value]
@@ -210,6 +216,21 @@ def watch_backward(tape: Tape, output: Any) -> None:
             tape.clear()
 
     logits.register_hook(close)
+
+
+def guard_hooks(*, reset: bool = False) -> None:
+    """Make torch.compile look whether modules have hooks before it reuses a graph.
+
+    Models of one class share their graphs, and by default hooks are not compared: with a plain
+    instance compiled first, one with KD layers would run without them. ``reset`` also drops the
+    graphs made so far.
+    """
+    if reset or "torch._dynamo" in sys.modules:
+        from torch import _dynamo
+
+        _dynamo.config.skip_nnmodule_hook_guards = False
+        if reset:
+            _dynamo.reset()
 
 
 def score_key(name: str) -> str:

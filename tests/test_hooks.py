@@ -264,3 +264,32 @@ def test_exports_carry_the_layer():
     student.eval()
     traced = torch.fx.symbolic_trace(student)
     torch.testing.assert_close(traced(IMAGES), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_after_a_plain_instance_of_the_class_the_layer_still_runs(training):
+    torch.compiler.reset()
+    plain = Net()
+    student = copy.deepcopy(plain)
+    kd = attach_kd(student, Net(), [KDPoint("last", targets=CodebookTargets(4))])
+    kd.fit([(torch.randn(4, 3, 12, 12), None)], progress=False)
+    images = torch.randn(4, 3, 12, 12)
+    first, second = (torch.compile(m.train(training), backend="eager") for m in (plain, student))
+    with torch.set_grad_enabled(training):
+        first(images)
+        compiled = second(images)
+        if training:
+            assert kd.loss() > 0
+        torch.testing.assert_close(compiled, student(images))
+        assert not torch.allclose(compiled, plain(images))
+
+
+def test_an_unpickled_student_is_told_apart_too(monkeypatch):
+    import torch._dynamo
+
+    student = Net()
+    attach_kd(student, at=[KDPoint("last", num_templates=4)]).detach()
+    saved = pickle.dumps(student)
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
+    pickle.loads(saved)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards is False
