@@ -35,14 +35,13 @@ class CodebookTargets(TemplateTargets):
 
     With the default 1 and features of a CIFAR network most assignments are close to one-hot.
 
-    :meth:`fit` reads the data twice at most, and never holds all of it:
-
-    1. A uniform sample of 64 rows a template, at least 16384, is kept (fewer, but not below 16 a
-       template, where that exceeds 2\ :sup:`28` numbers). k-means runs on it: up to 512 templates
-       with greedy k-means++ seeding and Lloyd iterations until nothing changes, 300 at most; above
-       with k-means++ in rounds and Lloyd iterations until one lowers the inertia by less than 1e-4
-       of it, 50 at most. Centres without rows move to the farthest rows.
-    2. If the data held more rows than the sample, one exact Lloyd step over all rows follows.
+    :meth:`fit` never holds all of the data. It reads them once, if a uniform sample of 256 rows a
+    template (at least 16384) holds them all or fits into 2\ :sup:`28` numbers; else twice, with a
+    smaller sample (16 rows a template at least) and an exact Lloyd step over all rows after it. On
+    the sample runs k-means: seeded by greedy k-means++, above 512 templates in rounds; then Lloyd
+    iterations until nothing changes (300 at most), above 64 templates over growing parts of the
+    sample, wide rows in their principal axes first, until an iteration lowers the inertia by less
+    than 1e-3 of it. Centres without rows move to the farthest rows.
 
     Under ``torch.distributed`` the samples, sums and counts of all ranks are combined, and all
     ranks end with the same centres.
@@ -55,8 +54,9 @@ class CodebookTargets(TemplateTargets):
     Attributes:
         centers: E, ``[K, D]``, float32 (float64 for float64 features), on the features' device;
             ``None`` before :meth:`fit`.
-        counts: rows of the data of which each centre was the nearest, ``[K]``, for reports.
-        inertia: mean squared distance of the rows to their centres, a scalar, for reports.
+        counts: rows of which each centre was the nearest, ``[K]``, for reports: of all rows, or of
+            the sample if the data were read once.
+        inertia: mean squared distance of the same rows to their centres, a scalar, for reports.
 
     Raises:
         ArgumentError: if ``num_templates`` or ``temperature`` is out of range.

@@ -104,9 +104,10 @@ def sums_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
     return sums
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tensor_float() -> bool:
-    """Whether the user lets CUDA round the factors of float32 products to 10 bits."""
+    """Whether the user lets CUDA round the factors of float32 products to 10 bits, or may."""
+    if torch.compiler.is_compiling():
+        return True  # graphs cannot look; being careful costs two small products more
     flags = torch.backends.cuda.matmul
     precision = getattr(flags, "fp32_precision", None)  # torch 2.9 and later
     return bool(flags.allow_tf32) if precision is None else precision == "tf32"
