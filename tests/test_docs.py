@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 import kdlayers
 import kdlayers.schedules
@@ -76,25 +78,37 @@ def test_every_public_name_has_a_docstring(module):
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_codebooks(monkeypatch)
-    if page.name == "frameworks.md" and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("AOTInductor needs a C++ compiler")
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package)
+    if page.name in NEEDS_A_COMPILER and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("Inductor needs a C++ compiler")
+    if page.name == "own-loop.md":
+        images_and_teacher()
     text = page.read_text("utf-8")
     if page.name in NEEDS_A_HANDLE:
-        text = f"```python\n{NEEDS_A_HANDLE[page.name]}\n```\n{text}"
+        text = f"```python\n{HANDLE}\n```\n{text}"
     run_page(text, str(page))
 
 
 HANDLE = """
 from kdlayers import KDLoss, attach_kd
-kd = attach_kd(student, teacher, "layer4", losses=[KDLoss()])
-kd.fit(plain_loader)
-optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+kd = attach_kd(student, teacher, losses=[KDLoss()])
 """
-NEEDS_A_HANDLE = {
-    "frameworks.md": HANDLE,
-    "troubleshooting.md": "from kdlayers import KDLoss, attach_kd\n"
-    "kd = attach_kd(student, teacher, losses=[KDLoss()])"
-}
+NEEDS_A_HANDLE = ("troubleshooting.md",)
+NEEDS_A_COMPILER = ("compile.md", "export.md")
+NEEDS = {"own-loop.md": ["timm"], "points.md": ["timm"], "timm-train.md": ["timm.task"]}
+
+
+def images_and_teacher():
+    """The files that a user of the page has: a folder of images a class, and a teacher's state."""
+    for name in ("cats", "dogs"):
+        folder = Path("images", "train", name)
+        folder.mkdir(parents=True)
+        for index in range(40):
+            noise = torch.randint(256, (3, 72, 72), dtype=torch.uint8)
+            torchvision.io.write_png(noise, str(folder / f"{index}.png"))
+    teacher = pytest.importorskip("timm").create_model("convnext_atto", num_classes=2)
+    torch.save(teacher.state_dict(), "teacher.pt")
 
 
 def sentences():
@@ -122,3 +136,20 @@ def test_troubleshooting_quotes_real_sentences():
 def test_no_trailing_notes():
     words = re.compile(r"\b(TODO|FIXME|XXX)\b")
     assert [page.name for page in DOCS.glob("*.md") if words.search(page.read_text("utf-8"))] == []
+
+
+def modules_named(text):
+    """Files of the package that the tables of a page name, as paths inside it."""
+    cells = "".join(line for line in text.splitlines(keepends=True) if line.startswith("| "))
+    return re.findall(r"`([\w/]+\.py)`", cells)
+
+
+def test_architecture_names_every_module_once():
+    named = modules_named((DOCS / "architecture.md").read_text("utf-8"))
+    package = Path(kdlayers.__file__).parent
+    files = [str(file.relative_to(package)) for file in package.rglob("*.py")]
+    assert sorted(named) == sorted(files)
+
+
+def test_contributing_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()) < 60
