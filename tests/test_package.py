@@ -17,6 +17,7 @@ import torch
 before = set(sys.modules)
 import kdlayers
 heavy = {"torchvision", "timm", "sklearn", "scipy", "matplotlib", "tqdm", "onnx", "numpy"}
+heavy |= {"torch._dynamo", "torch.distributed.tensor"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
 
