@@ -16,6 +16,7 @@ from kdlayers import errors as errors
 from kdlayers import functional as functional
 from kdlayers import losses as losses
 from kdlayers import schedules as schedules
+from kdlayers import viz as viz
 from kdlayers._attach import attach_kd as attach_kd
 from kdlayers._bake import bake as bake
 from kdlayers._fold import fold as fold

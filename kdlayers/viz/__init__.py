@@ -1,0 +1,24 @@
+"""Seeing what KD layers do: what they match and add, how often, and what the teacher taught them.
+
+Functions that compute take models and give tensors, and need nothing but torch (:func:`overlay`
+also torchvision). Functions whose names begin with ``plot_`` draw those tensors, give a
+``matplotlib.figure.Figure`` (``figure.savefig("matches.png")``), and need matplotlib, which
+``pip install "kdlayers[viz]"`` brings along.
+"""
+
+from kdlayers.viz._figures import plot_matches as plot_matches
+from kdlayers.viz._figures import plot_usage as plot_usage
+from kdlayers.viz._overlay import overlay as overlay
+from kdlayers.viz._overlay import template_colors as template_colors
+from kdlayers.viz._pairs import Pair as Pair
+from kdlayers.viz._pairs import class_decisions as class_decisions
+from kdlayers.viz._pairs import strongest_pairs as strongest_pairs
+from kdlayers.viz._tables import plot_decisions as plot_decisions
+from kdlayers.viz._tables import plot_relations as plot_relations
+from kdlayers.viz._usage import TemplateUsage as TemplateUsage
+from kdlayers.viz._usage import template_usage as template_usage
+from kdlayers.viz._view import LayerView as LayerView
+from kdlayers.viz._view import feature_colors as feature_colors
+from kdlayers.viz._view import layer_view as layer_view
+from kdlayers.viz._view import match_map as match_map
+from kdlayers.viz._view import norm_maps as norm_maps

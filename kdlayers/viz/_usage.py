@@ -1,0 +1,100 @@
+"""How often each template fires, and how often it is the best match."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._batches import split_batch
+from kdlayers._chunks import chunks
+from kdlayers._layer import KDLayer
+from kdlayers._models import unwrap
+from kdlayers.errors import FitError
+from kdlayers.viz._view import best_templates
+from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
+
+
+@dataclass(frozen=True)
+class TemplateUsage:
+    """How often the K templates of one KD layer were used on some data."""
+
+    name: str
+    """The layer's point."""
+    fires: Tensor
+    """Positions at which each template fires, p > 0: ``[K]``, int64."""
+    best: Tensor
+    """Positions at which each template has the largest p: ``[K]``, int64."""
+    positions: int
+    """Positions in all; at ``positions - best.sum()`` of them no template fires."""
+
+    @property
+    def silent(self) -> Tensor:
+        """Templates that fire nowhere: their indices."""
+        return (self.fires == 0).nonzero().flatten()
+
+
+def template_usage(
+    student: nn.Module, loader: Iterable[Any], at: str | None = None
+) -> TemplateUsage:
+    r"""Count at how many positions each template of a KD layer fires, and is the best match.
+
+    .. math:: \#\{i : p_{ik} > 0\}, \qquad \#\{i : k = \operatorname*{argmax}_{k'} p_{ik'},\;
+        p_{ik} > 0\}
+
+    The student runs in eval mode without gradient. Prefix tokens are not counted:
+    ``best`` is what :func:`match_map` gives, counted. (:func:`~kdlayers.prune_templates` looks at
+    all tokens: a template that is silent here may have a part in the class token.)
+
+    Args:
+        student: a model with KD layers, attached, detached, loaded or baked.
+        loader: batches of images, or of (images, labels), as the student takes them.
+        at: name of the layer's point; may be left out where there is only one.
+
+    Returns:
+        The counts, on the student's device.
+
+    Raises:
+        FitError: if the loader is empty.
+        AttachError, ArgumentError, ArgumentTypeError, NoMatchError, ShapeError, LayoutError: as
+            :func:`layer_view`.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import KDPoint, attach_kd, viz
+        >>> student = resnet18()
+        >>> kd = attach_kd(student, at=[KDPoint("layer4", num_templates=16)])
+        >>> usage = viz.template_usage(student, [torch.randn(2, 3, 64, 64)])
+        >>> usage.positions, bool((usage.best <= usage.fires).all())
+        (8, True)
+    """
+    student, _ = unwrap(student, "student")
+    name, layer = find_layer(student, at)
+    fires = torch.zeros(layer.head.num_templates, dtype=torch.int64)
+    best, positions = fires.clone(), 0
+    for batch in loader:
+        images = check_images(split_batch(batch)[0])
+        for before, _ in watched(student, layer, images):
+            rows = grid(before, name, layer, student, images).flatten(0, -2)
+            fired, won = _count(layer, rows)
+            fires, best = fires.to(rows.device) + fired, best.to(rows.device) + won
+            positions += len(rows)
+    if not positions:
+        raise FitError("template_usage() was given an empty loader: it gave no batch")
+    return TemplateUsage(name, fires, best, positions)
+
+
+@torch.no_grad()
+def _count(layer: KDLayer, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts ``[K]`` of features ``[N, C]``, without a tensor ``[N, K]``."""
+    templates = layer.head.num_templates
+    fires = torch.zeros(templates, dtype=torch.int64, device=rows.device)
+    best = fires.clone()
+    for part in chunks(len(rows), templates, rows.device):
+        assignment = assign(layer, rows[part])[1]
+        fires += (assignment > 0).sum(0)
+        # One count more in front, for the positions where none fires.
+        best += torch.bincount(best_templates(assignment) + 1, minlength=templates + 1)[1:]
+    return fires, best

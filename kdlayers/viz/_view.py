@@ -1,0 +1,187 @@
+"""One KD layer on a few images: what it matched where, and what it did to the features."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._models import unwrap
+from kdlayers.errors import ArgumentError, AttachError
+from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
+
+By = Literal["assignment", "scores"]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What one KD layer did on a batch of B images, at each of H x W positions.
+
+    Prefix tokens (class and register tokens) are left out; a vector is a grid of one position.
+    """
+
+    name: str
+    """The layer's point."""
+    before: Tensor
+    """Features that go into the layer, x: ``[B, H, W, C]``."""
+    after: Tensor
+    """Features that come out, x + alpha v: ``[B, H, W, C]``."""
+    scores: Tensor
+    """Scores of the templates, a: ``[B, H, W, K]``."""
+    assignment: Tensor
+    """Soft assignment, p = ReLU(BN(a)): ``[B, H, W, K]``; 0 where a template does not fire."""
+
+
+def layer_view(student: nn.Module, images: Tensor, at: str | None = None) -> LayerView:
+    r"""Run ``student`` on ``images`` and keep what one of its KD layers did.
+
+    .. math:: a = \operatorname{cos}(x; W, s_t), \qquad p = \operatorname{ReLU}(\operatorname{BN}
+        (a)), \qquad \hat x = x + \alpha v
+
+    as in :class:`~kdlayers.KDLayer`. The student runs in eval mode without gradient; its training
+    flags, the random states and a recorded training step stay as they are. All scores are kept: a
+    few images are meant, and :func:`template_usage` is there for whole data sets.
+
+    Args:
+        student: a model with KD layers, attached, detached, loaded or baked.
+        images: as the student takes them, ``[B, channels, height, width]``.
+        at: name of the layer's point; may be left out where there is only one.
+
+    Returns:
+        The features before and after, the scores and the assignments, as grids.
+
+    Raises:
+        AttachError: if the student has no KD layers, or the layer did not run exactly once.
+        ArgumentError: if there are several layers and none is named.
+        NoMatchError: if there is no KD layer of this name.
+        ArgumentTypeError: if ``images`` is no tensor.
+        ShapeError: if ``images`` is no batch.
+        LayoutError: if the tokens of the layer form no grid of the images' proportions.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import KDPoint, attach_kd, viz
+        >>> student = resnet18()
+        >>> kd = attach_kd(student, at=[KDPoint("layer4", num_templates=16)])
+        >>> view = viz.layer_view(student, torch.randn(2, 3, 96, 64))
+        >>> view.before.shape, view.scores.shape
+        (torch.Size([2, 3, 2, 512]), torch.Size([2, 3, 2, 16]))
+    """
+    student, _ = unwrap(student, "student")
+    check_images(images)
+    name, layer = find_layer(student, at)
+    seen = watched(student, layer, images)
+    if len(seen) != 1:
+        raise AttachError(
+            f"the KD layer at {name!r} ran {len(seen)} times in one forward; it can be shown only "
+            "where it runs once"
+        )
+    before, after = (grid(x, name, layer, student, images) for x in seen[0])
+    with torch.no_grad():
+        scores, assignment = assign(layer, before)
+    return LayerView(name, before, after, scores, assignment)
+
+
+def match_map(view: LayerView, *, by: By = "assignment") -> Tensor:
+    r"""Which template each position matched best.
+
+    .. math:: m_i = \operatorname*{argmax}_k p_{ik}
+
+    Args:
+        view: of :func:`layer_view`.
+        by: ``"assignment"`` (default): by p, what acts on the features, where -1 says that no
+            template fires and the position passes unchanged. ``"scores"``: by a, what the teacher
+            supervises; it is never -1. The two differ by the batch norm.
+
+    Returns:
+        ``[B, H, W]``, int64, -1 to K - 1.
+
+    Raises:
+        ArgumentError: if ``by`` is neither.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers.viz import LayerView, match_map
+        >>> p = torch.tensor([[[[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]]]])  # one image, 1 x 2 positions
+        >>> x = torch.randn(1, 1, 2, 4)
+        >>> match_map(LayerView("layer4", x, x, p, p))
+        tensor([[[ 1, -1]]])
+    """
+    if by not in get_args(By):
+        raise ArgumentError(f'by must be "assignment" or "scores", got {by!r}')
+    if by == "scores":
+        return view.scores.argmax(-1)
+    return best_templates(view.assignment)
+
+
+def best_templates(assignment: Tensor) -> Tensor:
+    """Index of the largest entry of ``[..., K]``; -1 where none is above zero."""
+    strength, best = assignment.max(-1)
+    return torch.where(strength > 0, best, -1)
+
+
+def norm_maps(view: LayerView) -> tuple[Tensor, Tensor]:
+    r"""How long the features are, and what the layer adds to them.
+
+    .. math:: \lVert x_i \rVert_2, \qquad \lVert \hat x_i - x_i \rVert_2
+
+    Returns:
+        Two tensors ``[B, H, W]``, 0 or more.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers.viz import LayerView, norm_maps
+        >>> x, p = torch.tensor([[[[3.0, 4.0]]]]), torch.ones(1, 1, 1, 5)
+        >>> norm_maps(LayerView("layer4", x, x + 1, p, p))
+        (tensor([[[5.]]]), tensor([[[1.4142]]]))
+    """
+    added = view.after - view.before
+    return view.before.norm(dim=-1), added.norm(dim=-1)
+
+
+def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
+    """Features before and after the layer as colours: equal colours stand for similar features.
+
+    Red, green and blue are the first three principal components of all positions, before and after
+    together, so that the two can be compared. Each side is centred by itself first: what the layer
+    adds everywhere alike is not shown. Every component is stretched so that all but 2 % of the
+    positions at either end lie in 0 to 1; one along which nothing varies is 0.5.
+
+    Returns:
+        Before and after, ``[B, 3, H, W]`` in 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers.viz import LayerView, feature_colors
+        >>> x, p = torch.randn(2, 4, 4, 8), torch.ones(2, 4, 4, 5)
+        >>> before, after = feature_colors(LayerView("layer4", x, x + 1, p, p))
+        >>> before.shape, torch.allclose(before, after)
+        (torch.Size([2, 3, 4, 4]), True)
+    """
+    batch, height, width, channels = view.before.shape
+    sides = [side.reshape(-1, channels).double() for side in (view.before, view.after)]
+    rows = torch.cat([side - side.mean(0) for side in sides])
+    colors = _stretched(rows @ _principal_axes(rows)).to(torch.float32)
+    before, after = colors.view(2, batch, height, width, 3).movedim(-1, 2)
+    return before, after
+
+
+def _principal_axes(rows: Tensor) -> Tensor:
+    """Three orthogonal directions ``[C, 3]``; zeros in the place of those without variance."""
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    axes = rows.new_zeros(rows.shape[1], 3)
+    count = min(3, rows.shape[1])
+    top = vectors.flip(1)[:, :count]
+    # An axis has no direction of its own: let its largest entry be positive.
+    sign = top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
+    varies = values.flip(0)[:count] > 1e-12 * values[-1].clamp_min(1e-300)
+    axes[:, :count] = top * sign * varies
+    return axes
+
+
+def _stretched(components: Tensor) -> Tensor:
+    low, high = components.quantile(components.new_tensor([0.02, 0.98]), dim=0)
+    width = high - low
+    scaled = ((components - low) / torch.where(width > 0, width, 1.0)).clamp(0, 1)
+    return torch.where(width > 0, scaled, 0.5)

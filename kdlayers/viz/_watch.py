@@ -1,0 +1,137 @@
+"""What goes into a KD layer of a model and comes out of it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlayers._hooks import Slot
+from kdlayers._layer import KDLayer
+from kdlayers._layouts import Layout, find_layout
+from kdlayers._names import strip
+from kdlayers._sites import slots
+from kdlayers._trace import to_model, undisturbed
+from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    AttachError,
+    LayoutError,
+    NoMatchError,
+    ShapeError,
+)
+
+
+def find_layer(student: nn.Module, at: str | None) -> tuple[str, KDLayer]:
+    """The KD layer called ``at``, or the only one; and its name.
+
+    Layers are called as their points where hooks put them, and else as modules are.
+
+    Raises:
+        AttachError: if there is no KD layer.
+        ArgumentError: if there are several and none is named.
+        NoMatchError: if none has this name.
+    """
+    layers: dict[str, KDLayer] = dict(slots(student))
+    layers |= {
+        name: module
+        for name, module in student.named_modules()
+        if isinstance(module, KDLayer) and not isinstance(module, Slot)
+    }
+    names = ", ".join(map(repr, layers))
+    if not layers:
+        raise AttachError(
+            f"this {type(student).__name__} has no KD layers to look at; attach_kd puts them in, "
+            "and of a folded copy pass the student that it was made of"
+        )
+    if at is None and len(layers) > 1:
+        raise ArgumentError(f"this student has KD layers at {names}; say with at= which one")
+    name = next(iter(layers)) if at is None else strip(at)
+    if name not in layers:
+        raise NoMatchError(f"there is no KD layer at {at!r}; this student has them at {names}")
+    return name, layers[name]
+
+
+def check_images(images: Any) -> Tensor:
+    """``images`` if they are a batch.
+
+    Raises:
+        ArgumentTypeError: if they are no tensor.
+        ShapeError: if they have not four axes.
+    """
+    if not isinstance(images, Tensor):
+        raise ArgumentTypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.dim() != 4:
+        raise ShapeError(
+            f"images must be [B, channels, height, width], got {tuple(images.shape)}; "
+            "image.unsqueeze(0) makes a batch of one"
+        )
+    return images
+
+
+def watched(student: nn.Module, layer: KDLayer, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Features before and after ``layer``, each time that it acts in a forward of ``student``.
+
+    The forward is in eval mode, and leaves training flags and random states as they were.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(module, Slot):
+            if not kwargs.get("insert"):
+                return  # a parent that runs all its children has called it
+            output = output[0]
+        # Copies, as later modules may work in place.
+        seen.append((args[0].detach().clone(), output.detach().clone()))
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        with undisturbed(student), torch.no_grad():
+            student(*to_model((images,), student))
+    finally:
+        handle.remove()
+    return seen
+
+
+def grid(features: Tensor, name: str, layer: KDLayer, student: nn.Module, images: Tensor) -> Tensor:
+    """Features of ``layer`` as ``[B, H, W, C]``, without prefix tokens.
+
+    Raises:
+        LayoutError: if the positions form no grid, or are not those of the batch.
+    """
+    shape, dim = tuple(features.shape), layer.head.channel_dim % features.dim()
+    if shape[0] != len(images):
+        raise LayoutError(
+            f"the features of {name!r} have shape {shape}, but there are {len(images)} images: "
+            "the first axis is not the batch"
+        )
+    if len(shape) == 4 and dim in (1, 3):
+        return Layout("NCHW" if dim == 1 else "NHWC").to_grid(features)
+    if dim != len(shape) - 1:
+        raise LayoutError(
+            f"the features of {name!r} have shape {shape} with channels on axis {dim}; maps [B, "
+            "C, H, W] or [B, H, W, C], tokens [B, L, C] and vectors [B, C] can be shown"
+        )
+    size = (images.shape[2], images.shape[3])
+    module = student.get_submodule(name)
+    return find_layout(name, module, student, shape, size).to_grid(features)
+
+
+def assign(layer: KDLayer, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores a and assignment p = ReLU(BN(a)), ``[..., K]``, of features ``[..., C]``.
+
+    Batch norm takes its running statistics, as in eval mode.
+    """
+    scores = layer.head.project(features)
+    norm = layer.norm
+    normed = F.batch_norm(
+        scores.reshape(-1, scores.shape[-1]),
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.running_mean is None,
+        0.0,
+        norm.eps,
+    )
+    return scores, F.relu(normed).view_as(scores)
