@@ -126,3 +126,31 @@ def test_every_way_to_the_teacher_moves_the_inputs():
     alone = Teacher(twin, trace(twin, (IMAGES,), "teacher"), twin)
     seen, features = alone.run((IMAGES,), {}, ["last"])
     assert seen.dtype == features["last"].dtype == torch.float64
+
+
+@gpu
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_a_step_on_the_gpu_equals_the_cpu_and_waits_for_nothing(memory):
+    def step(device):
+        torch.manual_seed(0)
+        student, teacher = Net(4).to(device).train(), Net(6).to(device)
+        points = [
+            KDPoint("first", targets=DecisionTargets(2, components=2)),
+            KDPoint("last", targets=CodebookTargets(4)),
+        ]
+        kd = attach_kd(student, teacher, points, memory=memory)
+        images, labels = IMAGES.to(device), LABELS.to(device)
+        kd.fit([(images, labels)], progress=False)
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            student(images)
+            loss = kd.loss(labels)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return loss.cpu(), {n: p.grad.cpu() for n, p in student.named_parameters() if "kd" in n}
+
+    (ours, grads), (theirs, wanted) = step("cuda"), step("cpu")
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-2, atol=1e-4)
