@@ -310,7 +310,7 @@ def test_a_verdict_only_where_the_interval_excludes_zero(shift):
 def test_pairs_are_of_one_seed():
     ours, theirs = lines("x", [1.0, 2.0, 3.0])[1:], lines("y", [5.0, 6.0, 7.0, 8.0])[::-1]
     assert words.paired(ours, theirs) == ([2.0, 3.0], [6.0, 7.0])
-    assert words.difference(ours[:1], theirs) == ("-4.00 (one seed)", "not separated")
+    assert words.difference(ours[:1], theirs) == ("-4.00", "one seed")
     assert words.difference(ours[:1], theirs[-1:])[1] == "not run"
 
 

@@ -9,10 +9,19 @@ import torch
 from torch import nn
 
 import kdlayers
-from kdlayers import CodebookTargets, DecisionTargets, DistillLoss, KDHandle, KDPoint, attach_kd
+from kdlayers import (
+    CodebookTargets,
+    DecisionTargets,
+    DistillLoss,
+    KDHandle,
+    KDPoint,
+    TemplateHead,
+    attach_kd,
+)
 from kdlayers.schedules import LinearWarmup
 
 Recipe = dict[str, Any]
+CLASSES = 10  # of Fashion-MNIST
 
 
 def option(default: Any, text: str) -> Any:
@@ -28,13 +37,14 @@ class Options:
     width: float = option(8.0, "channels of its first stage")
     first: str = option("layer3.0", "point of letKD-2's first layer")
     last: str = option("last", "point of the last layer, and of the losses on features")
-    templates: int = option(256, "K, templates of the last layer")
+    templates: int = option(64, "K, templates of the last layer")
     temperature: float = option(1.0, "factor of squared distances in the codebook's softmax")
     subclasses: int = option(8, "of each class, at letKD-2's first layer")
     components: int = option(9, "discriminant directions there")
     alpha_first: float = option(1.0, "value ratio of letKD-2's first layer")
     alpha_last: float = option(1.0, "value ratio of the last layer")
-    layer_weight: float = option(1.0, "weight of the layers' losses")
+    head_scale: float = option(3.0, "initial scale of all layers' scores")
+    layer_weight: float = option(3.0, "weight of the layers' losses")
     ce_weight: float = option(1.0, "weight of cross-entropy beside KDLoss")
     kd_weight: float = option(1.0, "weight of KDLoss")
     kd_temperature: float = option(4.0, "temperature of all losses on logits")
@@ -42,7 +52,7 @@ class Options:
     dkd_beta: float = option(2.0, "beta of DKDLoss and AEKTLoss")
     aekt_weight: float = option(0.2, "weight of AEKTLoss, after a warm-up")
     aekt_clip: float = option(10.0, "ratio_clip of AEKTLoss")
-    warmup: int = option(2, "epochs of warm-up of DKDLoss and AEKTLoss")
+    warmup: int = option(4, "epochs of warm-up of DKDLoss and AEKTLoss")
     skd_grad_scale: float = option(1 / 16, "simplifier_grad_scale of StudentFriendlyKDLoss")
     fitnet_weight: float = option(100.0, "weight of FitNetLoss")
     at_weight: float = option(1000.0, "weight of AttentionTransferLoss, after each stage")
@@ -190,18 +200,17 @@ def completed(part: Recipe, o: Options) -> Recipe:
     }
     if layers:
         if not supervised:  # nothing of the targets but their number matters
-            layers = [
-                {"at": x["at"], "templates": count(x, 10), "alpha": x["alpha"]} for x in layers
-            ]
-        recipe |= {"layers": layers, "supervised": supervised}
+            layers = [free_layer(layer) for layer in layers]
+        recipe |= {"layers": layers, "supervised": supervised, "head_scale": o.head_scale}
     if layers and supervised:
         recipe["layer_weight"] = o.layer_weight
     return recipe
 
 
-def count(layer: Recipe, classes: int) -> int:
-    """Templates of a layer."""
-    return layer["templates"] if "templates" in layer else layer["subclasses"] * classes
+def free_layer(layer: Recipe) -> Recipe:
+    """A layer of the same size and start, without its targets."""
+    templates = layer["templates"] if "templates" in layer else layer["subclasses"] * CLASSES
+    return {"at": layer["at"], "templates": templates, "alpha": layer["alpha"]}
 
 
 # ------------------------------------------------------------------ attaching
@@ -225,9 +234,14 @@ def attach(
         layers = []
     scale = recipe.get("layer_weight", 1.0)
     losses = [loss(part, steps, scale) for part in recipe["losses"]]
-    if not layers and not losses:
-        return None
-    return attach_kd(student, teacher, layers, losses=losses, example=example)
+    kd = None
+    if layers or losses:
+        kd = attach_kd(student, teacher, layers, losses=losses, example=example)
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, TemplateHead):
+                module.scale.fill_(recipe["head_scale"])
+    return kd
 
 
 def point(layer: Recipe) -> KDPoint:

@@ -37,7 +37,7 @@ def gap(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
     if not ours:
         return "no common seed", "not run"
     if len(ours) < 2:
-        return f"{ours[0] - theirs[0]:+.2f} (one seed)", "not separated"
+        return f"{ours[0] - theirs[0]:+.2f}", "one seed"
     centre, low, high = interval(list(ours), list(theirs))
     verdict = "better" if low > 0 else "worse" if high < 0 else "not separated"
     return f"{centre:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
@@ -45,7 +45,7 @@ def gap(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
 
 def bold(text: str, verdict: str) -> str:
     """A difference with its verdict, which is bold where there is one."""
-    return f"{text} {verdict if verdict == 'not separated' else f'**{verdict}**'}"
+    return f"{text} {f'**{verdict}**' if verdict in ('better', 'worse') else verdict}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

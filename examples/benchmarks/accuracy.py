@@ -240,10 +240,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--validation", type=int, default=5000, help="images nobody trains on; default: %(default)s"
     )
     add("--images", type=int, default=6000, help="students see; 0: all; default: %(default)s")
-    add("--epochs", type=int, default=12, help="default: %(default)s")
-    add("--batch-size", type=int, default=32, help="default: %(default)s")
+    add("--epochs", type=int, default=20, help="default: %(default)s")
+    add("--batch-size", type=int, default=64, help="default: %(default)s")
     add("--padding", type=int, default=2, help="of the random crops; default: %(default)s")
-    add("--lr", type=float, default=0.05, help="highest rate; default: %(default)s")
+    add("--lr", type=float, default=0.1, help="highest rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
     add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
     add_options(parser)

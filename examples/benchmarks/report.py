@@ -59,7 +59,7 @@ CONTROLS = (
 )
 
 INTRODUCTION = """\
-<!-- Made by examples/benchmarks/report.py from docs/data/results; edit neither by hand. -->
+<!-- Made by examples/benchmarks/report.py from docs/data/results; do not edit. -->
 
 # Results
 
