@@ -1,4 +1,12 @@
-"""Sphinx configuration: ``sphinx-build -W docs docs/_build``."""
+"""Sphinx configuration: ``sphinx-build -W docs docs/_build``.
+
+The site needs nothing from the network, to be built or read. ``KDLAYERS_DOCS_ONLINE=1`` links torch's
+names to torch's documentation, whose inventories are fetched for that.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import kdlayers
 
@@ -17,8 +25,23 @@ extensions = [
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
+if os.environ.get("KDLAYERS_DOCS_ONLINE") == "1":
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "torchvision": ("https://docs.pytorch.org/vision/stable", None),
+    }
+
 html_theme = "furo"
 html_title = f"kdlayers {release}"
+html_static_path = ["_static"]
+html_css_files = ["kdlayers.css"]
+mathjax = find_spec("sphinx-mathjax-offline")
+if mathjax is not None and mathjax.origin is not None:
+    # One file of that package, with the fonts in it, in the place of a download by the reader.
+    html_static_path.append(str(Path(mathjax.origin).parent / "static" / "mathjax" / "tex-svg.js"))
+    mathjax_path = "tex-svg.js"
 exclude_patterns = ["_build"]
 
 autodoc_member_order = "bysource"
