@@ -152,7 +152,7 @@ def test_every_method_runs_and_leaves_a_full_line(bench, tmp_path):
         assert 0 <= line["test_accuracy"] <= 100
         assert line["recipe_hash"] == digest(line["recipe"])
         assert line["recipe"]["teacher"] == line["teacher"]["recipe_hash"]
-        assert line["cpu_seconds_per_epoch"] > 0
+        assert line["seconds_per_epoch"] > 0
         assert None not in line["last_terms"].values()
         assert set(line["versions"]) == {"kdlayers", "torch", "python"}
     by_name = {line["method"]: line for line in lines}
@@ -317,6 +317,9 @@ def test_pairs_are_of_one_seed():
 def test_recipes_and_seeds_are_not_mixed():
     with pytest.raises(SystemExit, match="several recipes"):
         report.by_method(lines("KD", [1.0]) + lines("KD", [2.0, 3.0], "b")[1:])
+    other = [line | {"device": "cuda"} for line in lines("DKD", [1.0])]
+    with pytest.raises(SystemExit, match="several devices"):
+        report.by_method(lines("KD", [1.0]) + other)
     with pytest.raises(SystemExit, match="two runs of one seed"):
         report.by_method(lines("KD", [1.0]) + lines("KD", [2.0]))
 

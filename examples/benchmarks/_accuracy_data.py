@@ -28,6 +28,10 @@ class Split:
         """The images and labels at ``indices``."""
         return Split(self.images[indices], self.labels[indices])
 
+    def to(self, device: torch.device) -> Split:
+        """The same on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """All images in order and as they are, normalised, in batches."""
         pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
@@ -115,24 +119,27 @@ def epoch_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in random order, cropped and flipped at random; the last short batch is dropped.
 
-    Order and augmentation depend on ``seed`` and ``epoch`` alone, so every method sees the same.
+    Order and augmentation depend on ``seed`` and ``epoch`` alone, so every method sees the same, on
+    every device: all random numbers are drawn on the CPU.
     """
     draw = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(len(split), generator=draw)
-    for indices in order[: len(order) // size * size].split(size):
+    order = order[: len(order) // size * size].to(split.images.device)
+    for indices in order.split(size):
         yield normalised(augmented(split.images[indices], padding, draw)), split.labels[indices]
 
 
 def augmented(images: Tensor, padding: int, draw: torch.Generator) -> Tensor:
     """Each image of ``[B, H, W]`` shifted by up to ``padding``, every other one flipped."""
     count, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
     top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=draw)
     flip = torch.rand(count, 1, generator=draw) < 0.5
     columns = torch.arange(width)
     columns = left + torch.where(flip, columns.flip(0), columns)
     rows = top + torch.arange(height)
-    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    places = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    return padded[tuple(place.to(images.device) for place in places)]
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from _accuracy_data import Split, Splits
-from _accuracy_train import accuracy, macs, parameters
+from _accuracy_train import accuracy, device_of, macs, parameters
 from torch import Tensor, nn
 
 from kdlayers import KDLayer, prune_templates
@@ -60,12 +60,12 @@ def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
     hooks.append(output.register_forward_hook(lambda _, __, maps: keep("last", maps)))
     try:
         student.eval()
-        for x, _ in split.batches(500):
+        for x, _ in split.to(device_of(student)).batches(500):
             student(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts).cpu() for name, parts in found.items()}
 
 
 def discriminant(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
@@ -85,7 +85,7 @@ def pruned(student: nn.Module, train: Split, test: Split, splits: Splits) -> lis
     results = []
     for budget in BUDGETS if any(isinstance(m, KDLayer) for m in student.modules()) else ():
         smaller = copy.deepcopy(student)
-        layers = prune_templates(smaller, train.batches(500), budget=budget)
+        layers = prune_templates(smaller, train.to(device_of(student)).batches(500), budget=budget)
         results.append(
             {
                 "budget": budget,

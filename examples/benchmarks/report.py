@@ -139,6 +139,8 @@ def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
     runs: dict[str, list[Line]] = {}
     for line in lines:
         runs.setdefault(line["method"], []).append(line)
+    if len({line.get("device") for own in runs.values() for line in own}) > 1:
+        raise SystemExit("runs of several devices: put them into separate files")
     for name, own in runs.items():
         if len({line["recipe_hash"] for line in own}) > 1:
             raise SystemExit(f"{name!r} has runs of several recipes: put them into separate files")
@@ -184,9 +186,9 @@ def setting(lines: Sequence[Line]) -> str:
         "training, float32 in testing. The teacher runs on the student's augmented batches, its "
         "batch norms folded.",
         f"**Validation**: {recipe['validation']:,} training images that nobody trains on.",
-        "**CPU seconds** are process CPU time of one thread for an epoch, augmentation and the "
-        "teacher's forward included; `kd.fit`, once before, is not. Other work on the machine "
-        "disturbs them.",
+        f"**Seconds** of an epoch, on {line['device']}, have augmentation and the teacher's "
+        "forward in them, and not `kd.fit`, once before. On a CPU they are process CPU time of one "
+        "thread, which other work on the machine lengthens less than the clock.",
         f"**Run** {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {', '.join(versions)}.",
     ]
     return "\n".join(wrapped(item) for item in items)
@@ -216,9 +218,9 @@ def main_table(runs: dict[str, list[Line]]) -> str:
             known = name != other and other in runs
             cells.append(bold(*difference(lines, runs[other])) if known else "")
         cells += [f"{lines[0]['parameters']:,}", f"{lines[0]['macs'] / 1e6:.2f} M"]
-        rows.append([*cells, f"{mean(line['cpu_seconds_per_epoch'] for line in lines):.2f}"])
+        rows.append([*cells, f"{mean(line['seconds_per_epoch'] for line in lines):.2f}"])
     head = ("", "seeds", "test accuracy %", *(f"minus {name}" for name in REFERENCES))
-    head = (*head, "parameters", "MACs", "CPU s per epoch")
+    head = (*head, "parameters", "MACs", "s per epoch")
     missing = [name for name in recipes(Options()) if name not in runs]
     note = f"\n\nNot run here: {', '.join(missing)}." if missing else ""
     cost = (
