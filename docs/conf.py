@@ -42,7 +42,7 @@ if mathjax is not None and mathjax.origin is not None:
     # One file of that package, with the fonts in it, in the place of a download by the reader.
     html_static_path.append(str(Path(mathjax.origin).parent / "static" / "mathjax" / "tex-svg.js"))
     mathjax_path = "tex-svg.js"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "data"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
