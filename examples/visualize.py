@@ -180,8 +180,8 @@ def parse() -> argparse.Namespace:
     add("--test-images", type=int, default=1500, metavar="N", help="default: 1500")
     add("--teacher-epochs", type=int, default=6, help="epochs of the teacher; default: 6")
     add("--epochs", type=int, default=10, help="epochs of the student; default: 10")
-    add("--num-templates", type=int, default=64, metavar="K",
-        help="templates of the first and last KD layer; default: 64")  # fmt: skip
+    add("--num-templates", type=int, default=32, metavar="K",
+        help="templates of the first and last KD layer; default: 32")  # fmt: skip
     add("--subclasses", type=int, default=4, metavar="S",
         help="templates per class of the KD layer between them; default: 4")  # fmt: skip
     add("--batch-size", type=int, default=50, help="images per step; default: 50")
@@ -196,7 +196,7 @@ def parse() -> argparse.Namespace:
     if args.data != "digits" and args.root is None:
         parser.error(f"--data {args.data} needs --root, the folder of the images")
     if args.quick:
-        vars(args).update(images=400, test_images=200, teacher_epochs=1, epochs=1, rows=2)
+        vars(args).update(images=300, test_images=100, teacher_epochs=1, epochs=1, rows=2)
         vars(args).update(num_templates=16, subclasses=2)
     return args
 

@@ -26,7 +26,7 @@ COLUMNS = (
 )
 CELL = 1.35
 """Side of an image, in inches."""
-WRITTEN = 7
+WRITTEN = 5
 """Up to so many positions a side the templates' numbers are written on the map."""
 
 
@@ -36,8 +36,9 @@ def plot_matches(
     """What a KD layer matched and changed: one row an image.
 
     From left to right: the image; the template that each region matched, as :func:`overlay`; the
-    lengths of the features and of what the layer adds (:func:`norm_maps`, on one scale); the
-    features before and after as colours (:func:`feature_colors`).
+    lengths of the features and of what the layer adds (:func:`norm_maps`); the features before and
+    after as colours (:func:`feature_colors`). On maps of up to 5 x 5 regions the templates' numbers
+    are written.
 
     Args:
         view: of :func:`layer_view`.
@@ -59,8 +60,8 @@ def plot_matches(
         >>> from kdlayers.viz import LayerView, plot_matches
         >>> x, p = torch.randn(2, 4, 4, 8), torch.rand(2, 4, 4, 5)
         >>> figure = plot_matches(LayerView("layer4", x, x + 1, p, p), torch.rand(2, 3, 32, 32))
-        >>> len(figure.axes)  # two rows of six, and the bar of the lengths
-        13
+        >>> len(figure.axes)  # two rows of six, and two bars of lengths
+        14
     """
     if images.dim() != 4 or len(images) != len(view.before):
         raise ShapeError(
@@ -100,21 +101,22 @@ def _draw_matches(axes: Axes, image: Tensor, matches: Tensor, colors: Tensor) ->
         return
     height, width = picture.shape[1] / matches.shape[0], picture.shape[2] / matches.shape[1]
     outline = {"facecolor": "white", "alpha": 0.6, "pad": 0.4, "linewidth": 0}
-    size = 6.5 if max(matches.shape) <= 4 else 4.5
     for i, row in enumerate(matches.tolist()):
         for j, template in enumerate(row):
             x, y = (j + 0.5) * width - 0.5, (i + 0.5) * height - 0.5
             text = str(template) if template >= 0 else "-"
-            axes.text(x, y, text, size=size, ha="center", va="center", bbox=outline)
+            axes.text(x, y, text, size=6.5, ha="center", va="center", bbox=outline)
 
 
 def _draw_lengths(figure: Figure, axes: Any, maps: tuple[Tensor, Tensor]) -> None:
-    longest = float(max(side.max() for side in maps)) or 1.0
+    """Each column in a scale of its own, which begins at 0."""
     for column, side in zip(axes.T, maps, strict=True):
+        longest = float(side.max()) or 1.0
         for cell, lengths in zip(column, side, strict=True):
             drawn = cell.imshow(drawable(lengths), vmin=0, vmax=longest, cmap="viridis")
-    bar = figure.colorbar(drawn, ax=list(axes[-1]), location="bottom", aspect=14, pad=0.05)
-    bar.ax.tick_params(labelsize=7)
+        bar = figure.colorbar(drawn, ax=column[-1], location="bottom", aspect=10, pad=0.05)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.locator_params(nbins=4)
 
 
 def _legend(figure: Figure, matches: Tensor, colors: Tensor, top: int) -> None:
@@ -169,14 +171,17 @@ def plot_usage(usage: TemplateUsage) -> Figure:
     templates, silent = len(usage.fires), len(usage.silent)
     order = usage.fires.argsort(descending=True, stable=True)
     fires, best = (drawable(100 * n[order].double() / usage.positions) for n in _counts(usage))
-    ranks = range(1, templates + 1)
-    axes.bar(ranks, fires, width=1.0, color="#9ecae1", label="fires")
-    axes.bar(ranks, best, width=1.0, color="#d55e00", label="is the best match")
+    edges, floor = [rank + 0.5 for rank in range(templates + 1)], 50 / usage.positions
+    for shares, color, label in (
+        (fires, "#9ecae1", "fires"),
+        (best, "#d55e00", "is the best match"),
+    ):
+        axes.stairs(shares, edges, baseline=floor, fill=True, color=color, label=label)
     axes.axhline(
         100 / templates, color="black", linewidth=0.8, linestyle="--", label="best, if even"
     )
     axes.set_yscale("log")
-    axes.set_ylim(50 / usage.positions, 130)
+    axes.set_ylim(floor, 130)
     axes.set_xlim(0.5, templates + 0.5)
     axes.set_xlabel("templates, by how often they fire")
     axes.set_ylabel("% of positions")

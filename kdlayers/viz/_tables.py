@@ -144,5 +144,6 @@ def _draw_pairs(axes: Axes, pairs: Sequence[Pair], word: str) -> None:
     axes.barh(range(len(pairs)), [pair.value for pair in pairs], color=colors)
     axes.set_yticks(range(len(pairs)), [f"{p.names[0]} {word} {p.names[1]}" for p in pairs])
     axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)

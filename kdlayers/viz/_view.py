@@ -149,7 +149,7 @@ def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
     positions at either end lie in 0 to 1; one along which nothing varies is 0.5.
 
     Returns:
-        Before and after, ``[B, 3, H, W]`` in 0 to 1.
+        Before and after, ``[B, 3, H, W]`` in 0 to 1, on the CPU.
 
     Example:
         >>> import torch
@@ -160,7 +160,8 @@ def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
         (torch.Size([2, 3, 4, 4]), True)
     """
     batch, height, width, channels = view.before.shape
-    sides = [side.reshape(-1, channels).double() for side in (view.before, view.after)]
+    # On the CPU: not every accelerator has float64 and eigenvectors.
+    sides = [side.reshape(-1, channels).cpu().double() for side in (view.before, view.after)]
     rows = torch.cat([side - side.mean(0) for side in sides])
     colors = _stretched(rows @ _principal_axes(rows)).to(torch.float32)
     before, after = colors.view(2, batch, height, width, 3).movedim(-1, 2)
