@@ -47,7 +47,7 @@ SHAPES = ((64, 100), (256, 1000))
 
 def main() -> None:
     """Measure what the command line asks for."""
-    args = read(command_line(__doc__, rounds=15))
+    args = read(command_line(__doc__, rounds=25))
     report = Report("losses", "Losses on the logits", settings(args))
     for shape in ((8, 10),) if args.quick else SHAPES:
         alone(report, shape, args)

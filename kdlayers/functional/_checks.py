@@ -22,15 +22,6 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
     raise ArgumentError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
 
 
-def total(elements: Tensor, reduction: Reduction, factor: float) -> Tensor:
-    """``factor`` times the sums over axis 1 of ``elements`` [B, n], reduced over samples."""
-    if reduction == "none":
-        return elements.sum(dim=1) * factor
-    if reduction == "mean":
-        return elements.sum() * (factor / elements.shape[0])
-    return reduce(elements * factor, reduction)
-
-
 def positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

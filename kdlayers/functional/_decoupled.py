@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import Reduction
+
 
 class Decoupled(NamedTuple):
     """Logits over the temperature, of the labelled class and of the others."""
@@ -38,9 +41,12 @@ def decouple(
     return ours, theirs
 
 
-def divergences(student: Tensor, teacher: Tensor) -> Tensor:
-    """Elements of KL(teacher || student) of log-probabilities, of their shape."""
-    return teacher.exp() * (teacher - student)
+def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
+    """``factor`` times KL(teacher || student) of log-probabilities ``[B, n]``, reduced."""
+    elements = teacher.exp() * (teacher - student)
+    if reduction == "mean":  # one sum over everything, then one product
+        return elements.sum() * (factor / student.shape[0])
+    return check.reduce(elements.sum(dim=1) * factor, reduction)
 
 
 def _target_first(targets: Tensor, classes: int) -> Tensor:

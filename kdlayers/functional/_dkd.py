@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
-from kdlayers.functional._decoupled import decouple, divergences
+from kdlayers.functional._decoupled import decouple, divergence
 from kdlayers.functional._precision import full_precision
 
 
@@ -55,7 +55,7 @@ def tckd(
     """
     targets = _checked(student, teacher, targets, temperature)
     ours, theirs = decouple(student, teacher, targets, temperature)
-    return check.total(divergences(ours.binary(), theirs.binary()), reduction, temperature**2)
+    return divergence(ours.binary(), theirs.binary(), reduction, temperature**2)
 
 
 @full_precision
@@ -107,7 +107,7 @@ def nckd(
     targets = _checked(student, teacher, targets, temperature)
     warn_of_two_classes(student)
     ours, theirs = decouple(student, teacher, targets, temperature)
-    return check.total(divergences(ours.others(), theirs.others()), reduction, temperature**2)
+    return divergence(ours.others(), theirs.others(), reduction, temperature**2)
 
 
 @full_precision
@@ -167,13 +167,12 @@ def dkd(
     check.not_negative("beta", beta)
     targets = _checked(student, teacher, targets, temperature)
     ours, theirs = decouple(student, teacher, targets, temperature)
-    binary, square = divergences(ours.binary(), theirs.binary()), temperature**2
-    target = check.total(binary, reduction, alpha * square)
+    square = temperature**2
+    target = divergence(ours.binary(), theirs.binary(), reduction, alpha * square)
     if beta == 0:
         return target
     warn_of_two_classes(student)
-    others = divergences(ours.others(), theirs.others())
-    return target + check.total(others, reduction, beta * square)
+    return target + divergence(ours.others(), theirs.others(), reduction, beta * square)
 
 
 def warn_of_two_classes(student: Tensor) -> None:

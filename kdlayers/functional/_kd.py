@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
-from kdlayers.functional._decoupled import divergences
+from kdlayers.functional._decoupled import divergence
 from kdlayers.functional._precision import full_precision
 
 
@@ -54,6 +54,7 @@ def kd(
     """
     check.logits(student, teacher)
     check.positive("temperature", temperature)
-    ours = F.log_softmax(student / temperature, dim=1)
-    theirs = F.log_softmax(teacher / temperature, dim=1)
-    return check.total(divergences(ours, theirs), reduction, temperature**2)
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    ours, theirs = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    return divergence(ours, theirs, reduction, temperature**2)

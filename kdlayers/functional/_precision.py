@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 P = ParamSpec("P")
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -16,21 +17,21 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        given = (*args, *kwargs.values())
-        device = next((arg.device for arg in given if isinstance(arg, Tensor)), None)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        narrow = any(tensor.dtype in _NARROW for tensor in tensors)
+        if not tensors or not (narrow or torch.is_autocast_enabled(tensors[0].device.type)):
+            return function(*args, **kwargs)
         wide = [widen(arg) for arg in args]
         named = {key: widen(arg) for key, arg in kwargs.items()}
-        if device is None or not torch.is_autocast_enabled(device.type):
+        with torch.autocast(tensors[0].device.type, enabled=False):
             return function(*wide, **named)  # type: ignore[arg-type]  # the same types, wider
-        with torch.autocast(device.type, enabled=False):
-            return function(*wide, **named)  # type: ignore[arg-type]
 
     return wrapper
 
 
 def widen(value: object) -> object:
     """A float16 or bfloat16 tensor in float32; anything else as it is."""
-    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+    if isinstance(value, Tensor) and value.dtype in _NARROW:
         return value.float()
     return value
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._aekt import Form, adaptive, ratio_limit
-from kdlayers.functional._decoupled import decouple, divergences
+from kdlayers.functional._decoupled import decouple, divergence
 from kdlayers.functional._dkd import warn_of_two_classes
 from kdlayers.functional._precision import full_precision, linear
 from kdlayers.losses._base import LogitLoss, Weight
@@ -145,11 +145,11 @@ class AEKTLoss(LogitLoss):
         square = self.temperature**2
         ours, theirs = decouple(student, teacher, targets, self.temperature)
         binary, taught = ours.binary(), theirs.binary()
-        target = check.total(divergences(binary, taught), "mean", square)
+        target = divergence(binary, taught, "mean", square)
         others = torch.zeros_like(target)
         if self.beta:
             warn_of_two_classes(student)
-            others = check.total(divergences(ours.others(), theirs.others()), "mean", square)
+            others = divergence(ours.others(), theirs.others(), "mean", square)
         values, ratio = adaptive(binary, taught, self.form, limit, self.drop_one_minus_s)
         adapted = square * values.mean()
         self._record(target=target, others=others, adaptive=adapted, ratio=ratio.mean())
