@@ -73,9 +73,8 @@ def plot_matches(
     colors = template_colors(matches, templates, top=top)
     figure = new_figure(CELL * len(COLUMNS) + 1.0, CELL * rows + 1.3)
     axes = figure.subplots(rows, len(COLUMNS), squeeze=False)
-    for row, image in zip(axes, images, strict=True):
-        row[0].imshow(_pixels(as_picture(image)))
     for row, image, found in zip(axes, images, matches, strict=True):
+        row[0].imshow(_pixels(as_picture(image)))
         _draw_matches(row[1], image, found, colors)
     _draw_lengths(figure, axes[:, 2:4], norm_maps(view))
     for column, side in zip(axes[:, 4:].T, feature_colors(view), strict=True):
@@ -171,7 +170,9 @@ def plot_usage(usage: TemplateUsage) -> Figure:
     templates, silent = len(usage.fires), len(usage.silent)
     order = usage.fires.argsort(descending=True, stable=True)
     fires, best = (drawable(100 * n[order].double() / usage.positions) for n in _counts(usage))
-    edges, floor = [rank + 0.5 for rank in range(templates + 1)], 50 / usage.positions
+    edges = [rank + 0.5 for rank in range(templates + 1)]
+    seen = [share for share in (*fires, *best) if share]
+    floor = min([*seen, 100 / templates]) / 3
     for shares, color, label in (
         (fires, "#9ecae1", "fires"),
         (best, "#d55e00", "is the best match"),
