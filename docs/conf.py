@@ -1,7 +1,7 @@
 """Sphinx configuration: ``sphinx-build -W docs docs/_build``.
 
-The site needs nothing from the network, to be built or read. ``KDLAYERS_DOCS_ONLINE=1`` links torch's
-names to torch's documentation, whose inventories are fetched for that.
+The site needs nothing from the network, to be built or read. ``KDLAYERS_DOCS_ONLINE=1`` links
+torch's names to torch's documentation, whose inventories are fetched for that.
 """
 
 import os

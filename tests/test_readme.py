@@ -31,8 +31,16 @@ def test_ci_takes_its_commands_from_here(name):
     assert f"readme {name}" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
+def test_tasks_run_what_ci_runs():
+    ci, tasks = ((ROOT / name).read_text("utf-8") for name in (".ci/run", "noxfile.py"))
+    for command in (".ci/lint", ".ci/docs"):
+        assert command in ci
+        assert f'"{command}"' in tasks
+    assert '".ci/run"' in tasks
+
+
 def test_links_lead_somewhere():
-    pages = [README, *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     for page in pages:
         text = page.read_text("utf-8")
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
