@@ -32,8 +32,9 @@ def run(folder, script, *options):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads((folder / f"{script}.json").read_text())
-    markdown = (folder / f"{script}.md").read_text()
+    name = f"{script}-{options[1]}" if "--part" in options else script
+    report = json.loads((folder / f"{name}.json").read_text())
+    markdown = (folder / f"{name}.md").read_text()
     for table in report["tables"]:
         assert f"## {table['title']}" in markdown
         assert f"## {table['title']}" in done.stdout
@@ -161,7 +162,7 @@ def test_page(reports, tmp_path):
         for table in report["tables"]:
             assert f"### {table['title']}\n" in text
             assert "| " + " | ".join(table["rows"][-1]) + " |" in text
-    assert "python examples/benchmarks/step.py --rounds 3 --threads 1 --quick" in text
+    assert "python examples/benchmarks/step.py --quick --part alone --threads 1" in text
 
 
 def test_page_names_every_loss(reports):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -73,7 +75,9 @@ class Report:
     def save(self, out: Path) -> None:
         """Write ``<benchmark>.json`` and ``<benchmark>.md`` into the folder ``out``."""
         out.mkdir(parents=True, exist_ok=True)
-        name = self.benchmark if self.settings["device"] == "cpu" else f"{self.benchmark}-gpu"
+        part = self.settings.get("part", "both")
+        name = self.benchmark if part == "both" else f"{self.benchmark}-{part}"
+        name = name if self.settings["device"] == "cpu" else f"{name}-gpu"
         content = asdict(self) | {"machine": machine(str(self.settings["device"]))}
         (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         text = "\n\n".join([f"# {self.title}", *(table.markdown() for table in self.tables)])
@@ -144,4 +148,9 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """The command line, as it is saved."""
-    return {name: value for name, value in vars(args).items() if name != "out"}
+    kept = {name: value for name, value in vars(args).items() if name != "out"}
+    options = sys.argv[1:]
+    if "--out" in options:
+        place = options.index("--out")
+        del options[place : place + 2]
+    return kept | {"options": shlex.join(options)}

@@ -44,8 +44,8 @@ def main() -> None:
 
 def order(file: Path) -> tuple[int, str]:
     """Training steps first."""
-    names = ("step", "losses", "scale", "inference")
-    name = file.stem.removesuffix("-gpu")
+    names = ("step", "losses", "fit", "scale", "inference")
+    name = file.stem.split("-")[0]
     return names.index(name) if name in names else len(names), file.stem
 
 
@@ -62,11 +62,8 @@ def page(reports: list[dict]) -> str:
 
 def command(report: dict) -> str:
     """What to type to measure it again."""
-    options = [f"--rounds {report['settings']['rounds']}"]
-    options += [f"--threads {report['machine']['threads']}"] if not report["machine"]["gpu"] else []
-    options += ["--device cuda"] if report["machine"]["gpu"] else []
-    options += ["--quick"] if report["settings"]["quick"] else []
-    return " ".join([f"python examples/benchmarks/{report['benchmark']}.py", *options])
+    options = report["settings"]["options"]
+    return f"python examples/benchmarks/{report['benchmark']}.py {options}".strip()
 
 
 def slower(reports: list[dict]) -> str:
