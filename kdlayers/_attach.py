@@ -74,7 +74,7 @@ def attach_kd(
             channels. The numbers are the same.
 
     Returns:
-        The :class:`KDHandle`: ``fit``, ``loss``, ``detach``, ``remove``.
+        The :class:`KDHandle`, with ``fit``, ``loss``, ``detach`` and ``remove``.
 
     Raises:
         NoMatchError: if a name stands for no module that runs; the nearest names are listed.
