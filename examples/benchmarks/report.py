@@ -217,16 +217,18 @@ def main_table(runs: dict[str, list[Line]]) -> str:
         for other in REFERENCES:
             known = name != other and other in runs
             cells.append(bold(*difference(lines, runs[other])) if known else "")
+        cells.append(f"{mean(line['training_accuracy'] for line in lines):.2f}")
         cells += [f"{lines[0]['parameters']:,}", f"{lines[0]['macs'] / 1e6:.2f} M"]
         rows.append([*cells, f"{mean(line['seconds_per_epoch'] for line in lines):.2f}"])
     head = ("", "seeds", "test accuracy %", *(f"minus {name}" for name in REFERENCES))
-    head = (*head, "parameters", "MACs", "s per epoch")
+    head = (*head, "training accuracy %", "parameters", "MACs", "s per epoch")
     missing = [name for name in recipes(Options()) if name not in runs]
     note = f"\n\nNot run here: {', '.join(missing)}." if missing else ""
     cost = (
         "Parameters and multiply-adds (MACs) are those of the student at inference, its KD layers"
     )
-    return f"{table(head, rows)}\n\n{cost} included.{note}"
+    own = "The training accuracy is that on the student's own images, without augmentation."
+    return f"{table(head, rows)}\n\n{cost} included. {own}{note}"
 
 
 def controls(runs: dict[str, list[Line]]) -> str:
