@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from _data import NORMALISE, Images, batches, load_images
+from _digits import digits
 from _models import FIRST, LAST, make_student
 from quickstart import accuracy, train, train_teacher
 from torch import nn
@@ -39,7 +40,8 @@ MIDDLE = "trunk_output.block2"  # a finer grid than that of the points of letKD:
 def main() -> None:
     """Train or load, draw, and write the page."""
     args = parse()
-    images = load_images(args).first(args.images, args.test_images)
+    images = digits(quick=False) if args.data == "digits" else load_images(args)  # read once
+    images = images.first(args.images, args.test_images)
     names = class_names(images)
     page = Page(args.out)
     if args.student is not None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlayers import DecisionTargets, viz
+from kdlayers import DecisionTargets, KDPoint, attach_kd, save_student, viz
 from kdlayers.errors import ArgumentError, ArgumentTypeError, NotFittedError, ShapeError
 from tests.nets import batch
 from tests.test_docs import documented, public, resolve
@@ -235,19 +235,26 @@ def test_wrong_tables_are_refused():
 # --- the page, and the docs -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("visualize")
+def visualize(folder, *options):
+    """Run the example with its tiny budget; what it printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(SCRIPT), "--quick", "--out", str(folder)],
+        [sys.executable, "-W", "error::UserWarning", str(SCRIPT), "--quick", *map(str, options)],
         capture_output=True,
         text=True,
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return folder
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("visualize")
+    visualize(folder)
+    return folder / "runs" / "visualize"
 
 
 def test_the_page_shows_every_figure(page):
@@ -256,6 +263,27 @@ def test_the_page_shows_every_figure(page):
     assert len(figures) == 8
     assert all(f'src="{name}"' in text for name in figures)
     assert {"decisions.png", "relations.png", "usage-trunk_output-block2.png"} <= set(figures)
+
+
+def test_the_page_of_a_saved_student_shows_its_layers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from _models import FIRST, LAST, make_student
+
+    sizes = {FIRST: 6, LAST: 5}
+    points = [KDPoint(name, num_templates=size) for name, size in sizes.items()]
+    student = make_student(10, 1, 28)
+    attach_kd(student, at=points, example=torch.zeros(2, 1, 28, 28)).detach()
+    save_student(student, tmp_path / "student.pt")
+    printed = visualize(tmp_path, "--student", "student.pt", "--out", "page")
+    assert "training" not in printed
+    found = sorted(file.name for file in (tmp_path / "page").iterdir())
+    assert found == [
+        "index.html",
+        "matches-trunk_output-block3-block3-0.png",
+        "matches-trunk_output-block3.png",
+        "usage-trunk_output-block3-block3-0.png",
+        "usage-trunk_output-block3.png",
+    ]
 
 
 def test_every_public_name_is_documented():
