@@ -184,10 +184,16 @@ def recognise_frozen(units: Tensor, matching: Tensor, threshold: Tensor, values:
         bias, value = threshold.to(units.dtype), units.new_empty(len(units), len(values))
         for part in chunks(len(units), len(matching), units.device):
             assigned = torch.addmm(bias, units[part], matching.T).relu_()
-            work = work_dtype(units)
-            norms = torch.linalg.vector_norm(assigned, dim=1, keepdim=True, dtype=work)
-            value[part] = (assigned @ values.T) * _inverse(norms)
+            rows = torch.mm(assigned, values.T, out=value[part])
+            rows.div_(safe_norm(assigned))  # 0 / 1e-12 where nothing was recognised
     return value
+
+
+def safe_norm(vectors: Tensor) -> Tensor:
+    """Norms over the last axis, kept as an axis, in float32 or better, and 1e-12 at least."""
+    work = work_dtype(vectors)
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=work)
+    return norm.clamp_min_(1e-12)
 
 
 class _Recognised:
