@@ -1,1 +1,1 @@
-"""Networks of the benchmarks: ``from models.cifar_resnet import resnet, wide_resnet, make``."""
+"""Networks of the benchmarks and recipes: ``from models.cifar_resnet import make``."""
