@@ -307,10 +307,16 @@ def test_a_verdict_only_where_the_interval_excludes_zero(shift):
     assert words.difference(lines("x", ours), lines("y", THEIRS))[1] == expected
 
 
+def test_two_seeds_that_agree_decide_nothing():
+    ours, theirs = lines("x", [90.0, 90.01]), lines("y", [89.0, 89.01])
+    assert words.difference(ours, theirs) == ("+1.00", "too few seeds (2)")
+    assert words.plus_minus([90.0, 91.0]) == "90.50"
+
+
 def test_pairs_are_of_one_seed():
     ours, theirs = lines("x", [1.0, 2.0, 3.0])[1:], lines("y", [5.0, 6.0, 7.0, 8.0])[::-1]
     assert words.paired(ours, theirs) == ([2.0, 3.0], [6.0, 7.0])
-    assert words.difference(ours[:1], theirs) == ("-4.00", "one seed")
+    assert words.difference(ours[:1], theirs) == ("-4.00", "too few seeds (1)")
     assert words.difference(ours[:1], theirs[-1:])[1] == "not run"
 
 
@@ -340,7 +346,7 @@ def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
     assert "### Found\n\nNothing.\n" in page
     rows = [line for line in page.splitlines() if line.startswith("| KD |")]
     mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2
-    assert rows[0].startswith(f"| KD | 2 | {mean:.2f} ± ")
+    assert rows[0].startswith(f"| KD | 2 | {mean:.2f} | ")
     assert "| does the second layer help? | letKD-2 minus letKD-1 |  | not run |" in page
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from _report import interval
 
 Line = dict[str, Any]
+FEWEST = 3  # seeds for an interval: two that happen to agree would make it far too narrow
 
 
 def paired(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[list[float], list[float]]:
@@ -21,8 +22,8 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[list[float], l
 
 def plus_minus(values: Sequence[float]) -> str:
     """Mean and the half of its 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
+    if len(values) < FEWEST:
+        return f"{mean(values):.2f}"
     centre, low, _ = interval(list(values), [0.0] * len(values))
     return f"{centre:.2f} ± {centre - low:.2f}"
 
@@ -36,8 +37,8 @@ def gap(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
     """The mean of paired differences with its interval, and the verdict."""
     if not ours:
         return "no common seed", "not run"
-    if len(ours) < 2:
-        return f"{ours[0] - theirs[0]:+.2f}", "one seed"
+    if len(ours) < FEWEST:
+        return f"{mean(ours) - mean(theirs):+.2f}", f"too few seeds ({len(ours)})"
     centre, low, high = interval(list(ours), list(theirs))
     verdict = "better" if low > 0 else "worse" if high < 0 else "not separated"
     return f"{centre:+.2f} [{low:+.2f}, {high:+.2f}]", verdict

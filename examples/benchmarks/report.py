@@ -76,8 +76,9 @@ from the committed lines in `docs/data/results`, one for each training, with its
 For every seed all methods have the same student images, batches and augmentation, and the same
 initial weights of the student (a wider student cannot). Differences are therefore taken seed by
 seed. ± and brackets are 95 % intervals by Student's t. **Better** and **worse** are said only where
-the interval excludes zero; else it says "not separated", which does not mean equal. With this many
-comparisons about one in twenty would exclude zero by chance alone.
+the interval excludes zero; else it says "not separated", which does not mean equal. With fewer than
+three seeds there is no interval and no verdict. With many comparisons about one in twenty would
+exclude zero by chance alone.
 """
 
 
