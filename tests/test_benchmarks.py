@@ -152,6 +152,7 @@ def test_page(reports, tmp_path):
     text = page.read_text()
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
+        "Aims",
         "Where an alternative is better",
         "letKD in a training step",
         "Losses on the logits",
@@ -254,3 +255,17 @@ def test_peak_memory_sees_what_is_freed_again(monkeypatch):
     map_of_scores = 64 * 64 * 1024 * 4 / 2**20
     assert floor < plain < big
     assert 3 * map_of_scores < big - floor < 20 * map_of_scores
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "expected"),
+    [
+        ([(0.2, 0.25, 0.3), (0.1, 0.2, 0.33)], "reached"),
+        ([(0.2, 0.25, 0.3), (0.34, 0.4, 0.5)], "missed in 1 of 2"),
+        ([(0.2, 0.25, 0.4)], "undecided"),
+    ],
+)
+def test_verdict_on_an_aim(quartiles, expected):
+    page, spread = load("page"), load("_timing").Spread
+    ratios = [spread(low=low, middle=middle, high=high) for low, middle, high in quartiles]
+    assert page.verdict(ratios, 1 / 3) == expected

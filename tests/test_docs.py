@@ -12,6 +12,7 @@ import torchvision
 
 import kdlayers
 import kdlayers.schedules
+import kdlayers.viz
 from tests.docs_blocks import python_blocks, run_page, small_codebooks
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,7 @@ MODULES = (
     kdlayers.functional,
     kdlayers.losses,
     kdlayers.schedules,
+    kdlayers.viz,
 )
 PAGES = sorted(page for page in DOCS.glob("*.md") if python_blocks(page.read_text("utf-8")))
 

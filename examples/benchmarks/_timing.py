@@ -151,15 +151,20 @@ def _child(pipe: object, build: Callable[..., Step], args: Sequence[object], thr
     torch.set_num_threads(threads)
     step = build(*args)
     step()  # what is done only once is not the step's
+    before = forget_peak()
+    step()
+    pipe.send(resident()["VmHWM"] - before["VmRSS"] + before["RssAnon"])
+
+
+def forget_peak() -> dict[str, float]:
+    """Start a new peak of this process's memory (Linux); what is resident now, in MiB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-    before = _resident()
-    step()
-    pipe.send(_resident()["VmHWM"] - before["VmRSS"] + before["RssAnon"])
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
 
 
-def _resident() -> dict[str, float]:
+def resident() -> dict[str, float]:
     """What the system says about this process's memory, in MiB."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
     return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[-1] == "kB"}

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from _features import Rows, image_labels, make_rows
 from _tables import Report, Table, command_line, read, settings
-from _timing import ratio, spread
+from _timing import forget_peak, ratio, resident, spread
 
 from kdlayers import CodebookTargets
 from kdlayers._targets._distances import nearest
@@ -180,10 +179,10 @@ def work(args: argparse.Namespace, name: str, case: list[int], target: float) ->
         import sklearn.discriminant_analysis  # noqa: F401
     labels = image_labels(positions, args.images) if name in ANALYSES else None
     clock = Clock()
-    before = peak()
+    before = forget_peak()["VmRSS"]
     inertia, note = 0.0, ""
     for centers in fit(rows, Job(k, labels, clock)):
-        mib = peak() - before
+        mib = resident()["VmHWM"] - before
         if centers is None:
             break
         inertia = mean_distance(rows, torch.as_tensor(centers))
@@ -193,11 +192,6 @@ def work(args: argparse.Namespace, name: str, case: list[int], target: float) ->
         note = " (not within 1 %)"
     found = {"seconds": clock.seconds, "cpu": clock.cpu, "mib": mib}
     print(json.dumps(found | {"inertia": inertia, "note": note}))
-
-
-def peak() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def mean_distance(rows: Rows, centers: torch.Tensor) -> float:
