@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdlayers._hooks import SLOT, InsertLayer, Slot, Tape
+from kdlayers._hooks import SLOT, InsertLayer, Slot, Tape, guard_hooks
 from kdlayers._models import unwrap
 from kdlayers._sites import home_of, inserts, place, take_out
 from kdlayers._tree import Path
@@ -108,6 +108,7 @@ def load_student(model: M, path: str | PathLike[str]) -> M:
         take_out(inner, tape)
         raise
     inner.load_state_dict(state)
+    guard_hooks(reset=True)
     return model
 
 

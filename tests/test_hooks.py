@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
-from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd
+from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd, load_student, save_student
 from kdlayers._sites import slots
 from kdlayers.errors import CaptureError
 from tests.nets import Net, batch
@@ -282,6 +282,22 @@ def test_compiled_after_a_plain_instance_of_the_class_the_layer_still_runs(train
             assert kd.loss() > 0
         torch.testing.assert_close(compiled, student(images))
         assert not torch.allclose(compiled, plain(images))
+
+
+def test_a_loaded_student_compiled_after_a_plain_instance_keeps_its_layer(tmp_path, monkeypatch):
+    import torch._dynamo
+
+    student = Net().eval()
+    attach_kd(student, at=[KDPoint("last", num_templates=4)]).detach()
+    save_student(student, tmp_path / "student.pt")
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
+    torch.compiler.reset()
+    loaded, plain = load_student(Net(), tmp_path / "student.pt").eval(), Net().eval()
+    images = torch.randn(4, 3, 12, 12)
+    with torch.no_grad():
+        torch.compile(plain, backend="eager")(images)
+        compiled = torch.compile(loaded, backend="eager")(images)
+        torch.testing.assert_close(compiled, student(images))
 
 
 def test_an_unpickled_student_is_told_apart_too(monkeypatch):
