@@ -13,6 +13,15 @@ _ENTRIES = {"cpu": 2**20}
 _ENTRIES_ELSEWHERE = 2**24
 """On accelerators, where a chunk must keep the whole device busy: 64 MiB."""
 
+LEAST_SCORES, LEAST_RATIO = 2**19, 4
+"""Where the fused operators are faster, as measured on a CPU: from so many scores, and from so many
+templates a channel. Below, the plain operations need little memory anyway."""
+
+
+def worthwhile(rows: int, channels: int, templates: int) -> bool:
+    """Whether the fused operators are faster than the plain ones."""
+    return rows * templates >= LEAST_SCORES and templates >= LEAST_RATIO * channels
+
 
 def chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of ``rows`` rows such that chunks of ``width`` columns stay in the cache."""

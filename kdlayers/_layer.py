@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._batch_norm import as_affine, update_statistics, why_plain
+from kdlayers._chunks import worthwhile
 from kdlayers._recognise import recognise, recognise_frozen, safe_norm
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
@@ -164,8 +165,8 @@ class KDLayer(nn.Module):
             configurations. 0 keeps the features as they are (the loss still acts on the scores).
         channel_dim: axis of the channels; default 1 (NCHW). Use -1 for NHWC and for tokens.
         memory: ``"low"``: never keep the scores of all positions, in training, but compute them
-            again in parts. ``"normal"`` (default): so only where it takes no longer, up to 128
-            channels. The numbers are the same.
+            again in parts. ``"normal"`` (default): so only where it takes no longer: up to 128
+            channels, from 4 templates a channel and 524,288 scores. The numbers are the same.
 
     Attributes:
         head: the :class:`TemplateHead`, ``weight [K, C]`` and ``scale`` (initially 3).
@@ -215,7 +216,7 @@ class KDLayer(nn.Module):
         templates ``[K, C]`` whose products with them they are.
         """
         features = self.head.channels_last(x)
-        if not is_scripting() and self.fuses(x.device) and features[..., 0].numel() > 1:
+        if not is_scripting() and self.fuses(x.device, features[..., 0].numel()):
             return self._fused(x, features)
         if not is_scripting() and self.frozen(x.device):
             return self._at_inference(x, features)
@@ -266,14 +267,18 @@ class KDLayer(nn.Module):
         return ready and not is_tracing() and not torch.compiler.is_compiling()
 
     @torch.jit.unused
-    def fuses(self, device: torch.device) -> bool:
+    def fuses(self, device: torch.device, rows: int) -> bool:
         """Whether a forward now takes the fused path rather than the plain operations.
 
-        Training forwards do, on CPUs and CUDA devices, with an ordinary batch norm; exports and
-        traces see the plain operations.
+        Training forwards of enough positions (``rows``) do, on CPUs and CUDA devices, with an
+        ordinary batch norm; exports and traces see the plain operations.
         """
-        ready = self.training and self.norm.training and why_plain(self.norm, device) is None
-        return ready and not is_tracing() and not torch.compiler.is_exporting()
+        if not (self.training and self.norm.training) or is_tracing():
+            return False
+        size = (self.head.in_channels, self.head.num_templates)
+        wanted = self.memory == "low" or worthwhile(rows, *size)
+        ready = why_plain(self.norm, device) is None and not torch.compiler.is_exporting()
+        return wanted and ready and rows > 1
 
     @torch.jit.unused
     def keeps_scores(self) -> bool:

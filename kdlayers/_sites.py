@@ -77,8 +77,9 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
             "stage and its last block, say), or the student was attached before; choose one, or "
             "call kd.remove() on the earlier handle"
         )
+    store = store_path(site)  # before the slot is there: it would be taken for a child
     home.add_module(SLOT, slot)
-    site.register_forward_hook(InsertLayer(name, store_path(site), path, tape))
+    site.register_forward_hook(InsertLayer(name, store, path, tape))
 
 
 def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:

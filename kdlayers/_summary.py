@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from kdlayers import _chunks
 from kdlayers._batch_norm import why_plain
+from kdlayers._chunks import worthwhile
 from kdlayers._hooks import Slot
 from kdlayers._points import table
 from kdlayers._sites import slots
@@ -36,7 +38,13 @@ def _path(slot: Slot) -> str:
     plain = why_plain(slot.norm, slot.head.weight.device)
     if plain is not None:
         return f"plain ({plain})"
-    return "fused, scores kept" if slot.keeps_scores() else "fused, scores computed again"
+    how = "scores kept" if slot.keeps_scores() else "scores computed again"
+    if slot.memory == "low":
+        return f"fused, {how}"
+    templates = slot.head.num_templates
+    if not worthwhile(2**62, slot.head.in_channels, templates):
+        return "plain (few templates)"
+    return f"fused from {-(-_chunks.LEAST_SCORES // templates)} positions a batch, {how}"
 
 
 def _loss_rows(terms: Sequence[Term]) -> list[tuple[str, ...]]:

@@ -262,9 +262,9 @@ def test_operators_pass_torchs_own_checks(keep):
 )
 def test_a_changed_batch_norm_takes_the_plain_path(change):
     layer = layer_of(dtype=torch.float32)
-    assert layer.fuses(torch.device("cpu"))
+    assert layer.fuses(torch.device("cpu"), 8)
     change(layer)
-    assert not layer.fuses(torch.device("cpu"))
+    assert not layer.fuses(torch.device("cpu"), 8)
     if not isinstance(layer.norm, nn.SyncBatchNorm):
         assert layer.enhance(torch.randn(2, 5, 2, 2))[2] is None
 
@@ -331,7 +331,7 @@ def test_templates_learn_below_frozen_modules():
 def test_the_summary_says_which_path_is_taken():
     student = Net()
     kd = attach_kd(student, Net(), [KDPoint("last", targets=CodebookTargets(4))])
-    assert "fused, scores computed again" in kd.summary()
+    assert "fused from 0 positions a batch, scores computed again" in kd.summary()
     student.last[1].kd.norm = nn.SyncBatchNorm(4)
     assert "plain (SyncBatchNorm)" in kd.summary()
 
@@ -368,3 +368,34 @@ def test_inference_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
         with torch.no_grad():
             most = largest_allocation(lambda model=model: model(images))
         assert most < 4 * 2 * 24 * 24 * 512 / 10
+
+
+@pytest.mark.parametrize(
+    ("channels", "templates", "positions", "memory", "fused"),
+    [
+        (8, 64, 2**13, "normal", True),
+        (8, 64, 2**12, "normal", False),
+        (32, 64, 2**13, "normal", False),
+        (8, 64, 2**6, "low", True),
+    ],
+)
+def test_small_layers_take_the_plain_operations(
+    channels, templates, positions, memory, fused, monkeypatch
+):
+    monkeypatch.setattr(_chunks, "LEAST_SCORES", 2**19)
+    monkeypatch.setattr(_chunks, "LEAST_RATIO", 4)
+    student = nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU())
+    kd = attach_kd(student, at=[KDPoint("0", num_templates=templates)], memory=memory)
+    layer = student[0].kd.train()
+    assert layer.fuses(torch.device("cpu"), positions) == fused
+    found = layer.enhance(torch.randn(1, channels, positions // 8, 8))[2]
+    assert (found is not None) == fused
+    row = next(line for line in kd.summary().splitlines() if line.startswith("0 "))
+    wanted = {(32, "normal"): "plain (few templates)", (8, "low"): "fused, scores computed again"}
+    assert wanted.get((channels, memory), "fused from 8192 positions a batch") in row
+
+
+def test_a_layer_behind_an_empty_container():
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(), nn.ReLU())
+    attach_kd(student, at=[KDPoint("1", num_templates=4)])
+    assert student(torch.randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlayers._chunks import DEVICES, add_product, chunks, work_dtype
+from kdlayers._chunks import DEVICES, add_product, chunks, work_dtype, worthwhile
 from kdlayers._targets._distances import affine, balanced
 
 Assign = Callable[[slice], tuple[Tensor, Tensor]]
@@ -114,8 +114,11 @@ def _empty_grads(
 
 def fuses(student: Tensor, templates: Tensor | None) -> bool:
     """Whether the fused operators take these tensors."""
-    same = templates is None or templates.dtype == student.dtype
-    return same and student.is_floating_point() and student.device.type in DEVICES
+    if not student.is_floating_point() or student.device.type not in DEVICES:
+        return False
+    if templates is None:
+        return worthwhile(student.numel(), 0, 1)
+    return templates.dtype == student.dtype
 
 
 def needs_grad(student: Tensor, templates: Tensor | None) -> bool:
