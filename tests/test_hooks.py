@@ -284,28 +284,33 @@ def test_compiled_after_a_plain_instance_of_the_class_the_layer_still_runs(train
         assert not torch.allclose(compiled, plain(images))
 
 
-def test_a_loaded_student_compiled_after_a_plain_instance_keeps_its_layer(tmp_path, monkeypatch):
-    import torch._dynamo
-
+def test_a_loaded_student_compiled_after_a_plain_instance_keeps_its_layer(tmp_path):
     student = Net().eval()
     attach_kd(student, at=[KDPoint("last", num_templates=4)]).detach()
     save_student(student, tmp_path / "student.pt")
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
     torch.compiler.reset()
-    loaded, plain = load_student(Net(), tmp_path / "student.pt").eval(), Net().eval()
-    images = torch.randn(4, 3, 12, 12)
-    with torch.no_grad():
-        torch.compile(plain, backend="eager")(images)
-        compiled = torch.compile(loaded, backend="eager")(images)
-        torch.testing.assert_close(compiled, student(images))
+    with unguarded():
+        loaded, plain = load_student(Net(), tmp_path / "student.pt").eval(), Net().eval()
+        images = torch.randn(4, 3, 12, 12)
+        with torch.no_grad():
+            torch.compile(plain, backend="eager")(images)
+            compiled = torch.compile(loaded, backend="eager")(images)
+            torch.testing.assert_close(compiled, student(images))
 
 
-def test_an_unpickled_student_is_told_apart_too(monkeypatch):
-    import torch._dynamo
+def unguarded():
+    """As in a process in which nothing was attached yet."""
+    from torch import _dynamo
+
+    return _dynamo.config.patch(skip_nnmodule_hook_guards=True)
+
+
+def test_an_unpickled_student_is_told_apart_too():
+    from torch import _dynamo
 
     student = Net()
     attach_kd(student, at=[KDPoint("last", num_templates=4)]).detach()
     saved = pickle.dumps(student)
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
-    pickle.loads(saved)
-    assert torch._dynamo.config.skip_nnmodule_hook_guards is False
+    with unguarded():
+        pickle.loads(saved)
+        assert _dynamo.config.skip_nnmodule_hook_guards is False
