@@ -70,8 +70,8 @@ def attach_kd(
         teacher_transform: function of the images that the teachers' inputs go through, for a
             teacher of another resolution or normalisation; default: none.
         memory: ``"low"``: KD layers never hold the scores of all positions in training, but compute
-            them again in parts; ``"normal"`` (default): so only where it takes no longer, up to 128
-            channels. The numbers are the same.
+            them again in parts; ``"normal"`` (default): so only where it takes no longer, in large
+            layers of up to 128 channels. The numbers are the same.
 
     Returns:
         The :class:`KDHandle`, with ``fit``, ``loss``, ``detach`` and ``remove``.

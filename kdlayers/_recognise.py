@@ -218,7 +218,7 @@ class _Recognised:
         self.mean_unit = units.to(mean.dtype).mean(dim=0)
         self.centred = (units - self.mean_unit).to(units.dtype)
         if scores is None:
-            # The batch norm as a part of the product: of its factor and, as added row, its bias.
+            # The batch norm's factor as a part of the product, whose bias is beta.
             self.folded = (templates * self.factor.unsqueeze(1)).to(units.dtype)
 
     def __getitem__(self, part: slice) -> Tensor:

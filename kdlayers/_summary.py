@@ -6,7 +6,6 @@ from torch import nn
 
 from kdlayers import _chunks
 from kdlayers._batch_norm import why_plain
-from kdlayers._chunks import worthwhile
 from kdlayers._hooks import Slot
 from kdlayers._points import table
 from kdlayers._sites import slots
@@ -42,7 +41,7 @@ def _path(slot: Slot) -> str:
     if slot.memory == "low":
         return f"fused, {how}"
     templates = slot.head.num_templates
-    if not worthwhile(2**62, slot.head.in_channels, templates):
+    if not _chunks.worthwhile(2**62, slot.head.in_channels, templates):
         return "plain (few templates)"
     return f"fused from {-(-_chunks.LEAST_SCORES // templates)} positions a batch, {how}"
 

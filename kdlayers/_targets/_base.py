@@ -94,10 +94,8 @@ class TemplateTargets(nn.Module):
         Raises:
             ShapeError: if there are scores for another number of templates.
         """
-        scores = scores_of(student, templates)
         assignment = self.soft_assignment(features, labels)
-        check_templates(scores.shape[-1], assignment.shape[-1])
-        return template_kl(scores, assignment)
+        return divergence_from(assignment, student, templates)
 
     def _need(self, buffer: Tensor | None) -> Tensor:
         if buffer is None:
@@ -156,6 +154,13 @@ class TemplateTargets(nn.Module):
 def scores_of(student: Tensor, templates: Tensor | None) -> Tensor:
     """Scores ``[..., K]``, given as they are or as unit vectors and templates."""
     return student if templates is None else student @ templates.T
+
+
+def divergence_from(assignment: Tensor, student: Tensor, templates: Tensor | None) -> Tensor:
+    """Mean KL divergence of the scores from an assignment of the teacher's, ``[..., K]``."""
+    scores = scores_of(student, templates)
+    check_templates(scores.shape[-1], assignment.shape[-1])
+    return template_kl(scores, assignment)
 
 
 def check_templates(scored: int, wanted: int) -> None:

@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from kdlayers._fitter import Fitter
-from kdlayers._targets import check_templates, scores_of
+from kdlayers._targets import divergence_from, scores_of
 from kdlayers.errors import ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
@@ -126,9 +126,7 @@ class TemplateLoss(DistillLoss):
             return template_kl(scores_of(student, templates), teacher)
         if hasattr(soft, "divergence"):
             return soft.divergence(student, teacher, targets, templates=templates)
-        scores, assignment = scores_of(student, templates), soft.soft_assignment(teacher, targets)
-        check_templates(scores.shape[-1], assignment.shape[-1])
-        return template_kl(scores, assignment)
+        return divergence_from(soft.soft_assignment(teacher, targets), student, templates)
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:
         """The fitter of the template targets; ``None`` without them."""
