@@ -11,8 +11,12 @@ from kdlayers.errors import NoMatchError
 WRAPPERS = ("module.", "_orig_mod.")
 
 
-def match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> list[str]:
+def match(
+    pattern: str, names: Collection[str], model: nn.Module, label: str, advice: str = ""
+) -> list[str]:
     """The ``names`` that ``pattern``, a name or a glob, stands for, in their order.
+
+    ``advice`` is what the error says besides, where the caller knows what was meant.
 
     Raises:
         NoMatchError: if there is none.
@@ -22,7 +26,7 @@ def match(pattern: str, names: Collection[str], model: nn.Module, label: str) ->
         return [plain]
     found = [name for name in names if _glob(name, plain)] if is_glob(plain) else []
     if not found:
-        raise NoMatchError(no_match(pattern, names, model, label))
+        raise NoMatchError(_no_match(pattern, names, model, label) + advice)
     return found
 
 
@@ -44,15 +48,16 @@ def strip(name: str) -> str:
     return name
 
 
-def no_match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> str:
+def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> str:
     """The sentence for a name that is not there."""
-    near = get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
+    # What looks like a glob is seldom what it was meant for.
+    near = [] if is_glob(pattern) else get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
     shallow = [name for name in names if name and name.count(".") == 0]
     hint = ", ".join(repr(name) for name in near or shallow[-6:])
     unused = f"; {pattern!r} exists but does not run in forward" if _exists(pattern, model) else ""
     return (
         f"no module {pattern!r} runs in the {label} ({type(model).__name__}){unused}; nearest "
-        f"names: {hint}; find_points(model) lists usable points"
+        f"names: {hint}; find_points({label}) lists usable points"
     )
 
 

@@ -76,7 +76,8 @@ def _named(point: KDPoint, student: Trace, teacher: Trace | None) -> list[KDPoin
 
 
 def _teacher_name(theirs: str, ours: str, point: KDPoint, teacher: Trace) -> str:
-    found = match(theirs, teacher.names, teacher.model, "teacher")
+    advice = "" if point.teacher is not None else _pair_advice(ours)
+    found = match(theirs, teacher.names, teacher.model, "teacher", advice)
     if len(found) > 1 or (is_glob(theirs) and point.teacher is not None):
         raise ArgumentError(
             f"the teacher's point for {ours!r} must be one name, but {theirs!r} is a glob for "
@@ -84,6 +85,13 @@ def _teacher_name(theirs: str, ours: str, point: KDPoint, teacher: Trace) -> str
         )
     teacher.call(found[0])
     return found[0]
+
+
+def _pair_advice(ours: str) -> str:
+    return (
+        f"; a name alone stands for both models: where the teacher's is another, give it too, as "
+        f"in at={{{ours!r}: 'name in the teacher'}} or KDPoint({ours!r}, 'name in the teacher')"
+    )
 
 
 def _without_teacher(point: KDPoint) -> KDPoint:

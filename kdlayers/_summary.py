@@ -16,17 +16,23 @@ def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
     """KD layers with their cost at inference, and the losses with what they read."""
     layers = slots(student)
     lines = [f"KD layers in {type(student).__name__} (kept at inference)"]
-    rows: list[tuple[str, ...]] = [
-        ("point", "channels", "templates", "alpha", "parameters", "MACs", "training")
-    ]
+    if layers:
+        added = sum(p.numel() for slot in layers.values() for p in slot.parameters())
+        own = sum(p.numel() for p in student.parameters()) - added
+        lines[0] += f": {added:,} parameters on top of its own {own:,}"
+    head = ("point", "channels", "templates", "alpha", "parameters", "positions", "MACs")
+    rows: list[tuple[str, ...]] = [(*head, "training")]
     for name, slot in layers.items():
         positions = next((t.positions for t in terms if t.scores and t.point == name), None)
         size = slot.head.in_channels * slot.head.num_templates
         macs = "-" if positions is None else f"{2 * size * positions:,}"
         count = f"{sum(p.numel() for p in slot.parameters()):,}"
         cells = (slot.head.in_channels, slot.head.num_templates, slot.alpha)
-        rows.append((name, *map(str, cells), count, macs, _path(slot)))
+        seen = "-" if positions is None else str(positions)
+        rows.append((name, *map(str, cells), count, seen, macs, _path(slot)))
     lines.append(table(rows) if layers else "none")
+    if any(term.scores for term in terms):
+        lines.append("positions and MACs: of one image, of the size of attach_kd's example")
     if terms:
         lines += ["", "Losses (training only)", table(_loss_rows(terms))]
     return "\n".join(lines)

@@ -287,6 +287,9 @@ def test_summary_tells_costs_and_state():
     # 2KC + 2K + 2 parameters, 2KC multiply-adds at each of 4 x 4 positions; K = 4, C = 5.
     assert "50" in text.split()
     assert "640" in text.split()
+    own = sum(p.numel() for p in student.parameters()) - 50
+    assert f"(kept at inference): 50 parameters on top of its own {own:,}" in text
+    assert "size of attach_kd's example" in text
     kd.fit([(IMAGES, LABELS)])
     assert "not fitted" not in kd.summary()
     assert repr(kd) == kd.summary()

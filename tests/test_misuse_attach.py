@@ -56,6 +56,11 @@ ATTACHING = [
     (attach(["lats"]), NoMatchError, "no module 'lats' runs .* nearest names: 'last'"),
     (attach(["layer*"]), NoMatchError, "no module 'layer\\*' runs in the student"),
     (attach({"last": "lost"}), NoMatchError, "no module 'lost' runs in the teacher .*'last'"),
+    (
+        attach(["side"]),
+        NoMatchError,
+        r"in the teacher .*at=\{'side': 'name in the teacher'\} or KDP",
+    ),
     (attach({"idle": "last"}), NoMatchError, "'idle' exists but does not run in forward"),
     (attach({"again": "last"}), AttachError, "runs 2 times in one forward"),
     (attach({"side": "last"}), AttachError, "does not reach the model's output"),

@@ -38,6 +38,10 @@ def test_names_are_matched_part_by_part():
     assert match("*", names, Net(), "student") == ["layer1", "layer2", "head"]
     with pytest.raises(NoMatchError, match=r"nearest names: 'layer2'"):
         match("layer3", ["layer2", "head"], Net(), "student")
+    with pytest.raises(
+        NoMatchError, match=r"nearest names: 'stem', 'head'; find_points\(teacher\)"
+    ):
+        match("stage*", ["stem", "stem.norm", "head"], Net(), "teacher")
 
 
 class Terminal:
