@@ -21,7 +21,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff, its format, and mypy; pyright is among the tests."""
+    """Ruff, its format, mypy and pyright."""
     session.install("-e", ".[dev]")
     session.run(".ci/lint", external=True)
 

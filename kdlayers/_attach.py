@@ -25,7 +25,7 @@ from kdlayers._resolve import At, resolve_points
 from kdlayers._sites import hook_site, inserts, place, refuse_norm, slots, take_out
 from kdlayers._teacher import Teacher, Transform, make_teachers
 from kdlayers._terms import Term, example_pair, feature_term, unique_names
-from kdlayers._trace import Trace, example_for, run_example, to_model, trace, undisturbed
+from kdlayers._trace import Trace, depend, example_for, run_example, to_model, trace, undisturbed
 from kdlayers._tree import first_tensor, leaves
 from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
 from kdlayers.losses import DistillLoss, TemplateLoss
@@ -190,17 +190,12 @@ def _check_layers(
 
 
 def _check_reach(student: nn.Module, example: tuple[Any, ...], layers: dict[str, Slot]) -> None:
-    weights = [layer.value.weight for layer in layers.values()]
-    if not weights:
+    if not layers:
         return
     with torch.enable_grad():
-        outputs = [t for _, t in leaves(student(*example)) if t.requires_grad]
-        total = sum(output.float().sum() for output in outputs)
-    if not isinstance(total, torch.Tensor):
-        grads: Sequence[torch.Tensor | None] = [None] * len(weights)
-    else:
-        grads = torch.autograd.grad(total, weights, allow_unused=True)
-    dead = [name for name, grad in zip(layers, grads, strict=True) if grad is None]
+        outputs = [tensor for _, tensor in leaves(student(*example))]
+    reached = depend(outputs, [layer.value.weight for layer in layers.values()])
+    dead = [name for name, yes in zip(layers, reached, strict=True) if not yes]
     if dead:
         raise AttachError(
             f"the output of {dead} does not reach the model's output, so a KD layer there would "
@@ -221,7 +216,7 @@ def _terms(
     terms = []
     for point in points:
         tap = point.teacher or point.student
-        loss = TemplateLoss(point.targets, at=(point.student, tap))
+        loss = TemplateLoss(point.targets, weight=point.weight, at=(point.student, tap))
         name = f"TemplateLoss.{point.student}"
         terms.append(feature_term(name, loss, traced, teachers, point.student, tap))
     terms.extend(_loss_term(loss, traced, teachers) for loss in losses)

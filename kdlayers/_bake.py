@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdlayers._hooks import SLOT, Slot, descend
+from kdlayers._hooks import Slot
 from kdlayers._layer import KDLayer
 from kdlayers._models import unwrap
-from kdlayers._sites import inserts
+from kdlayers._sites import displace, inserts
+from kdlayers._torch import child_table, drop_hooks
 from kdlayers._tree import Path, pick, put
 from kdlayers.errors import AttachError
 
@@ -64,12 +65,14 @@ def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module]) -> nn.
     """
     student, _ = unwrap(student, "student")
     if not inserts(student):
-        raise AttachError(f"this {type(student).__name__} has no KD layers; attach_kd first")
+        raise AttachError(
+            f"this {type(student).__name__} has no KD layers, so it is plain as it is: use or "
+            "export it itself; KD layers come with attach_kd(student, teacher, at=[...])"
+        )
     baked = copy.deepcopy(student)
     for module, key, hook in inserts(baked):
         layer = made(hook.slot(module))
-        del module._forward_hooks[key]
-        descend(module, hook.store)._modules.pop(SLOT)
+        displace(module, key, hook)
         _replace(baked, module, _baked_point(module, layer, hook.path))
     return _without_record_hooks(baked)
 
@@ -95,15 +98,12 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in list(model.modules()):
         if parent is new or parent is old:
             continue
-        for name, child in parent._modules.items():
-            if child is old and parent is not new:
-                parent._modules[name] = new
+        for name, child in child_table(parent).items():
+            if child is old:
+                child_table(parent)[name] = new
 
 
 def _without_record_hooks(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, h in hooks.items() if type(h).__module__ == "kdlayers._hooks"]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        drop_hooks(module, lambda hook: type(hook).__module__ == "kdlayers._hooks")
     return model

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._chunks import DEVICES
+from kdlayers._torch import has_hooks
 from kdlayers.errors import AttachError
 
 
@@ -15,7 +16,7 @@ def why_plain(norm: nn.Module, device: torch.device) -> str | None:
         return type(norm).__name__
     if norm.running_mean is None or norm.momentum is None or not norm.affine:
         return "batch norm without running averages" if norm.affine else "batch norm not affine"
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if has_hooks(norm):
         return "hooks on its batch norm"
     return None
 

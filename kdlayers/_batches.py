@@ -36,10 +36,10 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """
     if isinstance(batch, Tensor):
         return batch, None
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        labels = batch[1] if len(batch) > 1 else None
-        if labels is None or isinstance(labels, Tensor):
-            return batch[0], labels
+    if isinstance(batch, (tuple, list)):
+        images, labels = (*batch, None, None)[:2]
+        if isinstance(images, Tensor) and (labels is None or isinstance(labels, Tensor)):
+            return images, labels
     raise ArgumentError(
         f"fit() expects batches (images, labels) of tensors, got {type(batch).__name__}; wrap the "
         "loader: [(b['image'], b['label']) for b in loader] shows the form"

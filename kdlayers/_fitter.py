@@ -23,9 +23,11 @@ class Fitter(Protocol):
 
     def update(self, teacher: Tensor, targets: Tensor | None) -> None:
         """Take one batch: the teacher's tensor, as the loss would get it, and the labels."""
+        ...
 
     def end_pass(self) -> bool:
         """Finish a pass; True when another pass over the data is wanted."""
+        ...
 
 
 def run_passes(

@@ -9,8 +9,9 @@ from kdlayers._bake import replace_layers
 from kdlayers._batch_norm import as_affine
 from kdlayers._chunks import DEVICES
 from kdlayers._hooks import Slot
-from kdlayers._layer import inverse_norm, product_dtype
-from kdlayers._recognise import recognise_frozen, safe_norm
+from kdlayers._layer import product_dtype
+from kdlayers._norms import inverse_norm
+from kdlayers._recognise import recognise_frozen
 
 
 class FoldedKDLayer(nn.Module):
@@ -59,7 +60,7 @@ class FoldedKDLayer(nn.Module):
     def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:
         """What is added to ``x``."""
         dtype = product_dtype(x)
-        units = (features / safe_norm(features)).to(dtype).flatten(0, -2)
+        units = (features * inverse_norm(features)).to(dtype).flatten(0, -2)
         matching, values = self.matching.to(dtype), self.values.to(dtype)
         value = recognise_frozen(units, matching, self.threshold, values).view_as(features)
         return value.movedim(-1, self.channel_dim).to(x.dtype)

@@ -1,6 +1,6 @@
 """The handle that `attach_kd` returns: fit, loss, terms, state, and the ways out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import finalize
@@ -151,7 +151,7 @@ class KDHandle:
         return total
 
     @contextmanager
-    def batch(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def batch(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         """Record whatever the student does inside, for runs that are no call ``student(x)``.
 
         Use it round ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
@@ -226,11 +226,8 @@ class KDHandle:
                 f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
                 "same points and losses as when it was saved"
             )
-        try:
-            for term in self._terms:
-                term.loss.load_state_dict(state["losses"][term.name])
-        except RuntimeError as error:
-            raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
+        for term in self._terms:
+            _load(term, state["losses"][term.name])
         self.step = int(state["step"])
 
     def summary(self) -> str:
@@ -337,6 +334,13 @@ def _release(tape: Tape, hooks: Sequence[Any]) -> None:
     tape.armed = tape.active = False
     for hook in hooks:
         hook.remove()
+
+
+def _load(term: Term, state: dict[str, Any]) -> None:
+    try:
+        term.loss.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
 
 
 def _parameter_groups(

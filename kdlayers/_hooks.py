@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer import KDLayer
+from kdlayers._torch import in_backward
 from kdlayers._tree import Path, first_tensor, pick, put
 
 SLOT = "kd"
@@ -171,7 +172,9 @@ class OpenForward:
         recording = tape.armed and module.training and torch.is_grad_enabled()
         recording = recording and not _is_exporting()
         if recording and not torch.compiler.is_compiling():
-            recording = not _in_backward() and not is_tracing()
+            # Reentrant checkpointing and checkpoint(student) run the forward again inside backward.
+            # A torch that does not tell counts such forwards, and loss() refuses.
+            recording = not in_backward() and not is_tracing()
         # Assigned each time: a forward that ended in an exception cannot leave it set.
         tape.active = recording
         if recording:
@@ -262,11 +265,3 @@ def _is_exporting() -> bool:
     if _CONFUSES_EXPORT and torch.compiler.is_dynamo_compiling():
         return False
     return torch.compiler.is_exporting()
-
-
-def _in_backward() -> bool:
-    # Reentrant checkpointing and checkpoint(student) run the forward again inside backward.
-    # There is no public way to ask; where the private one is gone, such forwards count, and
-    # loss() refuses.
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1

@@ -9,7 +9,8 @@ from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._batch_norm import as_affine, update_statistics, why_plain
 from kdlayers._chunks import worthwhile
-from kdlayers._recognise import recognise, recognise_frozen, safe_norm
+from kdlayers._norms import inverse_norm
+from kdlayers._recognise import recognise, recognise_frozen
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 MEMORY = ("normal", "low")
@@ -51,14 +52,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype of the factors of matrix products with ``x``: autocast's, where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def inverse_norm(vectors: Tensor, eps: float = 1e-12) -> Tensor:
-    """1 / max(norm, eps) over the last axis, in float32 or better; 0 for a vector of zeros."""
-    if vectors.dtype != torch.float64:
-        vectors = vectors.float()
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return torch.where(norm > 0, norm.clamp_min(eps).reciprocal(), 0.0)
 
 
 class TemplateHead(CosineProjection):
@@ -249,7 +242,7 @@ class KDLayer(nn.Module):
     def _at_inference(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `enhance`, with the running statistics, without tensors [positions, K]."""
         norm, dtype = self.norm, product_dtype(x)
-        units = (features / safe_norm(features)).to(dtype)
+        units = (features * inverse_norm(features)).to(dtype)
         templates = self.head.kernels()
         gain, threshold = as_affine(norm)
         matching = (templates * gain.unsqueeze(1)).to(dtype)

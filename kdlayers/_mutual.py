@@ -72,7 +72,7 @@ def attach_mutual(
         first.remove()
         raise
     for handle in (first, second):
-        for teacher in handle._teachers:
+        for teacher in handle._teachers:  # pyright: ignore[reportPrivateUsage]  # our own
             teacher.eval_mode = False
     return first, second
 
@@ -90,5 +90,6 @@ def _refuse_fitted(losses: Iterable[DistillLoss]) -> None:
 def _exchanged(loss: DistillLoss) -> DistillLoss:
     copied = copy.deepcopy(loss)
     if isinstance(copied.at, tuple):
-        copied.at = copied.at[::-1]
+        ours, theirs = copied.at
+        copied.at = (theirs, ours)
     return copied

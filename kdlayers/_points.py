@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from kdlayers._layer import check_alpha, check_count
 from kdlayers._targets import TemplateTargets
+from kdlayers._torch import is_batch_norm
 from kdlayers._trace import Call, example_for, ignored, trace
 from kdlayers.errors import ArgumentTypeError, LayoutError
+from kdlayers.losses._base import Weight, check_weight
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,14 @@ class KDPoint:
             ``CodebookTargets()`` at the last point in forward order, ``DecisionTargets()`` before.
         num_templates: number of templates K; default: what the targets need.
         alpha: value ratio of the layer, default 1; 0 keeps the features and only supervises.
+        weight: factor of the point's :class:`~kdlayers.TemplateLoss` in ``kd.loss``: a number, or a
+            function of the step, such as those of :mod:`kdlayers.schedules`. Default 1, the
+            authors'. Without a teacher there is no such loss.
 
     Raises:
-        ArgumentTypeError: if a name is no string or ``targets`` no template targets.
-        ArgumentError: if ``num_templates`` is below 1 or ``alpha`` negative.
+        ArgumentTypeError: if a name is no string, ``targets`` no template targets, or ``weight``
+            neither a number nor callable.
+        ArgumentError: if ``num_templates`` is below 1, or ``alpha`` or ``weight`` negative.
 
     Example:
         >>> from kdlayers import CodebookTargets, KDPoint
@@ -42,6 +47,7 @@ class KDPoint:
     targets: TemplateTargets | None = field(default=None, kw_only=True)
     num_templates: int | None = field(default=None, kw_only=True)
     alpha: float = field(default=1.0, kw_only=True)
+    weight: Weight = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         for label, name in (("student", self.student), ("teacher", self.teacher)):
@@ -57,6 +63,7 @@ class KDPoint:
         if self.num_templates is not None:
             check_count("num_templates", self.num_templates)
         check_alpha(self.alpha)
+        check_weight(self.weight)
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def _remark(call: Call, unread: bool) -> str:
 def _stages_and_blocks(model: nn.Module, prefix: str = "") -> Iterator[str]:
     for name, child in model.named_children():
         bare = not any(True for _ in child.parameters()) or _depth(child) == 0
-        if bare or isinstance(child, _NormBase):
+        if bare or is_batch_norm(child):
             continue
         yield prefix + name
         if _is_stage(child):

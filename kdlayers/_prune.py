@@ -1,6 +1,6 @@
 """Pruning: templates that never, or hardly ever, match anything go."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,10 @@ def prune_templates(
     kernels; one silent template stays and takes over the shares of all that go, so that outputs on
     the data are unchanged up to rounding. The student is changed in place: prune after training,
     and make a new optimiser if you train on.
+
+    Every position counts that goes through the layer, with class and register tokens, whose
+    templates act on the output as others do. (:func:`kdlayers.viz.template_usage`, which is about
+    regions of images, leaves these tokens out.)
 
     Args:
         student: a detached model with KD layers.
@@ -88,14 +92,14 @@ def _firing_shares(
     fired: dict[str, Tensor | float] = dict.fromkeys(layers, 0.0)
     positions = dict.fromkeys(layers, 0)
 
-    def count(name: str, scores: Tensor) -> None:
-        fired[name] = fired[name] + (scores > 0).sum(0)
-        positions[name] += len(scores)
+    def counting(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def count(_module: nn.Module, _args: Any, scores: Tensor) -> None:
+            fired[name] = fired[name] + (scores > 0).sum(0)
+            positions[name] += len(scores)
 
-    hooks = [
-        slot.norm.register_forward_hook(lambda _m, _a, out, name=name: count(name, out))
-        for name, slot in layers.items()
-    ]
+        return count
+
+    hooks = [slot.norm.register_forward_hook(counting(name)) for name, slot in layers.items()]
     try:
         with undisturbed(student):
             for batch in loader:

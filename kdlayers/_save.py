@@ -1,7 +1,7 @@
 """Saving a student with its KD layers, and loading it into a fresh model without the teacher."""
 
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -169,7 +169,7 @@ def _layer(item: Any, path: object) -> LayerDescription:
     )
     if not valid:
         raise CheckpointError(f"{path} is damaged: a KD layer is described by {item!r}")
-    return LayerDescription(**{**item, "path": tuple(item["path"])})
+    return replace(LayerDescription(**item), path=tuple(item["path"]))
 
 
 def _insert(

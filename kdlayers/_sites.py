@@ -1,9 +1,9 @@
 """Where in a model a KD layer's hook and its parameters go."""
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from kdlayers._hooks import SLOT, InsertLayer, Slot, Tape, descend
+from kdlayers._torch import child_table, forward_hooks, is_batch_norm
 from kdlayers._tree import Path
 from kdlayers.errors import AttachError
 
@@ -16,12 +16,11 @@ def hook_site(model: nn.Module, name: str) -> nn.Module:
     Code that iterates over an ``nn.Sequential`` (checkpointing, feature extractors) never calls the
     Sequential itself, so the hook goes to its last child. It stays above a batch norm, which
     ``convert_sync_batchnorm`` replaces together with its hooks.
-
     """
     module = model.get_submodule(name)
-    while _stock_sequential(module) and len(module._modules):
-        last = next(reversed(module._modules.values()))
-        if last is None or isinstance(last, _NormBase):
+    while _stock_sequential(module) and child_table(module):
+        last = next(reversed(child_table(module).values()))
+        if last is None or is_batch_norm(last):
             break
         module = last
     return module
@@ -30,7 +29,7 @@ def hook_site(model: nn.Module, name: str) -> nn.Module:
 def refuse_norm(model: nn.Module, name: str) -> None:
     """Raise AttachError if ``name`` is a batch norm, which is replaced without its KD layer."""
     module = model.get_submodule(name)
-    if isinstance(module, _NormBase):
+    if is_batch_norm(module):
         raise AttachError(
             f"{name!r} is a {type(module).__name__}, which convert_sync_batchnorm would replace "
             "without its KD layer; choose the module round it, or the activation after it"
@@ -48,9 +47,9 @@ def store_path(hooked: nn.Module) -> tuple[str, ...]:
     """
     path: list[str] = []
     module = hooked
-    while isinstance(module, _CONTAINERS) and len(module._modules):
-        key = next(reversed(module._modules))
-        child = module._modules[key]
+    while isinstance(module, _CONTAINERS) and child_table(module):
+        key = next(reversed(child_table(module)))
+        child = child_table(module)[key]
         if child is None:
             break
         path.append(key)
@@ -87,7 +86,7 @@ def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:
     return [
         (module, key, hook)
         for module in model.modules()
-        for key, hook in module._forward_hooks.items()
+        for key, hook in forward_hooks(module).items()
         if isinstance(hook, InsertLayer)
     ]
 
@@ -101,5 +100,10 @@ def take_out(model: nn.Module, tape: object = None) -> None:
     """Remove KD layers and their hooks: all of them, or those that write to ``tape``."""
     for module, key, hook in inserts(model):
         if tape is None or hook.tape is tape:
-            del module._forward_hooks[key]
-            descend(module, hook.store)._modules.pop(SLOT)
+            displace(module, key, hook)
+
+
+def displace(module: nn.Module, key: int, hook: InsertLayer) -> None:
+    """Undo `place`, for one of the `inserts`."""
+    del forward_hooks(module)[key]
+    child_table(descend(module, hook.store)).pop(SLOT)

@@ -1,6 +1,6 @@
 """Runs a teacher on the student's batch, and leaves it as it was found."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -179,7 +179,7 @@ def make_teachers(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Generator[None, None, None]:
     """Eval mode; the modules that were training are set back, one by one."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -1,7 +1,7 @@
 """Dry runs: what every module of a model returns, without leaving a trace in the model."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -124,13 +124,21 @@ def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> se
             hook = module.register_forward_hook(lambda _m, _a, out, name=name: keep(name, out))
             stack.callback(hook.remove)
         args = tuple(_differentiable(arg) for arg in to_model(example, model))
-        outputs = [t for _, t in leaves(run_example(model, args, traced.label)) if t.requires_grad]
+        outputs = [tensor for _, tensor in leaves(run_example(model, args, traced.label))]
     asked = [name for name, tensor in features.items() if tensor.requires_grad]
-    if not outputs or not asked:
-        return set(asked)
-    total = torch.stack([output.float().sum() for output in outputs]).sum()
-    grads = torch.autograd.grad(total, [features[name] for name in asked], allow_unused=True)
-    return {name for name, grad in zip(asked, grads, strict=True) if grad is None}
+    reached = depend(outputs, [features[name] for name in asked])
+    return {name for name, yes in zip(asked, reached, strict=True) if not yes}
+
+
+def depend(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
+    """For each of ``inputs``, whether one of ``outputs`` depends on it; their graph is freed."""
+    outputs = [output for output in outputs if output.requires_grad]
+    if not outputs or not inputs:
+        return [False] * len(inputs)
+    with torch.enable_grad():
+        total = torch.stack([output.float().sum() for output in outputs]).sum()
+    grads = torch.autograd.grad(total, inputs, allow_unused=True)
+    return [isinstance(grad, Tensor) for grad in grads]  # None where nothing depends on it
 
 
 def _differentiable(arg: Any) -> Any:
@@ -153,7 +161,7 @@ def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Generator[None, None, None]:
     """Eval mode for a while; every module's own training flag and all random states come back."""
     flags = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=cuda_devices(model)), _uncompiled():

@@ -14,6 +14,7 @@ __all__ = [
     "KDLayersError",
     "KDLayersWarning",
     "LayoutError",
+    "MissingPackageError",
     "NoMatchError",
     "NotFittedError",
     "ShapeError",
@@ -43,6 +44,10 @@ class ShapeError(KDLayersError, ValueError):
 
 class LayoutError(KDLayersError, ValueError):
     """The axis of the channels, or the grid that tokens form, cannot be told."""
+
+
+class MissingPackageError(KDLayersError, ImportError):
+    """What was asked needs a package that is not installed; the message says what to install."""
 
 
 class AttachError(KDLayersError, RuntimeError):

@@ -17,6 +17,7 @@ from kdlayers import (
     bake,
     fold,
     load_student,
+    prune_templates,
     save_student,
     viz,
 )
@@ -120,6 +121,18 @@ def test_usage_is_the_known_map_counted(layout, prefix):
     usage = viz.template_usage(model, [(images[:1], torch.zeros(1)), (images[1:], torch.zeros(1))])
     assert usage.positions == known.numel()
     assert usage.best.tolist() == [(known == k).sum().item() for k in range(4)]
+
+
+def test_usage_counts_regions_and_pruning_all_positions():
+    model, images, _ = planted("tokens", 2)
+    images.zero_()[:, 0, ::2] = 1  # red regions and black ones, beside grey prefix tokens
+    _, layer = viz._watch.find_layer(model, "mix")
+    layer.norm.bias.data.fill_(-2)  # the sum of the colours fires at grey, the colours do not
+    assert viz.template_usage(model, [images]).silent.tolist() == [1, 2, 3]
+    before = model(images)
+    (pruned,) = prune_templates(model, [images])
+    assert pruned.after == 3  # red, the sum, and one that stays in the place of green and blue
+    torch.testing.assert_close(model(images), before)
 
 
 @pytest.mark.parametrize("at", ["first", "last"])

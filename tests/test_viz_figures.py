@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdlayers import DecisionTargets, KDPoint, attach_kd, save_student, viz
-from kdlayers.errors import ArgumentError, ArgumentTypeError, NotFittedError, ShapeError
+from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    MissingPackageError,
+    NotFittedError,
+    ShapeError,
+)
 from tests.nets import batch
 from tests.test_docs import documented, public, resolve
 from tests.test_viz import net, view_of
@@ -178,10 +184,35 @@ def test_plot_relations_of_an_untrained_matrix(tmp_path):
     assert (tmp_path / "relations.png").stat().st_size > 1000
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "kdlayers\[viz\]"'):
-        viz.plot_relations(torch.eye(2))
+def drawn_matches():
+    x, p = torch.randn(1, 2, 2, 4), torch.rand(1, 2, 2, 3)
+    return viz.plot_matches(viz.LayerView("last", x, x, p, p), torch.rand(1, 3, 8, 8))
+
+
+def drawn_usage():
+    counts = torch.tensor([2, 1])
+    return viz.plot_usage(viz.TemplateUsage("last", counts, counts, 4))
+
+
+def drawn_decisions():
+    batches = [(torch.randn(20, 2), torch.arange(20) % 2)]
+    return viz.plot_decisions(DecisionTargets(1, components=1).fit(batches))
+
+
+def drawn_relations():
+    return viz.plot_relations(torch.eye(2))
+
+
+@pytest.mark.parametrize("draw", [drawn_matches, drawn_usage, drawn_decisions, drawn_relations])
+def test_without_matplotlib_every_figure_says_what_to_install(monkeypatch, draw):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    asked = draw.__name__.replace("drawn", "plot")
+    said = rf'{asked}\(\) draws with matplotlib, .*; type pip install "kdlayers\[viz\]", or'
+    with pytest.raises(MissingPackageError, match=said) as caught:
+        draw()
+    assert isinstance(caught.value, ImportError)
 
 
 def test_plot_matches_refuses_other_images(net):

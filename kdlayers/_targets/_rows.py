@@ -19,9 +19,11 @@ class Pass(Protocol):
 
     def take(self, rows: Tensor, labels: Tensor | None) -> None:
         """Take a block of rows [n, D] with labels [n] (None unless ``labelled``)."""
+        ...
 
     def finish(self) -> "Pass | None":
         """End the pass, on all ranks together."""
+        ...
 
 
 class RowFitter:

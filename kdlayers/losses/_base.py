@@ -63,14 +63,6 @@ class DistillLoss(nn.Module):
         teacher: int | None = None,
     ) -> None:
         super().__init__()
-        if not callable(weight) and (
-            isinstance(weight, bool) or not isinstance(weight, (int, float))
-        ):
-            raise ArgumentTypeError(
-                f"weight must be a number or a function of the step, got {type(weight).__name__}"
-            )
-        if not callable(weight) and not 0 <= weight < float("inf"):
-            raise ArgumentError(f"weight must be 0 or more and finite, got {weight}")
         pair = isinstance(at, tuple) and len(at) == 2 and all(isinstance(n, str) for n in at)
         if at is not None and not isinstance(at, str) and not pair:
             raise ArgumentError(
@@ -78,7 +70,7 @@ class DistillLoss(nn.Module):
             )
         if teacher is not None and teacher < 0:
             raise ArgumentError(f"teacher is an index, counted from 0, got {teacher}")
-        self.weight = weight
+        self.weight = check_weight(weight)
         self.at = at
         self.name = name
         self.teacher = teacher
@@ -121,14 +113,29 @@ class DistillLoss(nn.Module):
     def _build_from(self, state: dict[str, Tensor]) -> None:
         """Make, for a loss not built yet, the parameters that a state dict to be loaded has."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         own = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
         self._build_from(own)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Shows weight and at in the printed module."""
         return f"weight={self.weight!r}, at={self.at!r}"
+
+
+def check_weight(weight: Weight) -> Weight:
+    """``weight`` if it is a finite number of 0 or more, or a function."""
+    if callable(weight):
+        return weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise ArgumentTypeError(
+            f"weight must be a number or a function of the step, got {type(weight).__name__}"
+        )
+    if not 0 <= weight < float("inf"):
+        raise ArgumentError(f"weight must be 0 or more and finite, got {weight}")
+    return weight
 
 
 class LogitLoss(DistillLoss):

@@ -39,9 +39,9 @@ class Coder(nn.Sequential):
             elif isinstance(layer, nn.BatchNorm2d):
                 layer.reset_parameters()
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name in nn.Sequential
         """``[B, in, H, W]`` in any real type to ``[B, out, H, W]``, in the type of the weights."""
-        maps = maps.to(self.weight.dtype)
+        maps = input.to(self.weight.dtype)
         for layer in self:
             maps = layer(maps)
         return maps

@@ -26,6 +26,7 @@ from kdlayers.losses._maps import check_maps, on_one_grid
 Split: TypeAlias = Literal["natural", "random"]
 Host: TypeAlias = Literal["factor", "attention"]
 Learning: TypeAlias = Literal["fitted", "online"]
+Reconstruction: TypeAlias = Literal["l1", "l2"]
 Made = TypeVar("Made")
 
 
@@ -102,6 +103,12 @@ class InheritExploreLoss(DistillLoss):
 
     detaches_teacher: ClassVar[bool] = True
     metric_names = ("inheritance", "exploration", "reconstruction")
+    split: Split
+    measure: Measure
+    scale: Scale
+    host: Host
+    coder: Learning
+    reconstruction: Reconstruction
     inherit_channels: Tensor | None
     explore_channels: Tensor | None
     inherit_encoder: Coder | None
@@ -122,7 +129,7 @@ class InheritExploreLoss(DistillLoss):
         explore_weight: float = 50.0,
         host: Host = "factor",
         coder: Learning = "fitted",
-        reconstruction: Literal["l1", "l2"] = "l1",
+        reconstruction: Reconstruction = "l1",
         epochs: int = 30,
         fit_lr: float = 0.1,
         seed: int = 0,
@@ -325,8 +332,10 @@ class InheritExploreLoss(DistillLoss):
         if self.auto_encoder is None and saved is not None:
             self._hold(AutoEncoder(saved.shape[1], saved.shape[0]).to(saved))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._is_fitted = bool(self.is_fitted)
 
     def extra_repr(self) -> str:

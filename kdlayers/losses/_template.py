@@ -18,16 +18,20 @@ class SoftTargets(Protocol):
     @property
     def num_templates(self) -> int | None:
         """K, or None before ``fit`` where K depends on the data."""
+        ...
 
     @property
     def fitted(self) -> bool:
         """Whether ``fit`` has been done."""
+        ...
 
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """``[..., D]`` to ``[..., K]``."""
+        ...
 
     def fitter(self, *, seed: int = 0) -> Fitter:
         """What learns the targets from passes over the teacher's features."""
+        ...
 
     def divergence(
         self,
@@ -38,6 +42,7 @@ class SoftTargets(Protocol):
         templates: Tensor | None = None,
     ) -> Tensor:
         """The mean divergence, where it can be had without the whole assignment; optional."""
+        ...
 
 
 class TemplateLoss(DistillLoss):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from kdlayers.errors import MissingPackageError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,18 +17,19 @@ NAMED = 30
 """Up to so many classes are named along an axis."""
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(caller: str, width: float, height: float) -> Figure:
     """An empty figure of this size in inches, which no global state of pyplot knows.
 
     Raises:
-        ImportError: if matplotlib is not installed.
+        MissingPackageError: if matplotlib is not installed; names the ``caller``.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            'figures are drawn by matplotlib, which is not installed; pip install "kdlayers[viz]" '
-            "installs it, and the functions of kdlayers.viz that give tensors do without"
+        raise MissingPackageError(
+            f"{caller}() draws with matplotlib, which cannot be imported ({error}); type pip "
+            'install "kdlayers[viz]", or use the functions of kdlayers.viz that give tensors and '
+            "need no matplotlib"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

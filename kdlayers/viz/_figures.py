@@ -8,7 +8,16 @@ from torch import Tensor
 
 from kdlayers.errors import ShapeError
 from kdlayers.viz._canvas import bare, drawable, new_figure
-from kdlayers.viz._overlay import OTHERS, PALETTE, as_picture, frequent, overlay, template_colors
+from kdlayers.viz._overlay import (
+    OTHERS,
+    PALETTE,
+    RGB,
+    as_picture,
+    frequent,
+    overlay,
+    rgb,
+    template_colors,
+)
 from kdlayers.viz._usage import TemplateUsage
 from kdlayers.viz._view import By, LayerView, feature_colors, match_map, norm_maps
 
@@ -51,7 +60,7 @@ def plot_matches(
         The figure.
 
     Raises:
-        ImportError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
         ShapeError: if the images are not as many as those of the view, or no images.
         ArgumentError: if values of the images are not in 0 to 1, or ``top`` not in 1 to 7.
 
@@ -71,7 +80,7 @@ def plot_matches(
     rows = len(images)
     matches, templates = match_map(view, by=by).cpu(), view.scores.shape[-1]
     colors = template_colors(matches, templates, top=top)
-    figure = new_figure(CELL * len(COLUMNS) + 1.0, CELL * rows + 1.3)
+    figure = new_figure("plot_matches", CELL * len(COLUMNS) + 1.0, CELL * rows + 1.3)
     axes = figure.subplots(rows, len(COLUMNS), squeeze=False)
     for row, image, found in zip(axes, images, matches, strict=True):
         row[0].imshow(_pixels(as_picture(image)))
@@ -111,9 +120,11 @@ def _draw_lengths(figure: Figure, axes: Any, maps: tuple[Tensor, Tensor]) -> Non
     """Each column in a scale of its own, which begins at 0."""
     for column, side in zip(axes.T, maps, strict=True):
         longest = float(side.max()) or 1.0
-        for cell, lengths in zip(column, side, strict=True):
-            drawn = cell.imshow(drawable(lengths), vmin=0, vmax=longest, cmap="viridis")
-        bar = figure.colorbar(drawn, ax=column[-1], location="bottom", aspect=10, pad=0.05)
+        drawn = [
+            cell.imshow(drawable(lengths), vmin=0, vmax=longest, cmap="viridis")
+            for cell, lengths in zip(column, side, strict=True)
+        ]
+        bar = figure.colorbar(drawn[-1], ax=column[-1], location="bottom", aspect=10, pad=0.05)
         bar.ax.tick_params(labelsize=7)
         bar.ax.locator_params(nbins=4)
 
@@ -123,10 +134,10 @@ def _legend(figure: Figure, matches: Tensor, colors: Tensor, top: int) -> None:
 
     order = frequent(matches, len(colors))
     positions = matches.numel()
-    entries = []
+    entries: list[tuple[RGB, str]] = []
     for template in order[:top]:
         share = float((matches == template).sum()) / positions
-        entries.append((tuple(colors[template].tolist()), f"{template} ({share:.0%})"))
+        entries.append((rgb(colors[template]), f"{template} ({share:.0%})"))
     rest = float(sum((matches == k).sum() for k in order[top:])) / positions
     if len(order) > top:
         entries.append((OTHERS, f"{len(order) - top} others ({rest:.0%})"))
@@ -138,7 +149,7 @@ def _legend(figure: Figure, matches: Tensor, colors: Tensor, top: int) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, title=title)
 
 
-def _hex(color: tuple[int, ...]) -> str:
+def _hex(color: RGB) -> str:
     return f"#{bytes(color).hex()}"
 
 
@@ -156,7 +167,7 @@ def plot_usage(usage: TemplateUsage) -> Figure:
         The figure.
 
     Raises:
-        ImportError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
 
     Example:
         >>> import torch
@@ -165,7 +176,7 @@ def plot_usage(usage: TemplateUsage) -> Figure:
         >>> plot_usage(usage).axes[0].get_xlabel()
         'templates, by how often they fire'
     """
-    figure = new_figure(7.0, 3.2)
+    figure = new_figure("plot_usage", 7.0, 3.2)
     axes = figure.subplots()
     templates, silent = len(usage.fires), len(usage.silent)
     order = usage.fires.argsort(descending=True, stable=True)

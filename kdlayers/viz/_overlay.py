@@ -1,11 +1,15 @@
 """Match maps in colours on the images they belong to."""
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdlayers._layer import check_count
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+
+RGB: TypeAlias = tuple[int, int, int]
 
 # Told apart also by most colour-blind readers: M. Okabe, K. Ito, "Color Universal Design", 2008.
 PALETTE = (
@@ -112,9 +116,15 @@ def overlay(
     size = (picture.shape[1], picture.shape[2])
     regions = torch.stack([matches == k for k in present])
     masks = F.interpolate(regions[None].float(), size, mode="nearest-exact")[0].bool()
-    chosen = [tuple(colors[k].tolist()) for k in present]
+    chosen: list[str | RGB] = [rgb(colors[k]) for k in present]
     drawn: Tensor = draw_segmentation_masks(picture, masks, alpha=alpha, colors=chosen)
     return drawn
+
+
+def rgb(color: Tensor) -> RGB:
+    """One row of the colors as the numbers that drawing libraries take."""
+    red, green, blue = color.tolist()
+    return red, green, blue
 
 
 def as_picture(image: Tensor) -> Tensor:

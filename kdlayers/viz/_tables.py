@@ -41,7 +41,7 @@ def plot_decisions(
         The figure.
 
     Raises:
-        ImportError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
         NotFittedError: before ``fit``.
         ArgumentError: if the number of names is not C, or ``top`` below 1.
 
@@ -58,7 +58,7 @@ def plot_decisions(
     classes, subclasses = counts.shape
     names = names_of(class_names, classes)
     pairs = strongest_pairs(class_decisions(targets), names, top=top)
-    figure = new_figure(9.0, 4.6)
+    figure = new_figure("plot_decisions", 9.0, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     drawn = left.imshow(
         drawable(decisions.sqrt()), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest"
@@ -98,7 +98,7 @@ def plot_relations(
         The figure.
 
     Raises:
-        ImportError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
         ShapeError: if the matrix is not square.
         ArgumentError: if the number of names is not C, ``top`` below 1, or an entry is not finite.
 
@@ -114,7 +114,7 @@ def plot_relations(
     names = names_of(class_names, len(relations))
     pairs = strongest_pairs(relations, names, top=top)
     limit = abs(pairs[0].value) if pairs else 1.0
-    figure = new_figure(9.0, 4.6)
+    figure = new_figure("plot_relations", 9.0, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     left.set_facecolor("#bbbbbb")
     shown = relations.float().clone().fill_diagonal_(float("nan"))  # not drawn: grey shows

@@ -43,9 +43,9 @@ def template_usage(
     .. math:: \#\{i : p_{ik} > 0\}, \qquad \#\{i : k = \operatorname*{argmax}_{k'} p_{ik'},\;
         p_{ik} > 0\}
 
-    The student runs in eval mode without gradient. Prefix tokens are not counted:
-    ``best`` is what :func:`match_map` gives, counted. (:func:`~kdlayers.prune_templates` looks at
-    all tokens: a template that is silent here may have a part in the class token.)
+    The student runs in eval mode without gradient. Only positions that are regions of the images
+    are counted, as in :func:`match_map`, and not class and register tokens. A template that is
+    silent here may still act on those, so :func:`~kdlayers.prune_templates` counts all positions.
 
     Args:
         student: a model with KD layers, attached, detached, loaded or baked.
