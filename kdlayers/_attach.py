@@ -1,5 +1,6 @@
 """`attach_kd`: from two models and some names to a student with KD layers and a handle."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -27,7 +28,7 @@ from kdlayers._teacher import Teacher, Transform, make_teachers
 from kdlayers._terms import Term, example_pair, feature_term, unique_names
 from kdlayers._trace import Trace, depend, example_for, run_example, to_model, trace, undisturbed
 from kdlayers._tree import first_tensor, leaves
-from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError, KDLayersWarning
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 
@@ -118,7 +119,20 @@ def attach_kd(
         if hook.tape is tape:
             hook.slot(module).train(module.training)
     guard_hooks(reset=True)
+    _warn_of_earlier(student, tape)
     return KDHandle(student, teachers, terms, tape, hooks)
+
+
+def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
+    """Say that KD layers of a handle in use are still there, as when a notebook's cell is rerun."""
+    earlier = [h.name for _, _, h in inserts(student) if h.tape is not tape and h.tape.armed]
+    if earlier:
+        warnings.warn(
+            f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
+            "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
+            KDLayersWarning,
+            stacklevel=3,
+        )
 
 
 def _check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
@@ -236,12 +250,14 @@ def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) ->
     if loss.at is None:
         return Term(name, loss, teacher_index=loss.teacher)
     ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
-    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher or 0].traced)
+    advice = f"; where its name is another, give both: at=({ours!r}, 'its name')"
+    advice = "" if isinstance(loss.at, tuple) else advice
+    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher or 0].traced, advice)
     return feature_term(loss.name or f"{name}.{point}", loss, traced, teachers, point, tap)
 
 
-def _one(name: str, traced: Trace) -> str:
-    found = match(name, traced.names, traced.model, traced.label)
+def _one(name: str, traced: Trace, advice: str = "") -> str:
+    found = match(name, traced.names, traced.model, traced.label, advice)
     if len(found) > 1:
         raise ArgumentError(
             f"a loss reads one point, but {name!r} stands for {found}; give one name"

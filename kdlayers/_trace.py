@@ -156,8 +156,13 @@ def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
         shapes = [tuple(tensor.shape) for _, tensor in leaves(example)]
         raise ArgumentError(
             f"the {label} ({type(model).__name__}) could not run on an example of shape {shapes}: "
-            f"{error}; pass example= with a small batch of your images"
+            f"{error}; pass example= with a small batch of your images{_ADVICE.get(label, '')}"
         ) from error
+
+
+_ADVICE = {
+    "teacher": "; or, since the teacher gets the student's images, teacher_transform= to fit them"
+}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from kdlayers.errors import (
     AttachError,
     CheckpointError,
     KDLayersError,
+    KDLayersWarning,
     LayoutError,
     NoMatchError,
     ShapeError,
@@ -107,6 +108,7 @@ ATTACHING = [
     (attach("last", losses=[TemplateLoss()]), ArgumentError, "TemplateLoss needs a KD layer"),
     (attach("last", losses=[KDLoss(), KDLoss()]), ArgumentError, "two losses are called 'KDLoss'"),
     (attach((), losses=[FitNetLoss(at="lats")]), NoMatchError, "no module 'lats' runs"),
+    (attach((), losses=[FitNetLoss(at="side")]), NoMatchError, r"both: at=\('side', 'its name'\)"),
     (attach((), losses=[FitNetLoss(at="*st")]), ArgumentError, "a loss reads one point"),
     (attach((), losses=[FitNetLoss()]), ShapeError, "map"),
     (attach((), losses=[KDLoss(teacher=1)]), ArgumentError, "reads teacher 1, but there are 1"),
@@ -134,9 +136,14 @@ ATTACHING = [
     ),
     (attach("last", example=3), ArgumentError, "example must be a tensor or a tuple"),
     (attach("last", example=IMAGES[:, :2]), ArgumentError, "could not run on an example of shape"),
+    (
+        lambda s, t: attach_kd(s, nn.BatchNorm2d(1), "last", example=IMAGES),
+        ArgumentError,
+        r"the teacher \(BatchNorm2d\) could not run .* teacher_transform= to fit them",
+    ),
     (lambda s, t: find_points(s, IMAGES[:, :1]), ArgumentError, "pass example= with a small batch"),
     (lambda s, t: attach_mutual(s, s, example=IMAGES), AttachError, "are the same model"),
-    (lambda s, t: bake(s), AttachError, "has no KD layers; attach_kd first"),
+    (lambda s, t: bake(s), AttachError, "has no KD layers, so it is plain as it is: use or export"),
     (lambda s, t: fold(s), AttachError, "has no KD layers"),
     (lambda s, t: prune_templates(s, [IMAGES]), AttachError, "has no KD layers to prune"),
     (
@@ -168,3 +175,16 @@ def test_before_training(misuse, error, sentence):
     assert before[1].unchanged(teacher)
     for model in (student, teacher):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_layers_of_an_earlier_handle_are_told():
+    student, teacher = Net(), Net(6)
+    earlier = attach_kd(student, teacher, "first", example=IMAGES)
+    with pytest.warns(
+        KDLayersWarning, match=r"layers at \['first'\] of an earlier attach_kd"
+    ) as seen:
+        later = attach_kd(student, teacher, "last", example=IMAGES)
+    assert seen[0].filename == __file__
+    later.remove()
+    earlier.detach()
+    attach_kd(student, teacher, "last", example=IMAGES)
