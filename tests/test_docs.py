@@ -98,7 +98,46 @@ kd = attach_kd(student, teacher, losses=[KDLoss()])
 """
 NEEDS_A_HANDLE = ("troubleshooting.md",)
 NEEDS_A_COMPILER = ("compile.md", "export.md")
-NEEDS = {"own-loop.md": ["timm"], "points.md": ["timm"], "timm-train.md": ["timm.task"]}
+NEEDS = {
+    "export.md": ["onnx", "onnxscript"],
+    "own-loop.md": ["timm"],
+    "points.md": ["timm"],
+    "timm-train.md": ["timm.task"],
+}
+
+
+FAMILIES = {
+    "ResNet": ["resnet18"],
+    "ConvNeXt": ["convnext_atto"],
+    "RegNet": ["regnetx_002"],
+    "MobileNetV2": ["mobilenetv2_050", "mobilenetv3_large_075", "efficientnet_b0"],
+    "MobileNetV3-Small": ["mobilenetv3_small_050"],
+    "Swin": ["swin_tiny_patch4_window7_224"],
+    "ViT": ["vit_tiny_patch16_224"],
+}
+
+
+def rows_of_families():
+    """Family, last point and the one before: what the page on points recommends."""
+    page = (DOCS / "points.md").read_text("utf-8")
+    return re.findall(r"^\| ([\w-]+)[^|]* \| `(.+?)` \| `(.+?)`", page, re.MULTILINE)
+
+
+def test_every_family_has_a_row():
+    assert [family for family, _, _ in rows_of_families()] == list(FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "last", "first"), rows_of_families())
+def test_points_of_families(family, last, first):
+    timm = pytest.importorskip("timm")
+    for name in FAMILIES[family]:
+        model = timm.create_model(name, num_classes=3)
+        points = kdlayers.find_points(model)
+        shapes = {point.name: point.shape for point in points}
+        assert shapes[last] == points[-1].shape
+        kdlayers.attach_kd(
+            model, at=[kdlayers.KDPoint(point, num_templates=2) for point in (first, last)]
+        )
 
 
 def images_and_teacher():
