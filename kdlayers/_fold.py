@@ -42,7 +42,7 @@ class FoldedKDLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
         features = x.movedim(self.channel_dim, -1)
-        if not is_scripting() and self.eager(x.device):
+        if not is_scripting() and self.chunked(x.device):
             return x + self._in_chunks(x, features)
         # The norms come after the products, on K or C numbers a position rather than before both.
         scores = F.linear(features, self.matching) * inverse_norm(features)
@@ -51,7 +51,7 @@ class FoldedKDLayer(nn.Module):
         return x + value.movedim(-1, self.channel_dim).to(x.dtype)
 
     @torch.jit.unused
-    def eager(self, device: torch.device) -> bool:
+    def chunked(self, device: torch.device) -> bool:
         """Whether to compute in chunks that stay in the cache; compilers do better alone."""
         quiet = not (torch.is_grad_enabled() or is_tracing() or torch.compiler.is_compiling())
         return quiet and device.type in DEVICES

@@ -11,7 +11,8 @@ from kdlayers._batch_norm import as_affine, update_statistics, why_plain
 from kdlayers._chunks import worthwhile
 from kdlayers._norms import inverse_norm
 from kdlayers._recognise import recognise, recognise_frozen
-from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+from kdlayers.errors import ArgumentError, ShapeError
+from kdlayers.functional import _checks as check
 
 MEMORY = ("normal", "low")
 CHEAP_CHANNELS = 128
@@ -72,6 +73,7 @@ class TemplateHead(CosineProjection):
 
     Raises:
         ArgumentError: if a size is below 1, the scale is not positive, or ``channel_dim`` is 0.
+        ArgumentTypeError: if a size is no integer or the scale no number.
         ShapeError: in ``forward``, if the channels are not ``in_channels``.
 
     Source: Gorgun, Gurbuz, Alatan, "Knowledge Distillation Layer that Lets the Student Decide",
@@ -87,12 +89,9 @@ class TemplateHead(CosineProjection):
     def __init__(
         self, in_channels: int, num_templates: int, *, scale: float = 3.0, channel_dim: int = 1
     ) -> None:
-        check_count("in_channels", in_channels)
-        check_count("num_templates", num_templates)
-        if not 0 < scale < float("inf"):
-            raise ArgumentError(
-                f"scale must be positive and finite, got {scale}; the default is 3.0"
-            )
+        check.count("in_channels", in_channels)
+        check.count("num_templates", num_templates)
+        check.positive("scale", scale)
         if channel_dim == 0:
             raise ArgumentError(
                 "channel_dim must not be 0, the batch; use 1 (NCHW) or -1 (NHWC, tokens)"
@@ -169,6 +168,7 @@ class KDLayer(nn.Module):
     Raises:
         ArgumentError: if a size is below 1, ``alpha`` is negative, ``channel_dim`` is 0 or
             ``memory`` unknown.
+        ArgumentTypeError: if a size is no integer or ``alpha`` no number.
         ShapeError: in ``forward``, if the channels are not ``in_channels``.
 
     Source: Gorgun, Gurbuz, Alatan, BMVC 2023; values and gradients follow the authors' code.
@@ -192,11 +192,12 @@ class KDLayer(nn.Module):
         memory: str = "normal",
     ) -> None:
         super().__init__()
+        check.not_negative("alpha", alpha)
         self.memory = check_memory(memory)
         self.head = TemplateHead(in_channels, num_templates, channel_dim=channel_dim)
         self.norm = nn.BatchNorm1d(num_templates)
         self.value = CosineProjection(num_templates, in_channels, scale=1.0)
-        self.alpha = check_alpha(alpha)
+        self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
@@ -283,27 +284,11 @@ class KDLayer(nn.Module):
         return f"alpha={self.alpha}"
 
 
-def check_count(name: str, value: int) -> int:
-    """``value`` if it is an int of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ArgumentError(f"{name} must be 1 or more, got {value}")
-    return value
-
-
 def check_memory(memory: str) -> str:
     """``memory`` if it is a mode there is."""
     if memory not in MEMORY:
         raise ArgumentError(f'memory must be "normal" or "low", got {memory!r}')
     return memory
-
-
-def check_alpha(alpha: float) -> float:
-    """``alpha`` if it is a finite number of 0 or more."""
-    if not 0 <= alpha < float("inf"):
-        raise ArgumentError(f"alpha must be 0 or more and finite, got {alpha}; the default is 1.0")
-    return alpha
 
 
 def _channels(x: Tensor, dim: int) -> int | str:

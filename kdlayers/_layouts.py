@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from math import isqrt, sqrt
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlayers.errors import LayoutError, ShapeError
 
-Kind = Literal["NCHW", "NHWC", "tokens", "vector"]
+Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens", "vector"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ class Layout:
 
     def _token_grid(self, count: int) -> tuple[int, int]:
         height, width = self.grid
-        if (
-            height * width != count
-        ):  # another resolution than the example's, of the same proportions
+        if height * width != count:
+            # Another resolution than the example's, of the same proportions.
             growth = sqrt(count / (height * width))
             height, width = round(height * growth), round(width * growth)
         if height * width != count:
@@ -89,6 +88,7 @@ def _token_layout(
     length = shape[1]
     stated = getattr(root, "num_prefix_tokens", None)
     prefixes = [stated] if isinstance(stated, int) else []
+    # A class token, a distillation token beside it, four registers with a class token or without.
     for prefix in (*prefixes, 0, 1, 2, 4, 5):
         grid = _proportional_grid(length - prefix, image)
         if grid:
@@ -101,6 +101,7 @@ def _token_layout(
 
 
 def _proportional_grid(count: int, image: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of ``count`` tokens in the image's proportions, up to rounding."""
     if count < 1:
         return None
     height = isqrt(count * image[0] // image[1])

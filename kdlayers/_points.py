@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from kdlayers._layer import check_alpha, check_count
 from kdlayers._targets import TemplateTargets
 from kdlayers._torch import is_batch_norm
 from kdlayers._trace import Call, example_for, ignored, trace
 from kdlayers.errors import ArgumentTypeError, LayoutError
+from kdlayers.functional import _checks as check
 from kdlayers.losses._base import Weight, check_weight
 
 
@@ -31,8 +31,8 @@ class KDPoint:
             authors'. Without a teacher there is no such loss.
 
     Raises:
-        ArgumentTypeError: if a name is no string, ``targets`` no template targets, or ``weight``
-            neither a number nor callable.
+        ArgumentTypeError: if a name is no string, ``targets`` no template targets, a number no
+            number, or ``weight`` not callable either.
         ArgumentError: if ``num_templates`` is below 1, or ``alpha`` or ``weight`` negative.
 
     Example:
@@ -61,8 +61,8 @@ class KDPoint:
                 f"{type(self.targets).__name__}"
             )
         if self.num_templates is not None:
-            check_count("num_templates", self.num_templates)
-        check_alpha(self.alpha)
+            check.count("num_templates", self.num_templates)
+        check.not_negative("alpha", self.alpha)
         check_weight(self.weight)
 
 

@@ -93,6 +93,7 @@ def load_student(model: M, path: str | PathLike[str]) -> M:
     Raises:
         CheckpointError: if the file is damaged, of an unknown version, or of another model; the
             model is then as it was before.
+        FileNotFoundError: if there is no file.
         AttachError: if the model has KD layers already.
     """
     inner, _ = unwrap(model, "student")

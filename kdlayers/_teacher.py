@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from math import inf
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from kdlayers._trace import Trace, placement, to_model, trace
 from kdlayers._tree import first_tensor
 from kdlayers.errors import ArgumentError, CaptureError
 
-Transform = Callable[[Tensor], Tensor]
-Taught = tuple[Tensor | None, dict[str, Tensor]]
+Transform: TypeAlias = Callable[[Tensor], Tensor]
+Taught: TypeAlias = tuple[Tensor | None, dict[str, Tensor]]
 """A teacher's logits, None where nothing asked for them, and its taps."""
 
 
@@ -157,7 +158,7 @@ def make_teachers(
     if given is not None:
         models = [given] if isinstance(given, nn.Module) else list(given)
     weights = [1.0] * len(models) if weights is None else list(weights)
-    if len(weights) != len(models) or any(not w > 0 for w in weights):
+    if len(weights) != len(models) or any(not 0 < w < inf for w in weights):
         raise ArgumentError(
             f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
             f"{weights}"

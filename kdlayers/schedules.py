@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import cos, pi, prod
 
-from kdlayers.errors import ArgumentError, ArgumentTypeError
+from kdlayers.errors import ArgumentError
+from kdlayers.functional import _checks as check
 
 __all__ = ["Constant", "Cosine", "LinearWarmup", "MultiStep", "Product", "Schedule", "Step"]
 
@@ -61,7 +62,7 @@ class Constant(Schedule):
     value: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least("value", self.value, 0)
+        check.not_negative("value", self.value)
 
     def __call__(self, step: int) -> float:  # noqa: ARG002
         """The value."""
@@ -103,8 +104,8 @@ class LinearWarmup(Schedule):
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("length", self.length, 0)
-        _at_least("start", self.start, 0)
+        check.not_negative("length", self.length)
+        check.not_negative("start", self.start)
         _epoch_length(self.steps_per_epoch)
         object.__setattr__(self, "then", _schedule(self.then))
 
@@ -148,9 +149,9 @@ class Cosine(Schedule):
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        _above("length", self.length)
-        _at_least("value", self.value, 0)
-        _at_least("end", self.end, 0)
+        check.positive("length", self.length)
+        check.not_negative("value", self.value)
+        check.not_negative("end", self.end)
         _epoch_length(self.steps_per_epoch)
 
     def __call__(self, step: int) -> float:
@@ -188,9 +189,9 @@ class Step(Schedule):
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        _above("every", self.every)
-        _at_least("value", self.value, 0)
-        _at_least("gamma", self.gamma, 0)
+        check.positive("every", self.every)
+        check.not_negative("value", self.value)
+        check.not_negative("gamma", self.gamma)
         _epoch_length(self.steps_per_epoch)
 
     def __call__(self, step: int) -> float:
@@ -229,11 +230,11 @@ class MultiStep(Schedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
-            _at_least("a milestone", milestone, 0)
+            check.not_negative("a milestone", milestone)
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ArgumentError(f"milestones must rise, got {self.milestones}")
-        _at_least("value", self.value, 0)
-        _at_least("gamma", self.gamma, 0)
+        check.not_negative("value", self.value)
+        check.not_negative("gamma", self.gamma)
         _epoch_length(self.steps_per_epoch)
 
     def __call__(self, step: int) -> float:
@@ -272,19 +273,6 @@ def _schedule(value: "Schedule | float") -> Schedule:
     return value if isinstance(value, Schedule) else Constant(value)
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not least <= value < float("inf"):
-        raise ArgumentError(f"{name} must be {least} or more and finite, got {value}")
-
-
-def _above(name: str, value: float) -> None:
-    _at_least(name, value, 0)
-    if value == 0:
-        raise ArgumentError(f"{name} must be above 0, got {value}")
-
-
 def _epoch_length(steps_per_epoch: int | None) -> None:
     if steps_per_epoch is not None:
-        _at_least("steps_per_epoch", steps_per_epoch, 1)
+        check.count("steps_per_epoch", steps_per_epoch)

@@ -170,11 +170,13 @@ def test_norms_in_float32_under_autocast_and_in_half_models(dtype):
     [
         (lambda: KDLayer(8, 0), ArgumentError, "num_templates must be 1 or more, got 0"),
         (lambda: KDLayer(0, 8), ArgumentError, "in_channels must be 1 or more, got 0"),
-        (lambda: KDLayer(8, 2.5), ArgumentTypeError, "num_templates must be an int, got float"),
+        (lambda: KDLayer(8, 2.5), ArgumentTypeError, "num_templates must be an integer, got float"),
         (lambda: KDLayer(8, 8, alpha=-1), ArgumentError, "alpha must be 0 or more"),
+        (lambda: KDLayer(8, 8, alpha="1"), ArgumentTypeError, "alpha must be a number, got str"),
+        (lambda: TemplateHead(8, 8, scale=None), ArgumentTypeError, "scale must be a number"),
         (lambda: KDLayer(8, 8, channel_dim=0), ArgumentError, "channel_dim must not be 0"),
-        (lambda: TemplateHead(8, 8, scale=-3.0), ArgumentError, "scale must be positive"),
-        (lambda: TemplateHead(8, 8, scale=0.0), ArgumentError, "scale must be positive"),
+        (lambda: TemplateHead(8, 8, scale=-3.0), ArgumentError, "scale must be above 0 and finite"),
+        (lambda: TemplateHead(8, 8, scale=0.0), ArgumentError, "scale must be above 0 and finite"),
         (
             lambda: KDLayer(8, 8)(torch.zeros(2, 6, 3, 3)),
             ShapeError,

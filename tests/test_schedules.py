@@ -70,8 +70,8 @@ def test_products_multiply_value_by_value():
     ("make", "sentence"),
     [
         (lambda: Constant(-1.0), "value must be 0 or more and finite, got -1.0"),
-        (lambda: Cosine(0), "length must be above 0, got 0"),
-        (lambda: Step(float("nan")), "every must be 0 or more and finite"),
+        (lambda: Cosine(0), "length must be above 0 and finite, got 0"),
+        (lambda: Step(float("nan")), "every must be above 0 and finite"),
         (lambda: MultiStep((3, 2)), r"milestones must rise, got \(3, 2\)"),
         (lambda: LinearWarmup(3, start=-0.1), "start must be 0 or more"),
         (lambda: LinearWarmup(3, steps_per_epoch=0), "steps_per_epoch must be 1 or more"),
@@ -86,3 +86,5 @@ def test_unusable_numbers_are_named(make, sentence):
 def test_a_wrong_type_is_named():
     with pytest.raises(ArgumentTypeError, match="length must be a number, got str"):
         Cosine("ten")
+    with pytest.raises(ArgumentTypeError, match="steps_per_epoch must be an integer, got float"):
+        Cosine(10, steps_per_epoch=2.5)

@@ -86,6 +86,7 @@ def test_features_are_read_from_the_named_teacher():
     [
         ({"teacher_weights": [1.0]}, "positive number for each of the 2 teachers"),
         ({"teacher_weights": [1.0, 0.0]}, "positive number for each"),
+        ({"teacher_weights": [1.0, float("inf")]}, "positive number for each"),
         ({"losses": [KDLoss(teacher=2)]}, "reads teacher 2, but there are 2"),
     ],
 )

@@ -8,13 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kdlayers._fitter import Fitter, fit_rows
-from kdlayers.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    CheckpointError,
-    NotFittedError,
-    ShapeError,
-)
+from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import template_kl
 
 
@@ -170,15 +164,6 @@ def check_templates(scored: int, wanted: int) -> None:
             f"the KD layer scores {scored} templates, but the targets have {wanted}; make the "
             f"layer with num_templates={wanted}"
         )
-
-
-def check_count(name: str, value: object, least: int = 1) -> int:
-    """The value as it is; raise unless it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ArgumentError(f"{name} must be {least} or more, got {value}")
-    return value
 
 
 def check_shapes(

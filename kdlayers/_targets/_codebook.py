@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from kdlayers._chunks import work_dtype
 from kdlayers._fitter import Fitter
-from kdlayers._targets._base import (
-    TemplateTargets,
-    check_count,
-    check_shapes,
-    check_templates,
-)
+from kdlayers._targets._base import TemplateTargets, check_shapes, check_templates
 from kdlayers._targets._codebook_fit import SamplePass
 from kdlayers._targets._distances import closeness
 from kdlayers._targets._divergence import codebook_divergence, fuses, needs_grad
-from kdlayers._targets._rows import RowFitter, check_features, work_dtype
+from kdlayers._targets._rows import RowFitter, check_features
 from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from kdlayers.functional import _checks as check
 
 
 class CodebookTargets(TemplateTargets):
@@ -35,13 +32,13 @@ class CodebookTargets(TemplateTargets):
 
     With the default 1 and features of a CIFAR network most assignments are close to one-hot.
 
-    :meth:`fit` never holds all of the data. It reads them once, if a uniform sample of 256 rows a
-    template (at least 16384) holds them all or fits into 2\ :sup:`28` numbers; else twice, with a
-    smaller sample (16 rows a template at least) and an exact Lloyd step over all rows after it. On
-    the sample runs k-means: seeded by greedy k-means++, above 512 templates in rounds; then Lloyd
-    iterations until nothing changes (300 at most), above 64 templates over growing parts of the
-    sample, wide rows in their principal axes first, until an iteration lowers the inertia by less
-    than 1e-3 of it. Centres without rows move to the farthest rows.
+    :meth:`fit` holds a sample of the data, not more. It reads them once, if a uniform sample of 256
+    rows a template (at least 16384) holds them all or fits into 2\ :sup:`28` numbers; else twice,
+    with a smaller sample (16 rows a template at least) and an exact Lloyd step over all rows after
+    it. On the sample runs k-means: seeded by greedy k-means++, above 512 templates in rounds; then
+    Lloyd iterations until nothing changes (300 at most), above 64 templates over growing parts of
+    the sample, wide rows in their principal axes first, until an iteration lowers the inertia by
+    less than 1e-3 of it. Centres without rows move to the farthest rows.
 
     Under ``torch.distributed`` the samples, sums and counts of all ranks are combined, and all
     ranks end with the same centres.
@@ -87,7 +84,7 @@ class CodebookTargets(TemplateTargets):
 
     def __init__(self, num_templates: int = 4096, *, temperature: float | None = 1.0) -> None:
         super().__init__()
-        self._num_templates = check_count("num_templates", num_templates)
+        self._num_templates = check.count("num_templates", num_templates)
         self.temperature = _check_temperature(temperature)
 
     @property

@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from kdlayers._chunks import work_dtype
 from kdlayers._fitter import Fitter
-from kdlayers._targets._base import (
-    TemplateTargets,
-    check_count,
-    check_shapes,
-    check_templates,
-)
+from kdlayers._targets._base import TemplateTargets, check_shapes, check_templates
 from kdlayers._targets._decision_fit import Plan, ScatterPass, own_subclass
 from kdlayers._targets._distances import affine
 from kdlayers._targets._divergence import decision_divergence, fuses, needs_grad
-from kdlayers._targets._rows import RowFitter, check_features, expand_labels, work_dtype
+from kdlayers._targets._rows import RowFitter, check_features, expand_labels
 from kdlayers.errors import ArgumentError, CheckpointError
+from kdlayers.functional import _checks as check
 
 
 class DecisionTargets(TemplateTargets):
@@ -109,8 +106,8 @@ class DecisionTargets(TemplateTargets):
         self, subclasses: int = 8, *, components: int = 60, num_classes: int | None = None
     ) -> None:
         super().__init__()
-        self.subclasses = check_count("subclasses", subclasses)
-        self.components = check_count("components", components)
+        self.subclasses = check.count("subclasses", subclasses)
+        self.components = check.count("components", components)
         self.num_classes = num_classes
 
     @property
@@ -121,7 +118,7 @@ class DecisionTargets(TemplateTargets):
     @num_classes.setter
     def num_classes(self, value: int | None) -> None:
         if value is not None:
-            check_count("num_classes", value, least=2)
+            check.count("num_classes", value, least=2)
         if self.fitted and value != self._num_classes:
             raise ArgumentError(
                 f"these targets are fitted to {self._num_classes} classes; make new "

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdlayers._chunks import work_dtype
 from kdlayers.errors import ArgumentError, ArgumentTypeError, FitError, ShapeError
 
 BLOCK = 4096
@@ -132,11 +133,6 @@ def _pairs(rows: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | N
     if labels is None:
         return [(part, None) for part in rows.split(BLOCK)]
     return list(zip(rows.split(BLOCK), labels.split(BLOCK), strict=True))
-
-
-def work_dtype(features: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def check_features(features: object, width: int | None = None) -> None:

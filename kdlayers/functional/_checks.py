@@ -1,4 +1,4 @@
-"""Checks that the closed forms share, and the reduction over samples or positions."""
+"""Checks of arguments, and the reduction over samples or positions."""
 
 import warnings
 from typing import Literal, TypeAlias
@@ -38,12 +38,13 @@ def not_negative(name: str, value: float) -> None:
         raise ArgumentError(f"{name} must be 0 or more and finite, got {value}")
 
 
-def count(name: str, value: int) -> None:
-    """Raise unless ``value`` is an integer, 1 or more."""
+def count(name: str, value: int, least: int = 1) -> int:
+    """``value``; raise unless it is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ArgumentError(f"{name} must be 1 or more, got {value}")
+    if value < least:
+        raise ArgumentError(f"{name} must be {least} or more, got {value}")
+    return value
 
 
 def floats(name: str, value: object) -> None:

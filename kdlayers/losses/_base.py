@@ -31,8 +31,8 @@ class DistillLoss(nn.Module):
             default: the mean of their logits, or the first one's features.
 
     Raises:
-        ArgumentError: if ``weight`` or ``teacher`` is negative, or ``at`` is neither a name nor a
-            pair of names.
+        ArgumentError: if ``weight`` is negative, ``teacher`` no index, or ``at`` neither a name nor
+            a pair of names.
         ArgumentTypeError: if ``weight`` is neither a number nor callable.
 
     Example:
@@ -68,8 +68,8 @@ class DistillLoss(nn.Module):
             raise ArgumentError(
                 f"at must be None (logits), a module name or a (student, teacher) pair, got {at!r}"
             )
-        if teacher is not None and teacher < 0:
-            raise ArgumentError(f"teacher is an index, counted from 0, got {teacher}")
+        if teacher is not None and (not isinstance(teacher, int) or teacher < 0):
+            raise ArgumentError(f"teacher is an index, counted from 0, got {teacher!r}")
         self.weight = check_weight(weight)
         self.at = at
         self.name = name

@@ -147,6 +147,11 @@ class InheritExploreLoss(DistillLoss):
         check.not_negative("inherit_weight", inherit_weight)
         check.not_negative("explore_weight", explore_weight)
         check.positive("inherit_ratio", inherit_ratio)
+        if inherit_ratio >= 1:
+            raise ArgumentError(
+                f"inherit_ratio must be below 1, so that channels are left to explore, got "
+                f"{inherit_ratio}"
+            )
         for key, value in (("factor_channels", factor_channels), ("epochs", epochs)):
             if value is not None:
                 check.count(key, value)

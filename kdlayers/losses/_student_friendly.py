@@ -95,6 +95,8 @@ class StudentFriendlyKDLoss(LogitLoss):
         check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
         check.not_negative("anchor", anchor)
         check.not_negative("min_agreement", min_agreement)
+        if min_agreement > 1:
+            raise ArgumentError(f"min_agreement is a share, between 0 and 1, got {min_agreement}")
         check.count("check_every", check_every)
         if simplifier is not None and not isinstance(simplifier, nn.Module):
             raise ArgumentTypeError(

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlayers._layer import check_count
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+from kdlayers.functional import _checks as check
 
 RGB: TypeAlias = tuple[int, int, int]
 
@@ -48,7 +48,7 @@ def template_colors(matches: Tensor, num_templates: int, *, top: int = len(PALET
                 [230, 159,   0],
                 [128, 128, 128]], dtype=torch.uint8)
     """
-    check_count("num_templates", num_templates)
+    check.count("num_templates", num_templates)
     if not 1 <= top <= len(PALETTE):
         raise ArgumentError(f"top must be in 1..{len(PALETTE)}, the colours there are, got {top}")
     colors = torch.tensor([OTHERS], dtype=torch.uint8).repeat(num_templates, 1)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdlayers._layer import check_count
 from kdlayers._targets import DecisionTargets
 from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
+from kdlayers.functional import _checks as check
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def strongest_pairs(
         dog cat -0.5
         cat dog 0.25
     """
-    check_count("top", top)
+    check.count("top", top)
     table = check_square(table).detach().cpu()
     names = names_of(class_names, len(table))
     if not table.isfinite().all():

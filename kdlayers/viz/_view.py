@@ -1,7 +1,7 @@
 """One KD layer on a few images: what it matched where, and what it did to the features."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from kdlayers._models import unwrap
 from kdlayers.errors import ArgumentError, AttachError
 from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
 
-By = Literal["assignment", "scores"]
+By: TypeAlias = Literal["assignment", "scores"]
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,7 @@ def test_shapes_that_do_not_fit_are_named():
         ({"measure": "cosine", "scale": "sqrt_dim"}, "p and scale belong to measure="),
         ({"reconstruction": "l3"}, "reconstruction must be one of l1, l2"),
         ({"explore_weight": -1.0}, "explore_weight must be 0 or more"),
+        ({"inherit_ratio": 1.0}, "inherit_ratio must be below 1, so that channels are left"),
         ({"factor_channels": 0}, "factor_channels must be 1 or more"),
         ({"epochs": 0}, "epochs must be 1 or more"),
         ({"fit_lr": 0.0}, "fit_lr must be above 0"),

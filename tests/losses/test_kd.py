@@ -32,6 +32,9 @@ def test_weights_are_numbers_or_functions_of_the_step():
         KDLoss(weight="big")
     with pytest.raises(ArgumentError, match=r"at must be None .*, a module name or a .* pair"):
         KDLoss(at=["a", "b"])
+    for teacher in (-1, "first"):
+        with pytest.raises(ArgumentError, match="teacher is an index, counted from 0, got"):
+            KDLoss(teacher=teacher)
 
 
 def test_the_printed_loss_shows_its_numbers():

@@ -197,6 +197,7 @@ def test_a_simplifier_must_keep_the_shape():
         ({"base": nn.Linear(2, 2)}, ArgumentTypeError, "base must be a DistillLoss, got Linear"),
         ({"simplifier": len}, ArgumentTypeError, "simplifier must be an nn.Module"),
         ({"anchor": -1.0}, ArgumentError, "anchor must be 0 or more"),
+        ({"min_agreement": 50}, ArgumentError, "min_agreement is a share, between 0 and 1, got 50"),
         ({"check_every": 0}, ArgumentError, "check_every must be 1 or more"),
         ({"temperature": 0.0}, ArgumentError, "temperature must be above 0"),
     ],
