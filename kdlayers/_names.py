@@ -52,13 +52,24 @@ def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str
     """The sentence for a name that is not there."""
     # What looks like a glob is seldom what it was meant for.
     near = [] if is_glob(pattern) else get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
-    shallow = [name for name in names if name and name.count(".") == 0]
-    hint = ", ".join(repr(name) for name in near or shallow[-6:])
+    hint = ", ".join(repr(name) for name in near or _stages(names)[-6:])
     unused = f"; {pattern!r} exists but does not run in forward" if _exists(pattern, model) else ""
     return (
         f"no module {pattern!r} runs in the {label} ({type(model).__name__}){unused}; nearest "
         f"names: {hint}; find_points({label}) lists usable points"
     )
+
+
+def _stages(names: Collection[str]) -> list[str]:
+    """Names near the top, where there are such of modules whose parts have parts: of stages."""
+    top = [name for name in names if "." not in name]
+    below = [name for name in names if name.count(".") < 2]
+    holders = {name.rsplit(".", 2)[0] for name in names if name.count(".") > 1}
+    for level in (top, below):
+        stages = [name for name in level if name in holders]
+        if len(stages) > 2:
+            return stages
+    return top
 
 
 def _exists(name: str, model: nn.Module) -> bool:

@@ -38,10 +38,16 @@ def test_names_are_matched_part_by_part():
     assert match("*", names, Net(), "student") == ["layer1", "layer2", "head"]
     with pytest.raises(NoMatchError, match=r"nearest names: 'layer2'"):
         match("layer3", ["layer2", "head"], Net(), "student")
-    with pytest.raises(
-        NoMatchError, match=r"nearest names: 'stem', 'head'; find_points\(teacher\)"
-    ):
+    with pytest.raises(NoMatchError, match=r"names: 'stem', 'head'; find_points\(teacher\)"):
         match("stage*", ["stem", "stem.norm", "head"], Net(), "teacher")
+
+
+def test_without_a_near_name_stages_are_listed():
+    few = [f"{top}{rest}" for top in ("a", "b", "c") for rest in ("", ".0", ".0.conv", ".1")]
+    one = ["stem", "stem.act", "x", "x.0", "x.0.0", "x.0.0.conv", "x.1", "x.1.0", "x.1.0.conv"]
+    for names, listed in ((few, "'a', 'b', 'c'"), (one, "'x', 'x.0', 'x.1'")):
+        with pytest.raises(NoMatchError, match=f"nearest names: {listed}; find"):
+            match("stage*", names, Net(), "student")
 
 
 class Terminal:
