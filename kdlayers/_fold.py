@@ -11,7 +11,7 @@ from kdlayers._chunks import DEVICES
 from kdlayers._hooks import Slot
 from kdlayers._layer import product_dtype
 from kdlayers._norms import inverse_norm
-from kdlayers._recognise import recognise_frozen
+from kdlayers._recognise import recognise_frozen, safe_norm
 
 
 class FoldedKDLayer(nn.Module):
@@ -60,7 +60,7 @@ class FoldedKDLayer(nn.Module):
     def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:
         """What is added to ``x``."""
         dtype = product_dtype(x)
-        units = (features * inverse_norm(features)).to(dtype).flatten(0, -2)
+        units = (features / safe_norm(features)).to(dtype).flatten(0, -2)
         matching, values = self.matching.to(dtype), self.values.to(dtype)
         value = recognise_frozen(units, matching, self.threshold, values).view_as(features)
         return value.movedim(-1, self.channel_dim).to(x.dtype)

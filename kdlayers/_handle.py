@@ -212,7 +212,7 @@ class KDHandle:
         """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
 
         Raises:
-            CheckpointError: if the state is of other losses, or of an unknown version.
+            CheckpointError: if the state is of other losses, damaged, or of an unknown version.
         """
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             found = state.get("version") if isinstance(state, dict) else type(state).__name__
@@ -220,15 +220,21 @@ class KDHandle:
                 f"this is no state of a KDHandle of version {STATE_VERSION} (found {found!r}); "
                 "pass what kd.state_dict() returned"
             )
-        ours, theirs = [term.name for term in self._terms], list(state["losses"])
+        losses, step = state.get("losses"), state.get("step")
+        if not isinstance(losses, dict) or not isinstance(step, int):
+            raise CheckpointError(
+                "the state of a KDHandle is damaged: it has no losses or no step; pass what "
+                "kd.state_dict() returned"
+            )
+        ours, theirs = [term.name for term in self._terms], list(losses)
         if set(ours) != set(theirs):
             raise CheckpointError(
                 f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
                 "same points and losses as when it was saved"
             )
         for term in self._terms:
-            _load(term, state["losses"][term.name])
-        self.step = int(state["step"])
+            _load(term, losses[term.name])
+        self.step = step
 
     def summary(self) -> str:
         """Points, shapes, parameters and multiply-adds added, and what is fitted, as a table."""

@@ -8,7 +8,7 @@ def inverse(norms: Tensor, eps: float = 1e-12) -> Tensor:
     """``1 / max(norm, eps)``, and 0 for the norm 0.
 
     The bound alone would keep zeros as they are too, but divide the gradient that reaches them by
-    eps.
+    eps. Where there is no gradient `kdlayers._recognise.safe_norm` takes fewer operations.
     """
     return torch.where(norms > 0, norms.clamp_min(eps).reciprocal(), 0.0)
 

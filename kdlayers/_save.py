@@ -161,8 +161,8 @@ def _layer(item: Any, path: object) -> LayerDescription:
         and isinstance(item["name"], str)
         and isinstance(item["path"], (list, tuple))
         and all(isinstance(key, (int, str)) for key in item["path"])
-        and all(isinstance(item[key], int) for key in counts)
-        and isinstance(item["alpha"], (int, float))
+        and all(type(item[key]) is int for key in counts)
+        and type(item["alpha"]) in (int, float)
         and item["channel_dim"] in (1, -1)
         and item["in_channels"] > 0
         and item["num_templates"] > 0

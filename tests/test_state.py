@@ -77,6 +77,11 @@ def test_state_of_other_losses_is_refused():
         kd.load_state_dict(student.state_dict())
     with pytest.raises(CheckpointError, match="version"):
         kd.load_state_dict({**kd.state_dict(), "version": 99})
+    for key in ("losses", "step"):
+        whole = kd.state_dict()
+        for damaged in ({**whole, key: None}, {k: v for k, v in whole.items() if k != key}):
+            with pytest.raises(CheckpointError, match="damaged: it has no losses or no step"):
+                kd.load_state_dict(damaged)
 
 
 def test_a_saved_student_predicts_the_same_in_a_fresh_process(tmp_path):
@@ -155,6 +160,8 @@ def change(path, value):
         (change(["layers", 0, "num_templates"], 10**12), "the file is damaged"),
         (change(["layers", 0, "alpha"], float("nan")), "is damaged: a KD layer is described"),
         (change(["layers", 0, "in_channels"], "4"), "is damaged: a KD layer is described"),
+        (change(["layers", 0, "in_channels"], True), "is damaged: a KD layer is described"),
+        (change(["layers", 0, "alpha"], True), "is damaged: a KD layer is described"),
         (change(["layers", 0, "path"], [[0]]), "is damaged: a KD layer is described"),
         (change(["layers", 0], {"name": "first"}), "is damaged: a KD layer is described"),
         (change(["state", "head.weight"], torch.zeros(7, 5)), "head.weight has shape"),
