@@ -108,7 +108,7 @@ def test_few_are_balanced_and_drawn_by_seed(splits):
 
 def test_augmentation_is_a_shift_and_a_flip():
     images = torch.randint(1, 256, (50, 6, 5), dtype=torch.uint8)
-    seen = data.augmented(images, 2, torch.Generator().manual_seed(0))
+    seen = data.augmented(images, 2, True, torch.Generator().manual_seed(0))
     found = set()
     for image, result in zip(images, seen, strict=True):
         padded = torch.zeros(10, 9, dtype=torch.uint8)
@@ -120,12 +120,13 @@ def test_augmentation_is_a_shift_and_a_flip():
         found.update(fits)
     assert len(found) > 25  # of 50 ways
     assert {flip for _, _, flip in found} == {0, 1}
+    assert torch.equal(data.augmented(images, 0, False, torch.Generator()), images)
 
 
 def test_batches_depend_on_seed_and_epoch_only(splits):
     def epoch(seed, number):
         torch.rand(3)  # the global generator has no part in it
-        pairs = list(data.epoch_batches(splits.train, 20, 2, seed, number))
+        pairs = list(data.epoch_batches(splits.train, 20, (2, True), seed, number))
         assert [len(y) for _, y in pairs] == [20] * 7
         return torch.cat([x for x, _ in pairs])
 

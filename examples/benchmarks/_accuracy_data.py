@@ -115,9 +115,11 @@ def few(train: Split, images: int, seed: int) -> Split:
 
 
 def epoch_batches(
-    split: Split, size: int, padding: int, seed: int, epoch: int
+    split: Split, size: int, augmentation: tuple[int, bool], seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order, cropped and flipped at random; the last short batch is dropped.
+    """One epoch in random order; the last short batch is dropped.
+
+    ``augmentation`` is the padding of random crops, and whether every other image is flipped.
 
     Order and augmentation depend on ``seed`` and ``epoch`` alone, so every method sees the same, on
     every device: all random numbers are drawn on the CPU.
@@ -126,14 +128,17 @@ def epoch_batches(
     order = torch.randperm(len(split), generator=draw)
     order = order[: len(order) // size * size].to(split.images.device)
     for indices in order.split(size):
-        yield normalised(augmented(split.images[indices], padding, draw)), split.labels[indices]
+        yield normalised(augmented(split.images[indices], *augmentation, draw)), split.labels[indices]
 
 
-def augmented(images: Tensor, padding: int, draw: torch.Generator) -> Tensor:
-    """Each image of ``[B, H, W]`` shifted by up to ``padding``, every other one flipped."""
+def augmented(images: Tensor, padding: int, flips: bool, draw: torch.Generator) -> Tensor:
+    """Each image of ``[B, H, W]`` shifted by up to ``padding``, with ``flips`` every other flipped.
+
+    Without both the images come back as they are.
+    """
     count, height, width = images.shape
     top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=draw)
-    flip = torch.rand(count, 1, generator=draw) < 0.5
+    flip = (torch.rand(count, 1, generator=draw) < 0.5) & flips
     columns = torch.arange(width)
     columns = left + torch.where(flip, columns.flip(0), columns)
     rows = top + torch.arange(height)

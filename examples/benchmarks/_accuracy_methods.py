@@ -38,7 +38,7 @@ class Options:
     first: str = option("layer3.0", "point of letKD-2's first layer")
     last: str = option("last", "point of the last layer, and of the losses on features")
     templates: int = option(64, "K, templates of the last layer")
-    temperature: float = option(1.0, "factor of squared distances in the codebook's softmax")
+    temperature: float = option(0.3, "factor of squared distances in the codebook's softmax")
     subclasses: int = option(8, "of each class, at letKD-2's first layer")
     components: int = option(9, "discriminant directions there")
     alpha_first: float = option(1.0, "value ratio of letKD-2's first layer")

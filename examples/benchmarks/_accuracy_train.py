@@ -52,7 +52,7 @@ def train(
         model: the network.
         kd: the handle of a method that has a teacher.
         split: the images to train on.
-        recipe: epochs, batch_size, padding, lr, weight_decay and precision.
+        recipe: epochs, batch_size, padding, flips, lr, weight_decay and precision.
         seed: of the batches.
         weights: of cross-entropy, and of ``kd.loss``.
     """
@@ -70,11 +70,12 @@ def train(
     schedule = OneCycleLR(
         optimizer, recipe["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
+    augmentation = recipe["padding"], recipe["flips"]
     low = recipe["precision"] == "bfloat16"
     model.train()
     start = seconds(device)
     for epoch in range(recipe["epochs"]):
-        for x, y in epoch_batches(split, recipe["batch_size"], recipe["padding"], seed, epoch):
+        for x, y in epoch_batches(split, recipe["batch_size"], augmentation, seed, epoch):
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 loss = weights[0] * F.cross_entropy(model(x), y)
                 if kd is not None:
@@ -119,7 +120,7 @@ def trained_teacher(
     teacher = new_model(recipe["network"], splits, recipe["seed"]).to(device)
     if not path.exists():
         print(f"training the teacher, {recipe['network']}: {path}", flush=True)
-        spent = train(teacher, None, splits.train, recipe, recipe["seed"])
+        spent = train(teacher, None, splits.train, recipe | {"flips": True}, recipe["seed"])
         facts = {
             "recipe": recipe,
             "recipe_hash": digest(recipe),

@@ -171,7 +171,7 @@ def teacher_recipe(args: argparse.Namespace) -> Recipe:
         "validation": args.validation,
         "epochs": args.teacher_epochs,
         "batch_size": 64,
-        "padding": args.padding,
+        "padding": 2,
         "lr": 0.1,
         "weight_decay": 5e-4,
         "precision": args.precision,
@@ -186,7 +186,8 @@ def common_recipe(args: argparse.Namespace) -> Recipe:
         "images": args.images,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
-        "padding": args.padding,
+        "padding": args.padding if args.augment else 0,
+        "flips": args.augment,
         "lr": args.lr,
         "weight_decay": args.weight_decay,
         "precision": args.precision,
@@ -258,7 +259,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--images", type=int, default=6000, help="students see; 0: all; default: %(default)s")
     add("--epochs", type=int, default=20, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="default: %(default)s")
-    add("--padding", type=int, default=2, help="of the random crops; default: %(default)s")
+    add("--padding", type=int, default=2, help="of the crops; default: %(default)s")
+    add("--augment", action="store_true", help="crop and flip the student's images")
     add("--lr", type=float, default=0.1, help="highest rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
     add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")

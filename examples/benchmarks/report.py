@@ -19,7 +19,7 @@ from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _accuracy_methods import Options, recipes
+from _accuracy_methods import Options, Recipe, recipes
 from _accuracy_words import (
     Line,
     bold,
@@ -73,9 +73,8 @@ from the committed lines in `docs/data/results`, one for each training, with its
 `examples/benchmarks/accuracy.py` writes them, and says how to run it. Accuracies are those of the
 **last epoch** on the test images, which no choice was made on.
 
-For every seed all methods have the same student images, batches and augmentation, and the same
-initial weights of the student (a wider student cannot). Differences are therefore taken seed by
-seed. ± and brackets are 95 % intervals by Student's t. **Better** and **worse** are said only where
+For every seed all methods have the same student images in the same batches, and the same initial
+weights of the student (a wider student cannot). Differences are therefore taken seed by seed. ± and brackets are 95 % intervals by Student's t. **Better** and **worse** are said only where
 the interval excludes zero; else it says "not separated", which does not mean equal. With fewer than
 three seeds there is no interval and no verdict. With many comparisons about one in twenty would
 exclude zero by chance alone.
@@ -183,9 +182,9 @@ def setting(lines: Sequence[Line]) -> str:
         f"**Training**: {recipe['epochs']} epochs, batches of {recipe['batch_size']}, SGD with "
         f"Nesterov's momentum 0.9, weight decay {recipe['weight_decay']:g} on all parameters, rate "
         f"{recipe['lr']:g} after a rise over a tenth of the steps, then falling to 0 by a cosine; "
-        f"crops with {recipe['padding']} pixels of padding, and flips; {recipe['precision']} in "
-        "training, float32 in testing. The teacher runs on the student's augmented batches, its "
-        "batch norms folded.",
+        f"{augmentation(recipe)}; {recipe['precision']} in training, float32 in testing. The "
+        "teacher runs on the student's batches, its batch norms folded; it has learnt with crops "
+        "and flips.",
         f"**Validation**: {recipe['validation']:,} training images that nobody trains on.",
         f"**Seconds** of an epoch, on {line['device']}, have augmentation and the teacher's "
         "forward in them, and not `kd.fit`, once before. On a CPU they are process CPU time of one "
@@ -198,6 +197,13 @@ def setting(lines: Sequence[Line]) -> str:
 def wrapped(item: str) -> str:
     """An entry of a list."""
     return fill(item, 100, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def augmentation(recipe: Recipe) -> str:
+    """What is done to the student's images."""
+    crops = f"crops with {recipe['padding']} pixels of padding" if recipe["padding"] else ""
+    flips = "flips" if recipe["flips"] else ""
+    return " and ".join(part for part in (crops, flips) if part) or "no augmentation"
 
 
 def number(images: int) -> str:
