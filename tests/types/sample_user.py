@@ -74,7 +74,8 @@ def points_and_losses(student: Net, teacher: nn.Module, x: Tensor) -> None:
     attach_kd(student, teacher, names)
     attach_kd(student, teacher, "layer4")
     attach_kd(student, teacher, {"layer4": "stages.3"}, memory="low")
-    decisions = KDPoint("layer3", targets=DecisionTargets(subclasses=2))
+    ramp = LinearWarmup(100)
+    decisions = KDPoint("layer3", targets=DecisionTargets(subclasses=2), weight=ramp)
     points = [decisions, KDPoint("layer4", "stages.3", targets=CodebookTargets(512), alpha=0.5)]
     losses = [
         KDLoss(temperature=4.0, weight=Cosine(100, value=0.9)),
