@@ -1,7 +1,9 @@
 """The accuracy benchmark: its data, pairing by seed, resuming; and the report's statistics."""
 
+import dataclasses
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,9 +20,12 @@ import _accuracy_data as data  # noqa: E402
 import _accuracy_words as words  # noqa: E402
 import accuracy  # noqa: E402
 import report  # noqa: E402
+import sweeps  # noqa: E402
 from _accuracy_methods import Options, attach, loss, recipes  # noqa: E402
 from _accuracy_probe import discriminant, pooled  # noqa: E402
+from _accuracy_sweeps import SWEEPS, groups  # noqa: E402
 from _accuracy_train import digest, macs, matching_width, new_model, parameters  # noqa: E402
+from models.small_torchvision import mobilenet_v2  # noqa: E402
 
 TINY_OPTIONS = (
     "--teacher resnet8 --teacher-epochs 1 --validation 20 --images 40 --batch-size 20 --epochs 1 "
@@ -262,12 +267,20 @@ def test_probes_see_both_sides_of_a_layer(splits):
     torch.testing.assert_close(student.fc(found["last"]), student(images))
 
 
-def test_losses_keep_their_weight_beside_weighted_layers():
-    made = loss({"loss": "KDLoss", "temperature": 2.0, "weight": 0.9}, 10, scale=3.0)
-    assert (made.weight * 3.0, made.temperature) == (pytest.approx(0.9), 2.0)
+def test_weights_are_those_of_the_recipe(splits):
     warm = loss({"loss": "DKDLoss", "weight": 2.0, "warmup": 4}, 10)
     assert warm.weight(4 * 10) == pytest.approx(2.0)
     assert warm.weight(10) < 1.0
+    options = Options(templates=8, subclasses=1, layer_weight=3.0, layer_weight_beside=0.5)
+    for method, weight in (("letKD-1", 3.0), ("letKD-1 + KD", 0.5)):
+        student, (x, _) = new_model("resnet8", splits, 3, width=8), splits.train.batches(16)[0]
+        teacher = new_model("resnet8", splits, 4)
+        kd = attach(recipes(options)[method], student, teacher, x, 5)
+        kd.fit([(x, torch.arange(16) % 10)], progress=False)
+        student(x)
+        kd.loss(torch.arange(16) % 10)
+        weighted = kd.terms["TemplateLoss.last.weighted"]
+        torch.testing.assert_close(weighted, weight * kd.terms["TemplateLoss.last"])
 
 
 def test_quest_has_letkd_1_but_alpha():
@@ -349,6 +362,48 @@ def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
     mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2
     assert rows[0].startswith(f"| KD | 2 | {mean:.2f} | ")
     assert "| does the second layer help? | letKD-2 minus letKD-1 |  | not run |" in page
+
+
+def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, root, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        SWEEPS, "templates", dataclasses.replace(SWEEPS["templates"], values=(4, 12))
+    )
+    seeds, out = ("--seeds", "0", "1", "2"), tmp_path / "tiny.jsonl"
+    runs = bench(out, "--methods", "labels only", "letKD-1", *seeds)
+    cache = tmp_path.parent / "sweep-teachers"
+    swept = tmp_path / "tiny.sweeps.jsonl"
+    paths = ["--root", str(root), "--cache", str(cache), "--out", str(swept)]
+    sweeps.main(["--sweeps", "templates", *seeds, *paths, *TINY])
+    lines = report.read(swept)
+    assert [(x["seed"], x["recipe"]["layers"][0]["templates"]) for x in lines] == [
+        (seed, k) for seed in range(3) for k in (4, 12)
+    ]
+    report.main(["--data", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text("utf-8")
+    rows = [row for row in page.splitlines() if re.match(r"\| (4|8|12) \| 3 ", row)]
+    assert len(rows) == 3
+    by_k = {k: [x["test_accuracy"] for x in lines[i::2]] for i, k in enumerate((4, 12))}
+    usual = [x["test_accuracy"] for x in runs if x["method"] == "letKD-1"]
+    assert words.bold(*words.gap(by_k[4], usual)) in rows[0]
+    assert f"| {sum(usual) / 3:.2f} ± " in rows[1]
+    assert (tmp_path / "figures" / "tiny-sweeps.png").stat().st_size > 1000
+    # A line that differs in more than the swept value is no point of the curve.
+    other = lines[0] | {"recipe": lines[0]["recipe"] | {"lr": 0.5}}
+    unchanged = [x for x in runs if x["method"] == "letKD-1"]
+    assert groups(SWEEPS["templates"], [other], unchanged) == {}
+
+
+def test_another_architecture_needs_names_for_both(bench, tmp_path):
+    options = (
+        "--student mobilenet_v2 --width 8 --first features.14:layer3.0 --last features.18:last"
+    )
+    (line,) = bench(tmp_path / "m.jsonl", "--seeds", "0", "--methods", "letKD-2", *options.split())
+    assert [layer["at"] for layer in line["recipe"]["layers"]] == [
+        "features.14:layer3.0", "features.18:last"
+    ]  # fmt: skip
+    assert set(line["probes"]) >= {"features.14.before", "features.18.2.after", "last"}
+    model = mobilenet_v2(10, in_channels=1, width=8)
+    assert model.features(torch.zeros(1, 1, 28, 28)).shape == (1, 1280, 7, 7)
 
 
 def test_the_committed_page_is_made_from_the_committed_lines():

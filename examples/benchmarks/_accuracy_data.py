@@ -128,7 +128,10 @@ def epoch_batches(
     order = torch.randperm(len(split), generator=draw)
     order = order[: len(order) // size * size].to(split.images.device)
     for indices in order.split(size):
-        yield normalised(augmented(split.images[indices], *augmentation, draw)), split.labels[indices]
+        yield (
+            normalised(augmented(split.images[indices], *augmentation, draw)),
+            split.labels[indices],
+        )
 
 
 def augmented(images: Tensor, padding: int, flips: bool, draw: torch.Generator) -> Tensor:

@@ -33,10 +33,10 @@ def option(default: Any, text: str) -> Any:
 class Options:
     """What can be chosen about a method; defaults as tuned on the validation images."""
 
-    student: str = option("resnet8", "the student's network")
+    student: str = option("resnet8", "the student's network, also mobilenet_v2")
     width: float = option(8.0, "channels of its first stage")
-    first: str = option("layer3.0", "point of letKD-2's first layer")
-    last: str = option("last", "point of the last layer, and of the losses on features")
+    first: str = option("layer3.0", "point of letKD-2's first layer, or STUDENT:TEACHER")
+    last: str = option("last", "that of the last layer, and of the losses on features")
     templates: int = option(64, "K, templates of the last layer")
     temperature: float = option(0.3, "factor of squared distances in the codebook's softmax")
     subclasses: int = option(8, "of each class, at letKD-2's first layer")
@@ -45,6 +45,7 @@ class Options:
     alpha_last: float = option(1.0, "value ratio of the last layer")
     head_scale: float = option(3.0, "initial scale of all layers' scores")
     layer_weight: float = option(3.0, "weight of the layers' losses")
+    layer_weight_beside: float = option(3.0, "the same beside losses on logits")
     ce_weight: float = option(1.0, "weight of cross-entropy beside KDLoss")
     kd_weight: float = option(1.0, "weight of KDLoss")
     kd_temperature: float = option(4.0, "temperature of all losses on logits")
@@ -203,7 +204,7 @@ def completed(part: Recipe, o: Options) -> Recipe:
             layers = [free_layer(layer) for layer in layers]
         recipe |= {"layers": layers, "supervised": supervised, "head_scale": o.head_scale}
     if layers and supervised:
-        recipe["layer_weight"] = o.layer_weight
+        recipe["layer_weight"] = o.layer_weight_beside if losses else o.layer_weight
     return recipe
 
 
@@ -228,12 +229,12 @@ def attach(
         example: two images.
         steps: batches in an epoch, for warm-ups.
     """
-    layers = [point(layer) for layer in recipe.get("layers", [])]
+    weight = recipe.get("layer_weight", 1.0)
+    layers = [point(layer, weight) for layer in recipe.get("layers", [])]
     if layers and not recipe["supervised"]:
         attach_kd(student, at=layers, example=example).detach()
         layers = []
-    scale = recipe.get("layer_weight", 1.0)
-    losses = [loss(part, steps, scale) for part in recipe["losses"]]
+    losses = [loss(part, steps) for part in recipe["losses"]]
     kd = None
     if layers or losses:
         kd = attach_kd(student, teacher, layers, losses=losses, example=example)
@@ -244,7 +245,7 @@ def attach(
     return kd
 
 
-def point(layer: Recipe) -> KDPoint:
+def point(layer: Recipe, weight: float) -> KDPoint:
     """A layer with its targets, or bare where the recipe has only a number of templates."""
     targets: CodebookTargets | DecisionTargets | None = None
     if layer.get("targets") == "codebook":
@@ -252,19 +253,27 @@ def point(layer: Recipe) -> KDPoint:
     elif layer.get("targets") == "decisions":
         targets = DecisionTargets(layer["subclasses"], components=layer["components"])
     number = layer["templates"] if targets is None else None
-    return KDPoint(layer["at"], targets=targets, num_templates=number, alpha=layer["alpha"])
+    at = names(layer["at"])
+    both = (at, None) if isinstance(at, str) else at
+    return KDPoint(
+        *both, targets=targets, num_templates=number, alpha=layer["alpha"], weight=weight
+    )
 
 
-def loss(part: Recipe, steps: int, scale: float = 1.0) -> DistillLoss:
-    """A loss from its recipe: its class, its arguments, and a warm-up of its weight in epochs.
+def names(at: str) -> str | tuple[str, str]:
+    """A point, whose name in the teacher follows a colon where it has another there."""
+    student, _, teacher = at.partition(":")
+    return (student, teacher) if teacher else student
 
-    ``kd.loss`` as a whole is multiplied by the weight of the layers, ``scale``; the loss's own
-    weight is divided by it.
-    """
+
+def loss(part: Recipe, steps: int) -> DistillLoss:
+    """A loss from its recipe: its class, its arguments, and a warm-up of its weight in epochs."""
     arguments = {k: v for k, v in part.items() if k not in ("loss", "warmup", "base", "weight")}
+    if "at" in part:
+        arguments["at"] = names(part["at"])
     if "base" in part:
         arguments["base"] = loss(part["base"], steps)
-    weight = part.get("weight", 1.0) / scale
+    weight = part.get("weight", 1.0)
     if "warmup" in part:
         arguments["weight"] = weight * LinearWarmup(part["warmup"], steps_per_epoch=steps)
     else:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from _accuracy_data import Split, Splits, epoch_batches
 from models.cifar_resnet import fold_batch_norm, make
+from models.small_torchvision import mobilenet_v2
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +32,10 @@ def digest(recipe: Recipe) -> str:
 def new_model(name: str, splits: Splits, seed: int, **options: float) -> nn.Module:
     """A network for these images, with the initial weights of ``seed``."""
     torch.manual_seed(seed)
-    model = make(name, num_classes=splits.classes, in_channels=1, **options)
+    if name == "mobilenet_v2":
+        model: nn.Module = mobilenet_v2(splits.classes, in_channels=1, **options)
+    else:
+        model = make(name, num_classes=splits.classes, in_channels=1, **options)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -41,7 +45,7 @@ def train(
     split: Split,
     recipe: Recipe,
     seed: int,
-    weights: tuple[float, float] = (1.0, 1.0),
+    ce_weight: float = 1.0,
 ) -> float:
     """SGD with a rising and falling rate; returns seconds per epoch.
 
@@ -54,7 +58,7 @@ def train(
         split: the images to train on.
         recipe: epochs, batch_size, padding, flips, lr, weight_decay and precision.
         seed: of the batches.
-        weights: of cross-entropy, and of ``kd.loss``.
+        ce_weight: of cross-entropy; ``kd.loss`` is added to it.
     """
     device = device_of(model)
     split = split.to(device)
@@ -77,9 +81,9 @@ def train(
     for epoch in range(recipe["epochs"]):
         for x, y in epoch_batches(split, recipe["batch_size"], augmentation, seed, epoch):
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
-                loss = weights[0] * F.cross_entropy(model(x), y)
+                loss = ce_weight * F.cross_entropy(model(x), y)
                 if kd is not None:
-                    loss = loss + weights[1] * kd.loss(y)
+                    loss = loss + kd.loss(y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

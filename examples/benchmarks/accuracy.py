@@ -92,8 +92,7 @@ def run(
     if kd is not None:
         kd.fit(fit_batches(split.to(device), seed), seed=seed, progress=False)
     fitted = seconds(device) - fitted
-    weights = recipe["ce_weight"], recipe.get("layer_weight", 1.0)
-    spent = train(student, kd, split, recipe, seed, weights)
+    spent = train(student, kd, split, recipe, seed, recipe["ce_weight"])
     terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
     let_go(kd, recipe)
     shown = splits.validation if args.tuning else splits.test
@@ -108,7 +107,7 @@ def run(
         "clock_seconds": round(time.perf_counter() - start, 1),
         "last_terms": terms,
         "scales": scales(student),
-        "probes": probes(student, args.last, split, shown),
+        "probes": probes(student, args.last.partition(":")[0], split, shown),
         "pruned": pruned(student, split, shown, splits),
     }
 

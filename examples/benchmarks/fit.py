@@ -52,6 +52,7 @@ def main() -> None:
     add("--rows", type=Path, default=Path("runs/rows"), help="where the rows are kept")
     add("--minutes", type=float, default=5.0, help="longer fits are left out; default: 5")
     add("--all", action="store_true", help="leave nothing out")
+    add("--part", default="both", help="goes into the file's name where the cases are run in parts")
     add("--no-lda", action="store_true", help="leave out the discriminant analysis")
     add("--worker", help=argparse.SUPPRESS)
     args = read(parser)

@@ -139,7 +139,10 @@ def slower(reports: list[dict]) -> str:
         for c, report in sorted(rows, key=lambda row: -row[0].ratio.middle)
     ]  # fmt: skip
     columns = ("case", "quantity", "ours", "better", "ours / theirs")
-    note = "All comparisons whose lower quartile is above 1, the worst first."
+    note = (
+        "All comparisons whose lower quartile is above 1, the worst first. A fit is here whatever "
+        "the inertia at which the other stopped, which its table has."
+    )
     return Table("Where an alternative is better", columns, cells, note).markdown()
 
 

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/report.py
 
-reads docs/data/results: ``*.jsonl`` with the reported runs of one regime each, ``*.tuning.jsonl``
-with the runs on which its recipe was chosen, and ``*.txt`` with what was found out about it, which
-is the only part written by hand.
+reads docs/data/results: ``*.jsonl`` with the reported runs of one regime each, ``*.sweeps.jsonl``
+with those that sweeps.py has written, ``*.tuning.jsonl`` with the runs on which its recipe was
+chosen, and ``*.txt`` with what was found out about it, which is the only part written by hand.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from textwrap import fill
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _accuracy_methods import Options, Recipe, recipes
+from _accuracy_sweeps import draw_sweeps, sweep_tables
 from _accuracy_words import (
     Line,
     bold,
@@ -74,8 +75,9 @@ from the committed lines in `docs/data/results`, one for each training, with its
 **last epoch** on the test images, which no choice was made on.
 
 For every seed all methods have the same student images in the same batches, and the same initial
-weights of the student (a wider student cannot). Differences are therefore taken seed by seed. ± and brackets are 95 % intervals by Student's t. **Better** and **worse** are said only where
-the interval excludes zero; else it says "not separated", which does not mean equal. With fewer than
+weights of the student (a wider student cannot). Differences are therefore taken seed by seed. ± and
+brackets are 95 % intervals by Student's t. **Better** and **worse** are said only where the
+interval excludes zero; else it says "not separated", which does not mean equal. With fewer than
 three seeds there is no interval and no verdict. With many comparisons about one in twenty would
 exclude zero by chance alone.
 """
@@ -88,18 +90,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PAGE, help="default: docs/results.md")
     args = parser.parse_args(arguments)
     args.out.write_text(page(args.data), "utf-8")
+    for path in regimes(args.data):
+        figure = args.out.parent / figure_of(path)
+        figure.parent.mkdir(exist_ok=True)
+        draw_sweeps(beside(path, "sweeps"), by_method(read(path)), figure)
 
 
 def page(data: Path) -> str:
     """The whole page."""
-    files = sorted(path for path in data.glob("*.jsonl") if ".tuning" not in path.name)
-    return "\n".join([INTRODUCTION, *(regime(path) for path in files)])
+    return "\n".join([INTRODUCTION, *(regime(path) for path in regimes(data))])
+
+
+def regimes(data: Path) -> list[Path]:
+    """The files of reported runs: those whose names have one suffix."""
+    return sorted(path for path in data.glob("*.jsonl") if len(path.suffixes) == 1)
+
+
+def figure_of(path: Path) -> str:
+    """Where the page has the figure of a regime's sweeps."""
+    return f"figures/{path.stem}-sweeps.png"
+
+
+def beside(path: Path, kind: str) -> list[Line]:
+    """The lines of a regime's other file, if there is one."""
+    other = path.with_name(f"{path.stem}.{kind}.jsonl")
+    return read(other) if other.exists() else []
 
 
 def regime(path: Path) -> str:
     """One section: the runs of a file, its tuning and what was found."""
     runs = by_method(read(path))
-    tuning = path.with_name(f"{path.stem}.tuning.jsonl")
+    tuning, sweeps = beside(path, "tuning"), sweep_tables(beside(path, "sweeps"), runs)
+    picture = f"![accuracy over each value: seeds and their mean]({figure_of(path)})"
     found = path.with_suffix(".txt")
     every = [line for lines in runs.values() for line in lines]
     parts = [
@@ -113,9 +135,9 @@ def regime(path: Path) -> str:
         probe_table(runs),
         "### Pruned",
         pruned_table(runs),
+        *(("### One value at a time", sweeps, picture) if sweeps else ()),
         found.read_text("utf-8").strip() if found.exists() else "",
-        "### How the recipe was chosen" if tuning.exists() else "",
-        tuning_table(read(tuning)) if tuning.exists() else "",
+        *(("### How the recipe was chosen", tuning_table(tuning)) if tuning else ()),
         "### Recipes",
         recipe_list(runs),
     ]

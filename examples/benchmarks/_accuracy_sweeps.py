@@ -1,0 +1,149 @@
+"""What is swept in the benchmark of accuracy; its tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from _accuracy_words import Line, bold, difference, plus_minus, table
+
+Value = int | float | tuple[float, float]
+Runs = dict[str, list[Line]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Values of one option of a method, and where lines have them.
+
+    Attributes:
+        method: the method whose option is changed.
+        option: the option's name, of two options for alpha.
+        values: without the one of the unchanged recipe.
+        layer: whose entry of the recipe has the value: 0 the first, -1 the last; ``None``: both.
+        entry: its name there.
+        words: what it is.
+    """
+
+    method: str
+    option: tuple[str, ...]
+    values: tuple[Value, ...]
+    layer: int | None
+    entry: str
+    words: str
+
+    def options_of(self, value: Value) -> list[tuple[str, str]]:
+        """The command line's options for ``value``."""
+        each = value if isinstance(value, tuple) else (value,)
+        return [(f"--{name}", str(part)) for name, part in zip(self.option, each, strict=True)]
+
+    def value_of(self, line: Line) -> Value:
+        """What a line's recipe has."""
+        layers = line["recipe"]["layers"]
+        if self.layer is None:
+            return layers[0][self.entry], layers[-1][self.entry]
+        found: Value = layers[self.layer][self.entry]
+        return found
+
+
+SWEEPS = {
+    "templates": Sweep(
+        "letKD-1", ("templates",), (16, 32, 128, 256), -1, "templates", "templates K of the layer"
+    ),
+    "temperature": Sweep(
+        "letKD-1", ("temperature",), (0.1, 1.0), -1, "temperature", "temperature of the codebook"
+    ),
+    "subclasses": Sweep(
+        "letKD-2", ("subclasses",), (1, 4, 16), 0, "subclasses", "sub-classes of each class"
+    ),
+    "alpha": Sweep(
+        "letKD-2",
+        ("alpha-first", "alpha-last"),
+        ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0)),
+        None,
+        "alpha",
+        "alpha of the first and the last layer",
+    ),
+}
+
+
+def groups(
+    sweep: Sweep, lines: Sequence[Line], unchanged: Sequence[Line]
+) -> dict[Value, list[Line]]:
+    """Lines of a sweep by value, with those of the unchanged recipe, of the sweep's seeds only.
+
+    A line belongs to a sweep if it differs from the unchanged recipe in nothing but its value.
+    """
+    base = unchanged[0]["recipe"]
+    found: dict[Value, list[Line]] = {}
+    for line in lines:
+        own = line["method"] == sweep.method
+        if own and blanked(line["recipe"], sweep) == blanked(base, sweep):
+            found.setdefault(sweep.value_of(line), []).append(line)
+    seeds = {line["seed"] for own in found.values() for line in own}
+    if found:
+        found[sweep.value_of(unchanged[0])] = [x for x in unchanged if x["seed"] in seeds]
+    return dict(sorted(found.items()))
+
+
+def blanked(recipe: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
+    """A recipe without the value of a sweep."""
+    layers = [dict(layer) for layer in recipe["layers"]]
+    for layer in layers if sweep.layer is None else [layers[sweep.layer]]:
+        layer.pop(sweep.entry)
+    return recipe | {"layers": layers}
+
+
+def swept(lines: Sequence[Line], runs: Runs) -> list[tuple[Sweep, dict[Value, list[Line]]]]:
+    """The sweeps that were run, with their lines by value."""
+    known = [sweep for sweep in SWEEPS.values() if sweep.method in runs]
+    found = [(sweep, groups(sweep, lines, runs[sweep.method])) for sweep in known]
+    return [(sweep, by_value) for sweep, by_value in found if by_value]
+
+
+def sweep_tables(lines: Sequence[Line], runs: Runs) -> str:
+    """A table for every sweep that was run."""
+    parts = []
+    for sweep, by_value in swept(lines, runs):
+        unchanged = runs[sweep.method]
+        usual = sweep.value_of(unchanged[0])
+        rows = []
+        for value, own in by_value.items():
+            against = "" if value == usual else bold(*difference(own, unchanged))
+            accuracy = plus_minus([line["test_accuracy"] for line in own])
+            size = f"{own[0]['parameters']:,}"
+            rows.append([shown(value), str(len(own)), accuracy, against, size])
+        head = (sweep.words, "seeds", "test accuracy %", f"minus {shown(usual)}", "parameters")
+        parts.append(f"**{sweep.method}**\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def shown(value: Value) -> str:
+    """A value as a table has it."""
+    return " and ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else f"{value:g}"
+
+
+def draw_sweeps(lines: Sequence[Line], runs: Runs, path: Path) -> bool:
+    """One panel a sweep, seeds thin and their mean thick; whether there was anything to draw."""
+    known = swept(lines, runs)
+    if not known:
+        return False
+    from matplotlib.figure import Figure  # only here: everything else works without
+
+    figure = Figure((3.2 * len(known), 2.8), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(known), squeeze=False)[0]
+    for panel, (sweep, by_value) in zip(panels, known, strict=True):
+        places = range(len(by_value))
+        for seed in sorted({line["seed"] for own in by_value.values() for line in own}):
+            has = [{x["seed"]: x["test_accuracy"] for x in own} for own in by_value.values()]
+            panel.plot(places, [one.get(seed, float("nan")) for one in has], lw=0.8, alpha=0.6)
+        means = [mean(x["test_accuracy"] for x in own) for own in by_value.values()]
+        panel.plot(places, means, "k.-", lw=2)
+        panel.set_xticks(places, [shown(value) for value in by_value], fontsize=8)
+        panel.set_xlabel(sweep.words, fontsize=9)
+        panel.set_title(sweep.method, fontsize=10)
+    panels[0].set_ylabel("test accuracy %", fontsize=9)
+    figure.savefig(path)
+    return True

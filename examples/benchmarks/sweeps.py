@@ -1,0 +1,37 @@
+r"""How the layers' accuracy depends on K, sub-classes, alpha and temperature: one at a time.
+
+Each value is a recipe of accuracy.py with one option changed, for some of its seeds. The runs go to
+a file of their own, which report.py compares with the unchanged recipe, seed by seed; resumable as
+accuracy.py is.
+
+    python examples/benchmarks/sweeps.py --root data --cache docs/data/results \
+        --out docs/data/results/fashion-mnist-6000.sweeps.jsonl
+    python examples/benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import accuracy
+from _accuracy_sweeps import SWEEPS
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the sweeps that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], help="default: 0 1 2")
+    args, others = parser.parse_known_args(arguments)
+    for seed in args.seeds:
+        for name in args.sweeps:
+            sweep = SWEEPS[name]
+            for value in sweep.values:
+                changes = [text for option in sweep.options_of(value) for text in option]
+                accuracy.main([*others, *changes, "--methods", sweep.method, "--seeds", seed])
+
+
+if __name__ == "__main__":
+    main()
