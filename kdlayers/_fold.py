@@ -10,8 +10,8 @@ from kdlayers._batch_norm import as_affine
 from kdlayers._chunks import DEVICES
 from kdlayers._hooks import Slot
 from kdlayers._layer import product_dtype
-from kdlayers._norms import inverse_norm
-from kdlayers._recognise import recognise_frozen, safe_norm
+from kdlayers._norms import inverse_norm, safe_norm
+from kdlayers._recognise import recognise_frozen
 
 
 class FoldedKDLayer(nn.Module):

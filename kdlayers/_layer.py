@@ -9,8 +9,8 @@ from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._batch_norm import as_affine, update_statistics, why_plain
 from kdlayers._chunks import worthwhile
-from kdlayers._norms import inverse_norm
-from kdlayers._recognise import recognise, recognise_frozen, safe_norm
+from kdlayers._norms import inverse_norm, safe_norm
+from kdlayers._recognise import recognise, recognise_frozen
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdlayers._chunks import add_product, chunks, work_dtype
+from kdlayers._norms import inverse, safe_norm
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -59,7 +60,7 @@ def recognise(
             assigned = recognised[part]
             norms[part] = torch.linalg.vector_norm(assigned, dim=1)
             product = assigned.to(values.dtype) @ values.T
-            value[part] = product * _inverse(norms[part]).unsqueeze(1)
+            value[part] = product * inverse(norms[part]).unsqueeze(1)
     return value, scores, mean, variance, norms
 
 
@@ -104,10 +105,10 @@ def recognise_backward(
         grad_templates = torch.zeros_like(templates, dtype=work)
         grad_values = values.new_zeros(values.shape[::-1], dtype=work)
         grad_gamma, grad_beta, received = (torch.zeros_like(mean) for _ in range(3))
-        inverse = _inverse(norms).unsqueeze(1)
-        upstream = grad_value.to(work) * inverse
+        inverted = inverse(norms).unsqueeze(1)
+        upstream = grad_value.to(work) * inverted
         # p is divided by its own norm: moving along p changes nothing.
-        along = (upstream * value.to(work)).sum(dim=1, keepdim=True) * inverse
+        along = (upstream * value.to(work)).sum(dim=1, keepdim=True) * inverted
         upstream = upstream.to(low)
         for part in chunks(n, len(templates), units.device):
             assigned = recognised[part]
@@ -189,13 +190,6 @@ def recognise_frozen(units: Tensor, matching: Tensor, threshold: Tensor, values:
     return value
 
 
-def safe_norm(vectors: Tensor) -> Tensor:
-    """Norms over the last axis, kept as an axis, in float32 or better, and 1e-12 at least."""
-    work = work_dtype(vectors)
-    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=work)
-    return norm.clamp_min_(1e-12)
-
-
 class _Recognised:
     """The assignment p, a chunk at a time, from kept scores or from the units again."""
 
@@ -266,8 +260,3 @@ def _through_moments(
     grad_units -= shift @ templates
     grad_units.addmm_(centred, templates.T @ (slope * templates), alpha=-1)
     grad_templates -= slope * (templates @ (centred.T @ centred))
-
-
-def _inverse(norms: Tensor) -> Tensor:
-    """1 / norm, and 0 for a vector of zeros."""
-    return torch.where(norms > 0, norms.clamp_min(1e-12).reciprocal(), 0.0)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdlayers._norms import inverse, inverse_norm
-from kdlayers._recognise import safe_norm
+from kdlayers._norms import inverse, inverse_norm, safe_norm
 
 
 def vectors_of_all_lengths():
