@@ -1,6 +1,5 @@
 """`attach_kd`: from two models and some names to a student with KD layers and a handle."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +18,7 @@ from kdlayers._hooks import (
     score_key,
 )
 from kdlayers._layer import check_memory
+from kdlayers._learnt import warn_of_others
 from kdlayers._models import unwrap
 from kdlayers._names import match
 from kdlayers._points import KDPoint
@@ -28,7 +28,8 @@ from kdlayers._teacher import Teacher, Transform, make_teachers
 from kdlayers._terms import Term, example_pair, feature_term, unique_names
 from kdlayers._trace import Trace, depend, example_for, run_example, to_model, trace, undisturbed
 from kdlayers._tree import first_tensor, leaves
-from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError, KDLayersWarning
+from kdlayers._warn import warn
+from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 
@@ -61,8 +62,7 @@ def attach_kd(
             may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
             ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point
             in forward order the default targets are ``CodebookTargets()``, at earlier ones
-            ``DecisionTargets()`` (with no more components than the classes allow): one point is
-            letKD-1, two are letKD-2.
+            ``DecisionTargets()``: one point is letKD-1, two are letKD-2.
         losses: further :class:`DistillLoss` objects, on logits or on features (their ``at``).
         example: a small batch of images, or a tuple of the model's arguments, for the dry runs;
             default: two zero images that suit the student.
@@ -120,6 +120,7 @@ def attach_kd(
             hook.slot(module).train(module.training)
     guard_hooks(reset=True)
     _warn_of_earlier(student, tape)
+    warn_of_others(terms, teachers)
     return KDHandle(student, teachers, terms, tape, hooks)
 
 
@@ -127,11 +128,9 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
     """Say that KD layers of a handle in use are still there, as when a notebook's cell is rerun."""
     earlier = [h.name for _, _, h in inserts(student) if h.tape is not tape and h.tape.armed]
     if earlier:
-        warnings.warn(
+        warn(
             f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
             "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
-            KDLayersWarning,
-            stacklevel=3,
         )
 
 

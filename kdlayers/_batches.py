@@ -1,17 +1,20 @@
 """What comes out of a data loader: images and labels, checked."""
 
+from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlayers.errors import ArgumentError, ArgumentTypeError, StaleCaptureError
+from kdlayers.functional import _checks as check
 
 
 def labels_for(targets: Tensor | None, logits: Tensor) -> Tensor | None:
     """The labels on the device of ``logits``, checked to be those of the same batch.
 
     Raises:
-        ArgumentTypeError: if they are no tensor.
+        ArgumentTypeError: if they are no tensor, or one with a gradient, as logits have.
         StaleCaptureError: if their number is another.
     """
     if targets is None:
@@ -20,12 +23,29 @@ def labels_for(targets: Tensor | None, logits: Tensor) -> Tensor | None:
         raise ArgumentTypeError(
             f"kd.loss(targets) takes the labels as a tensor, got {type(targets).__name__}"
         )
+    if targets.requires_grad:
+        raise ArgumentTypeError(
+            f"kd.loss(targets) takes the labels, got a {targets.dtype} tensor of shape "
+            f"{check.shape(targets)} with a gradient, as the student's logits have: these are "
+            "recorded when the student runs; call kd.loss(y) after student(x)"
+        )
     if targets.dim() == 0 or targets.shape[0] != logits.shape[0]:
         raise StaleCaptureError(
             f"{tuple(targets.shape)} labels for a forward of {logits.shape[0]} images: these are "
             "the labels of another batch; call kd.loss(y) with the y of the last student(x)"
         )
     return targets.to(logits.device)
+
+
+def check_loader(loader: object) -> None:
+    """Raise ArgumentTypeError unless ``loader`` is something to take batches from."""
+    iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    if iterable and not isinstance(loader, (nn.Module, Tensor, str, Mapping)):
+        return
+    raise ArgumentTypeError(
+        "kd.fit(loader) takes the training images in batches (images, labels), as a DataLoader or "
+        f"a list gives them, got {type(loader).__name__}; the models are those of attach_kd"
+    )
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
@@ -38,9 +58,32 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
         return batch, None
     if isinstance(batch, (tuple, list)):
         images, labels = (*batch, None, None)[:2]
-        if isinstance(images, Tensor) and (labels is None or isinstance(labels, Tensor)):
+        sample = isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0)
+        if isinstance(images, Tensor) and isinstance(labels, (Tensor, NoneType)) and not sample:
             return images, labels
-    raise ArgumentError(
-        f"fit() expects batches (images, labels) of tensors, got {type(batch).__name__}; wrap the "
-        "loader: [(b['image'], b['label']) for b in loader] shows the form"
-    )
+        kinds = ", ".join(type(item).__name__ for item in batch)
+        found = f"a {type(batch).__name__} ({kinds})"
+        if sample:
+            found += ", one sample of a data set: pass DataLoader(dataset, batch_size=64)"
+    elif isinstance(batch, Mapping):
+        found = f"a {type(batch).__name__} with the keys {_pairs_of(batch)}"
+    else:
+        found = type(batch).__name__
+    raise ArgumentError(f"fit() expects batches (images, labels) of tensors, got {found}")
+
+
+def _pairs_of(batch: Mapping[Any, Any]) -> str:
+    """The keys, and a class that makes pairs of such batches, again in every pass."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    images = next((key for key, value in tensors.items() if value.dim() >= 3), "images")
+    labels = next((key for key, value in tensors.items() if value.dim() == 1), "labels")
+    return f"""{list(batch)}; convert each as it comes:
+
+class Pairs:
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return ((batch[{images!r}], batch[{labels!r}]) for batch in self.loader)
+
+kd.fit(Pairs(loader))"""

@@ -9,16 +9,23 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_WAITING: list[Callable[[], None]] = []
+
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """``torch.compiler.disable``, which imports the compiler at the first call, not before."""
+    """``torch.compiler.disable``, which imports the compiler at `prepare`, not before."""
     disabled: list[Any] = []
+    _WAITING.append(lambda: disabled.append(torch.compiler.disable(function)))
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
         result: R = disabled[0](*args, **kwargs)
         return result
 
     return wrapper
+
+
+def prepare() -> None:
+    """Let `eager` functions be called; no graph may contain this, as torch 2.9 cannot trace it."""
+    while _WAITING:
+        _WAITING.pop()()

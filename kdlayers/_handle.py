@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers import _record
-from kdlayers._batches import labels_for, split_batch
+from kdlayers._batches import check_loader, labels_for, split_batch
 from kdlayers._distributed import keep_in_step, world_size
-from kdlayers._eager import eager
+from kdlayers._eager import eager, prepare
 from kdlayers._fitter import Fitter, pass_seed, run_passes
 from kdlayers._hooks import Ahead, Tape, version_of
+from kdlayers._learnt import remember
 from kdlayers._progress import progress as show_progress
 from kdlayers._sites import slots, take_out
 from kdlayers._summary import summarise
@@ -65,6 +66,7 @@ class KDHandle:
         tape: Tape,
         hooks: Sequence[Any],
     ) -> None:
+        prepare()
         self.student = student
         self.terms: dict[str, Tensor] = {}
         self.step = 0
@@ -106,8 +108,12 @@ class KDHandle:
 
         Raises:
             FitError: if the loader is empty or one-shot, or the data cannot be learnt from.
+            ArgumentTypeError: if ``loader`` is nothing that gives batches, such as a model.
+            ArgumentError: if a batch is no pair of tensors.
+            CaptureError: if the teacher cannot run on a batch.
         """
         self._need_teacher("fit")
+        check_loader(loader)
         self._keep_in_step()
         wanted = [term for term in self._terms if refit or not term.loss.fitted]
         pairs = [(term, term.loss.fitter(seed=seed)) for term in wanted]
@@ -124,6 +130,7 @@ class KDHandle:
 
         with torch.random.fork_rng(devices=sorted(devices)):
             run_passes([fitter for _, fitter in fitters.values()], batches)
+        remember([term for term, _ in fitters.values()], self._teachers)
 
     def loss(self, targets: Tensor | None = None, *, logits: Any = None) -> Tensor:
         r"""Sum of the weighted terms for the student's last training forward.
@@ -134,13 +141,15 @@ class KDHandle:
         yours. Each training forward is read once.
 
         Args:
-            targets: labels ``[B]``, as the losses need them.
+            targets: labels ``[B]``, as the losses need them. Labels of mixup ``[B, K]`` go
+                through where no loss reads them; those that do, such as ``DKDLoss``, refuse them.
             logits: the student's logits, if it was run inside :meth:`batch`.
 
         Returns:
             A scalar tensor with gradients into the student and the train-only parameters.
 
         Raises:
+            ArgumentTypeError: if ``targets`` have a gradient, as the student's logits do.
             CaptureError: if no training forward was recorded, or a KD layer did not run in it.
             StaleCaptureError: if several forwards were run, or the batch was changed since.
             NotFittedError: if :meth:`fit` has not been called.

@@ -129,14 +129,12 @@ def _default_targets(point: KDPoint, last: bool, classes: int | None) -> Templat
     asked = point.num_templates
     if last:
         return CodebookTargets() if asked is None else CodebookTargets(asked)
-    # No more discriminant directions than classes less one: ours to know, not the user's.
-    components = 60 if classes is None else max(1, min(60, classes - 1))
     if asked is None:
-        return DecisionTargets(components=components)
+        return DecisionTargets()
     if classes is None or asked % classes:
         raise ArgumentError(
             f"KDPoint({point.student!r}): {asked} templates are no whole number of sub-classes for "
             f"{classes} classes; pass targets=DecisionTargets(subclasses) or "
             f"CodebookTargets({asked})"
         )
-    return DecisionTargets(asked // classes, components=components)
+    return DecisionTargets(asked // classes)

@@ -33,6 +33,11 @@ def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
     lines.append(table(rows) if layers else "none")
     if any(term.scores for term in terms):
         lines.append("positions and MACs: of one image, of the size of attach_kd's example")
+    if layers:
+        lines.append(
+            "training: torch's plain operations, or fused ones, which are faster with many scores; "
+            "the numbers are the same"
+        )
     if terms:
         lines += ["", "Losses (training only)", table(_loss_rows(terms))]
     return "\n".join(lines)
@@ -48,7 +53,7 @@ def _path(slot: Slot) -> str:
         return f"fused, {how}"
     templates = slot.head.num_templates
     if not _chunks.worthwhile(2**62, slot.head.in_channels, templates):
-        return "plain (few templates)"
+        return f"plain (under {_chunks.LEAST_RATIO} templates a channel)"
     return f"fused from {-(-_chunks.LEAST_SCORES // templates)} positions a batch, {how}"
 
 

@@ -12,8 +12,8 @@ from kdlayers._hooks import Capture, Tape
 from kdlayers._models import check_pair, unwrap
 from kdlayers._sites import hook_site
 from kdlayers._trace import Trace, placement, to_model, trace
-from kdlayers._tree import first_tensor
-from kdlayers.errors import ArgumentError, CaptureError
+from kdlayers._tree import first_tensor, leaves
+from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 Taught: TypeAlias = tuple[Tensor | None, dict[str, Tensor]]
@@ -58,7 +58,7 @@ class Teacher:
         ended since. If no ``logits`` are asked for, the forward ends after the last tap.
 
         Raises:
-            CaptureError: if a tapped module did not run.
+            CaptureError: if the teacher cannot run on the inputs, or a tapped module did not run.
         """
         tape = Tape()
         tape.active = True
@@ -80,6 +80,10 @@ class Teacher:
                 output = self.called(*args, **kwargs)
             except _Enough:
                 return None, tape.features
+            except (KDLayersError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise _failed(self.model, args, error) from error
         missing = [name for name in names if name not in tape.features]
         if missing:
             raise CaptureError(
@@ -113,6 +117,15 @@ class _Stop:
         """Raise when nothing is missing any more."""
         if all(name in self.tape.features for name in self.names):
             raise _Enough
+
+
+def _failed(model: nn.Module, args: tuple[Any, ...], error: Exception) -> CaptureError:
+    inputs = [f"{tensor.dtype} {list(tensor.shape)}" for _, tensor in leaves(args)]
+    return CaptureError(
+        f"the teacher ({type(model).__name__}) could not run on a batch of {', '.join(inputs)}: "
+        f"{error}; it gets the student's images: if it needs others, say how they are made from "
+        "these by attach_kd(..., teacher_transform=...)"
+    )
 
 
 def transformed(args: tuple[Any, ...], transform: Transform | None) -> tuple[Any, ...]:

@@ -1,12 +1,11 @@
 """Notices an optimiser that does not hold the parameters which attach_kd added."""
 
 from collections.abc import Collection, Iterable, Mapping
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers.errors import KDLayersWarning
+from kdlayers._warn import warn
 
 
 class OptimiserWatch:
@@ -46,8 +45,6 @@ class OptimiserWatch:
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
                 "attach_kd, or without kd.parameters(). Make it after attach_kd as "
                 "Optimizer([*student.parameters(), *kd.parameters()])",
-                KDLayersWarning,
-                stacklevel=7,  # the line of the user that calls kd.loss
             )
 
 

@@ -49,7 +49,6 @@ def test_default_targets_are_codebook_last_and_decisions_before():
     losses = {term.point: term.loss.template_targets for term in kd._terms}
     assert isinstance(losses["first"], DecisionTargets)
     assert losses["first"].num_templates == 24
-    assert losses["first"].components == 2  # three classes allow no more
     assert isinstance(losses["last"], CodebookTargets)
     assert losses["last"].num_templates == 4096
     _, kd = attach([KDPoint("first", num_templates=6), KDPoint("last", num_templates=9)])

@@ -187,10 +187,16 @@ def test_grids_with_labels_of_any_leading_shape(shape, labelled):
     )
 
 
-def test_components_are_cut_with_a_warning():
+@pytest.mark.parametrize(("width", "found"), [(6, 3), (2, 2)], ids=["by classes", "by channels"])
+def test_the_default_takes_the_components_that_there_are(width, found):
+    features, labels = data(width=width)
+    assert DecisionTargets(2).fit([(features, labels)]).projection.shape == (found, width)
+
+
+def test_components_asked_for_are_cut_with_a_warning():
     features, labels = data()
-    with pytest.warns(KDLayersWarning, match=r"components=60\) is cut to 3: 4 classes"):
-        targets = DecisionTargets(2).fit([(features, labels)])
+    with pytest.warns(KDLayersWarning, match=r"components=9\) is cut to 3: 4 classes .* 6 have"):
+        targets = DecisionTargets(2, components=9).fit([(features, labels)])
     assert targets.projection.shape == (3, 6)
 
 

@@ -12,6 +12,7 @@ from kdlayers import (
     DecisionTargets,
     DKDLoss,
     InheritExploreLoss,
+    KDLoss,
     KDPoint,
     attach_kd,
     load_student,
@@ -161,6 +162,34 @@ def dict_loader(s, t, kd):
     kd.fit([{"images": IMAGES}], refit=True)
 
 
+def data_set(s, t, kd):
+    kd.fit([(IMAGES[0], 0)], refit=True)
+
+
+def data_set_of_tensors(s, t, kd):
+    kd.fit(torch.utils.data.TensorDataset(IMAGES, LABELS), refit=True)
+
+
+def strings(s, t, kd):
+    kd.fit([(IMAGES, ["cat"])], refit=True)
+
+
+def model_to_fit(s, t, kd):
+    kd.fit(torch.nn.Sequential(t), refit=True)
+
+
+def images_to_fit(s, t, kd):
+    kd.fit(IMAGES, refit=True)
+
+
+def grey_images(s, t, kd):
+    kd.fit([(IMAGES[:, :1], LABELS)], refit=True)
+
+
+def logits_as_labels(s, t, kd):
+    kd.loss(s(IMAGES))
+
+
 def unlabelled_loader(s, t, kd):
     kd.fit([IMAGES], refit=True)
 
@@ -211,7 +240,27 @@ TRAINING = [
     (empty_loader, FitError, "empty loader"),
     (closed_loader, FitError, "empty loader"),
     (one_shot_loader, FitError, "pass a DataLoader or a list of batches"),
-    (dict_loader, ArgumentError, r"expects batches \(images, labels\)"),
+    (dict_loader, ArgumentError, r"got a dict with the keys \['images'\]; convert each as it com"),
+    (data_set, ArgumentError, r"a tuple \(Tensor, int\), one .*DataLoader\(dataset, batch_size=64"),
+    (
+        data_set_of_tensors,
+        ArgumentError,
+        r"\(Tensor, Tensor\), one sample of a data set: pass D",
+    ),
+    (
+        strings,
+        ArgumentError,
+        r"\(images, labels\) of tensors, got a tuple \(Tensor, list\)$",
+    ),
+    (model_to_fit, ArgumentTypeError, "a DataLoader or a list gives them, got Sequential; the mod"),
+    (images_to_fit, ArgumentTypeError, r"in batches \(images, labels\), as .* got Tensor"),
+    (
+        grey_images,
+        CaptureError,
+        r"the teacher \(Net\) could not run on a batch of torch.float32 \[6, 1, 8, 8\]: .*"
+        r"expected input.* to have 3 channels.*attach_kd\(\.\.\., teacher_transform=\.\.\.\)",
+    ),
+    (logits_as_labels, ArgumentTypeError, r"takes the labels, .* shape \[6, 3\] with a gradient"),
     (unlabelled_loader, FitError, "learns from labels"),
     (nan_images, FitError, "NaN or infinite"),
     (class_without_images, FitError, "no sample of class 2"),
@@ -260,3 +309,53 @@ def test_before_fit(loss):
     student(IMAGES)
     with pytest.raises(NotFittedError, match=r"call kd\.fit\(loader\) once before training"):
         kd.loss(LABELS)
+
+
+def test_the_teachers_own_error_is_kept():
+    kd = attach_kd(Net(), Net(6), losses=[KDLoss()], example=IMAGES)
+    with pytest.raises(CaptureError, match="could not run on a batch") as caught:
+        kd.teach(IMAGES[:, :2])
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_teacher_out_of_memory_says_so_itself():
+    """What finds the largest batch by trying catches this error by its class."""
+    student, teacher = Net().train(), Net(6)
+    kd = attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    hook = teacher.last.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        kd.teach(IMAGES)
+    hook.remove()
+    student(IMAGES)
+    kd.loss(LABELS).backward()
+
+
+@pytest.mark.parametrize(
+    "keys", [("image", "label"), ("labels", "pixel_values"), ("id", "image", "label")]
+)
+def test_the_class_that_the_error_shows_for_dicts_works(keys):
+    values = {"image": IMAGES, "pixel_values": IMAGES, "id": ["a"], "label": LABELS}
+    values["labels"] = LABELS
+    loader = [{key: values[key] for key in keys}]
+    points = [KDPoint("last", targets=DecisionTargets(1, components=2))]
+    kd = attach_kd(Net(), Net(6), points, example=IMAGES)
+    with pytest.raises(ArgumentError, match="expects batches") as caught:
+        kd.fit(loader)
+    code = str(caught.value).partition("as it comes:")[2]
+    exec(code, {"kd": kd, "loader": loader})
+    assert "not fitted" not in kd.summary()
+
+
+def test_soft_labels_pass_where_no_loss_reads_them():
+    student, teacher = Net().train(), Net(6)
+    points = [KDPoint("last", targets=CodebookTargets(4))]
+    kd = attach_kd(student, teacher, points, losses=[KDLoss()], example=IMAGES)
+    kd.fit([(IMAGES, None)])
+    student(IMAGES)
+    mixed = kd.loss(F.one_hot(LABELS, 3).float())
+    student(IMAGES)
+    torch.testing.assert_close(mixed, kd.loss())

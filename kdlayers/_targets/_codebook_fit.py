@@ -1,6 +1,5 @@
 """The passes that learn a codebook: k-means on a sample; after a small one, a step on all rows."""
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,8 @@ from kdlayers._targets._distances import nearest, sums_by_index
 from kdlayers._targets._hash import derive_seed
 from kdlayers._targets._kmeans import kmeans, mean_centers
 from kdlayers._targets._reservoir import Reservoir, Sample, sample_size
-from kdlayers.errors import FitError, KDLayersWarning
+from kdlayers._warn import warn
+from kdlayers.errors import FitError
 
 ROWS_PER_CENTER, SMALL_SAMPLE = 256, 2**14
 """Rows in a sample: this many a centre, but not fewer in all, which costs little."""
@@ -91,11 +91,9 @@ def _check_enough(sample: Sample, k: int) -> None:
         )
     distinct = len(sample.tags.unique())
     if distinct < k:
-        warnings.warn(
+        warn(
             f"CodebookTargets({k}) saw only {distinct} distinct feature vectors, so some centres "
             f"are equal or never chosen; lower num_templates to {distinct} or less",
-            KDLayersWarning,
-            stacklevel=2,
         )
 
 

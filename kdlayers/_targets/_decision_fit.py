@@ -1,6 +1,5 @@
 """The passes that learn decisions: discriminants, sub-classes, prototypes, the count table."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,8 +14,11 @@ from kdlayers._targets._kmeans import kmeans, mean_centers
 from kdlayers._targets._lda import Scatter, check_range, discriminants
 from kdlayers._targets._reservoir import Reservoir, sample_size
 from kdlayers._targets._rows import BLOCK, require_labels
-from kdlayers.errors import FitError, KDLayersWarning
+from kdlayers._warn import warn
+from kdlayers.errors import FitError
 
+COMPONENTS = 60
+"""The default, the authors' for CIFAR-100; being no choice of the user's it is cut silently."""
 ROWS_PER_SUBCLASS, SMALL_SAMPLE = 256, 2048
 """Rows in a class's sample; more than a codebook takes, as no later pass moves these centres."""
 
@@ -71,13 +73,11 @@ class ScatterPass:
         plan.num_classes = len(self._scatter.counts)
         _check_classes(self._scatter.counts, plan.subclasses)
         directions, offsets = discriminants(self._scatter)
-        if len(directions) < plan.components:
-            warnings.warn(
+        if len(directions) < plan.components != COMPONENTS:
+            warn(
                 f"DecisionTargets(components={plan.components}) is cut to {len(directions)}: "
                 f"{plan.num_classes} classes and features of width {directions.shape[1]} have no "
-                "more discriminant directions; lower components to silence this",
-                KDLayersWarning,
-                stacklevel=2,
+                "more discriminant directions; lower components, or leave it out, to silence this"
             )
         plan.projection = from_first_rank(directions[: plan.components].to(self._dtype))
         plan.shift = from_first_rank(offsets[: plan.components].to(self._dtype))

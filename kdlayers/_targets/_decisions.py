@@ -9,7 +9,7 @@ from typing_extensions import override
 from kdlayers._chunks import work_dtype
 from kdlayers._fitter import Fitter
 from kdlayers._targets._base import TemplateTargets, check_shapes, check_templates
-from kdlayers._targets._decision_fit import Plan, ScatterPass, own_subclass
+from kdlayers._targets._decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
 from kdlayers._targets._distances import affine
 from kdlayers._targets._divergence import decision_divergence, fuses, needs_grad
 from kdlayers._targets._rows import RowFitter, check_features, expand_labels
@@ -47,8 +47,9 @@ class DecisionTargets(TemplateTargets):
 
     Args:
         subclasses: S, sub-classes of each class. Default 8, the authors'; 1 is allowed.
-        components: number of discriminant directions kept. Default 60, the authors' for CIFAR-100;
-            cut with a warning to what classes and features allow, at most C - 1.
+        components: number of discriminant directions kept, of which there are at most C - 1 and at
+            most D. Default 60, the authors' for CIFAR-100, or all where there are fewer; another
+            number is cut to what there is with a warning.
         num_classes: C; default: what ``attach_kd`` sees, or the largest label of :meth:`fit` + 1.
 
     Attributes:
@@ -103,7 +104,7 @@ class DecisionTargets(TemplateTargets):
     )
 
     def __init__(
-        self, subclasses: int = 8, *, components: int = 60, num_classes: int | None = None
+        self, subclasses: int = 8, *, components: int = COMPONENTS, num_classes: int | None = None
     ) -> None:
         super().__init__()
         self.subclasses = check.count("subclasses", subclasses)

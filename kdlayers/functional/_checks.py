@@ -1,12 +1,11 @@
 """Checks of arguments, and the reduction over samples or positions."""
 
-import warnings
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kdlayers.errors import ArgumentError, ArgumentTypeError, KDLayersWarning, ShapeError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -116,9 +115,3 @@ def _in_range(targets: Tensor, classes: int) -> None:
 def shape(tensor: Tensor) -> list[int]:
     """The shape as a plain list, as messages show it."""
     return list(tensor.shape)
-
-
-def warn(message: str, stacklevel: int = 3) -> None:
-    """Warn, except under a compiler, which cannot trace a warning."""
-    if not torch.compiler.is_compiling():
-        warnings.warn(message, KDLayersWarning, stacklevel=stacklevel + 1)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from kdlayers._warn import warn
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
 from kdlayers.functional._decoupled import decouple, divergence
@@ -178,10 +179,9 @@ def dkd(
 def warn_of_two_classes(student: Tensor) -> None:
     """Warn where the non-target term is always 0."""
     if student.shape[1] == 2:
-        check.warn(
+        warn(
             "with 2 classes the non-target term of decoupled distillation (nckd, dkd, DKDLoss, "
             "AEKTLoss) is always 0; use kd / KDLoss instead, or set beta=0",
-            stacklevel=4,
         )
 
 

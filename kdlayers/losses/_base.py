@@ -151,4 +151,13 @@ class LogitLoss(DistillLoss):
                 f"{check.shape(student)}, as segmentation and detection models return: use KD "
                 "layers (at=...) or losses on features, such as FitNetLoss(at=...)"
             )
+        check.floats("student", student)
+        check.floats("teacher", teacher)
+        if student.dim() == teacher.dim() == 2 and student.shape[1] != teacher.shape[1]:
+            raise ShapeError(
+                f"{type(self).__name__} compares logits of the same classes, but the student's are "
+                f"{check.shape(student)} and the teacher's {check.shape(teacher)}: with different "
+                "numbers of classes use KD layers (at=...) or losses on features, such as "
+                "FitNetLoss(at=...)"
+            )
         check.logits(student, teacher)

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kdlayers._warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
@@ -191,7 +192,7 @@ class StudentFriendlyKDLoss(LogitLoss):
         mean = float(self._agreement) / self._calls  # the only wait for the device
         self._calls, self._agreement = 0, 0.0
         if mean < self.min_agreement:
-            check.warn(
+            warn(
                 f"the simplified logits agree with the teacher's class on {mean:.0%} of the last "
                 "samples: the simplifier seems to copy the student. Give cross-entropy more "
                 "weight (1 to 1), lower simplifier_grad_scale, or set anchor"

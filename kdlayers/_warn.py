@@ -1,0 +1,29 @@
+"""Warnings that point at the user's line, however many calls lie between."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from kdlayers.errors import KDLayersWarning
+
+_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+
+
+def warn(message: str) -> None:
+    """Give a `KDLayersWarning` at the innermost line that is neither kdlayers' nor torch's.
+
+    Not under a compiler, which cannot trace a warning.
+    """
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, KDLayersWarning, stacklevel=_level())
+
+
+def _level() -> int:
+    """The ``stacklevel`` of that line, for a warning in the function that calls this one."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
