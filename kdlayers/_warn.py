@@ -1,8 +1,8 @@
 """Warnings that point at the user's line, however many calls lie between."""
 
 import os
-import sys
 import warnings
+from inspect import currentframe
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ def warn(message: str) -> None:
 
 def _level() -> int:
     """The ``stacklevel`` of that line, for a warning in the function that calls this one."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    frame, level = currentframe(), 0  # this function; its caller, which warns, is level 1
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     return level

@@ -112,9 +112,9 @@ ATTACHING = [
     (attach((), losses=[FitNetLoss(at="*st")]), ArgumentError, "a loss reads one point"),
     (attach((), losses=[FitNetLoss()]), ShapeError, "map"),
     (
-        lambda s, t: attach_kd(s, Net(6, classes=5), losses=[KDLoss()], example=IMAGES),
+        lambda s, t: attach_kd(s, FIVE_CLASSES, losses=[KDLoss()], example=IMAGES),
         ShapeError,
-        r"student's are \[2, 3\] and the teacher's \[2, 5\]: .* KD layers \(at=\.\.\.\) or losses",
+        r"student's are \[6, 3\] and the teacher's \[6, 5\]: .* KD layers \(at=\.\.\.\) or losses",
     ),
     (attach((), losses=[KDLoss(teacher=1)]), ArgumentError, "reads teacher 1, but there are 1"),
     (lambda s, t: KDLoss(weight=-1.0), ArgumentError, "weight must be 0 or more"),
