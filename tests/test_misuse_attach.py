@@ -37,6 +37,7 @@ from tests.attach_tester import Frozen
 from tests.nets import Awkward, Net, batch
 
 IMAGES, LABELS = batch()
+FIVE_CLASSES = Net(6, classes=5)
 
 
 def attach(at, **kwargs):
