@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from torch.torch_version import TorchVersion
 
 import kdlayers
 import kdlayers.schedules
@@ -84,6 +85,8 @@ def test_code_runs(page, tmp_path, monkeypatch):
         pytest.importorskip(package)
     if page.name in NEEDS_A_COMPILER and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("Inductor needs a C++ compiler")
+    if page.name == "compile.md" and torch.__version__ < TorchVersion("2.10"):
+        pytest.skip("Inductor of torch 2.9 fails on the losses' sizes, as the page says")
     if page.name == "own-loop.md":
         images_and_teacher()
     text = page.read_text("utf-8")

@@ -92,4 +92,5 @@ class FitNetLoss(DistillLoss):
 
 @full_precision
 def _hint(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.mse_loss(F.conv2d(student, weight, bias), teacher)
+    # Not F.mse_loss, whose backward on torch 2.9 refuses a teacher in float64.
+    return (F.conv2d(student, weight, bias) - teacher).square().mean()
