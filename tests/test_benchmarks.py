@@ -188,6 +188,22 @@ def test_page_needs_data(tmp_path):
     assert "run the benchmarks with --out" in done.stderr
 
 
+def test_stability_has_three_seeds_of_every_loss():
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "stability.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1].split("(")[0] for row in rows] == [
+        "DKDLoss", *["AEKTLoss"] * 3, "KDLoss", *["StudentFriendlyKDLoss"] * 2
+    ]  # fmt: skip
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert all(len(accuracies.split(", ")) == 3 for _, accuracies, _ in cells)
+    assert [bool(agreements) for *_, agreements in cells] == [False] * 5 + [True] * 2
+
+
 @pytest.mark.parametrize("name", sorted(file.name for file in FOLDER.glob("*.py")))
 def test_scripts_are_short(name):
     assert len((FOLDER / name).read_text("utf-8").splitlines()) <= 400

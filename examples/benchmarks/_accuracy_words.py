@@ -121,7 +121,7 @@ def pruned_table(runs: dict[str, list[Line]]) -> str:
             }
             change = gap([cut["accuracy"] for cut in cuts], [x["test_accuracy"] for x in known])
             size = f"{mean(cut['parameters'] for cut in cuts):,.0f}"
-            work = f"{mean(cut['macs'] for cut in cuts) / 1e6:.2f} M"
+            work = f"{mean(cut['macs'] for cut in cuts) / 1e6:.2f}&nbsp;M"
             text = ", ".join(f"{count} at {layer}" for layer, count in left.items())
             budget = f"{cuts[0]['budget']:.0%}"
             rows.append([name, str(len(cuts)), budget, text, size, work, bold(*change)])

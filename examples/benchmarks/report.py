@@ -247,7 +247,7 @@ def main_table(runs: dict[str, list[Line]]) -> str:
             known = name != other and other in runs
             cells.append(bold(*difference(lines, runs[other])) if known else "")
         cells.append(f"{mean(line['training_accuracy'] for line in lines):.2f}")
-        cells += [f"{lines[0]['parameters']:,}", f"{lines[0]['macs'] / 1e6:.2f} M"]
+        cells += [f"{lines[0]['parameters']:,}", f"{lines[0]['macs'] / 1e6:.2f}&nbsp;M"]
         rows.append([*cells, f"{mean(line['seconds_per_epoch'] for line in lines):.2f}"])
     head = ("", "seeds", "test accuracy %", *(f"minus {name}" for name in REFERENCES))
     head = (*head, "training accuracy %", "parameters", "MACs", "s per epoch")
