@@ -41,33 +41,6 @@ def test_published_hyperparameters(tmp_path):
     assert _recipe_train.milestones(iekd_cifar10.FRACTIONS, 160) == [80, 120]
 
 
-def test_published_numbers_agree_with_the_page():
-    """The table in docs/letkd.md was written on its own."""
-    page = (EXAMPLES.parent / "docs" / "letkd.md").read_text("utf-8").splitlines()
-    head = next(index for index, line in enumerate(page) if line.startswith("| teacher → student"))
-    columns = [cell.strip().lower() for cell in page[head].split("|")[2:-1]]
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in page[head + 2 :][:10]}
-    for name, pair in PAIRS.items():
-        cells = dict(zip(columns, rows[title(pair)], strict=True))
-        for column, key in {"student": "labels"}.items() | {(c, c) for c in columns}:
-            if key in pair.published:
-                assert pair.published[key] == float(cells[column].split("±")[0]), (name, column)
-
-
-def title(pair):
-    """As the page writes it: ResNet-56 → ResNet-20."""
-    written = {
-        "wrn_40_2": "WRN-40-2",
-        "wrn_16_2": "WRN-16-2",
-        "wrn_40_1": "WRN-40-1",
-        "shufflenet_v1": "ShuffleNetV1",
-        "shufflenet_v2": "ShuffleNetV2",
-        "mobilenet_v2_half": "MobileNetV2",
-    }
-    names = (pair.teacher, pair.student)
-    return " → ".join(written.get(n, n.replace("resnet", "ResNet-")) for n in names)
-
-
 @pytest.mark.parametrize("pairs", [PAIRS, imagenet.PAIRS], ids=["cifar100", "imagenet"])
 def test_published_numbers_are_on_the_recipes_page(pairs):
     page = (EXAMPLES.parent / "docs" / "recipes.md").read_text("utf-8").splitlines()

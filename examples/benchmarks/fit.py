@@ -50,6 +50,8 @@ def main() -> None:
     add("--cases", nargs="*", default=[], metavar="NxDxK", help="such as 200000x64x512")
     add("--images", type=Path, help="IDX file, such as Fashion-MNIST's train-images-idx3-ubyte.gz")
     add("--rows", type=Path, default=Path("runs/rows"), help="where the rows are kept")
+    add("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS),
+        metavar="NAME", help="default: all; a wrong name lists them")  # fmt: skip
     add("--minutes", type=float, default=5.0, help="longer fits are left out; default: 5")
     add("--all", action="store_true", help="leave nothing out")
     add("--part", default="both", help="goes into the file's name where the cases are run in parts")
@@ -78,7 +80,7 @@ def codebook(report: Report, case: tuple[int, int, int], args: argparse.Namespac
     missing = {}
     for name in CONTENDERS:
         minutes = work_units(name, positions, k) * width * k * 2 / SPEED / 60
-        if minutes > args.minutes and not args.all:
+        if (minutes > args.minutes and not args.all) or name not in args.contenders:
             missing[name] = f"not run: estimated {minutes:.0f} minutes"
     for _ in range(args.rounds):
         target = 0.0
