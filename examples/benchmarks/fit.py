@@ -80,7 +80,9 @@ def codebook(report: Report, case: tuple[int, int, int], args: argparse.Namespac
     missing = {}
     for name in CONTENDERS:
         minutes = work_units(name, positions, k) * width * k * 2 / SPEED / 60
-        if (minutes > args.minutes and not args.all) or name not in args.contenders:
+        if name not in args.contenders:
+            missing[name] = "left out"
+        elif minutes > args.minutes and not args.all:
             missing[name] = f"not run: estimated {minutes:.0f} minutes"
     for _ in range(args.rounds):
         target = 0.0

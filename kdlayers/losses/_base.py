@@ -133,8 +133,7 @@ def check_weight(weight: Weight) -> Weight:
         raise ArgumentTypeError(
             f"weight must be a number or a function of the step, got {type(weight).__name__}"
         )
-    if not 0 <= weight < float("inf"):
-        raise ArgumentError(f"weight must be 0 or more and finite, got {weight}")
+    check.not_negative("weight", weight)
     return weight
 
 
