@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
@@ -24,11 +23,11 @@ class Decoupled(NamedTuple):
         Taken from sums in log space, so saturated logits stay finite.
         """
         rest = self.rest.logsumexp(dim=1, keepdim=True)
-        return F.log_softmax(torch.cat([self.target, rest], dim=1), dim=1)
+        return torch.cat([self.target, rest], dim=1).log_softmax(dim=1)
 
     def others(self) -> Tensor:
         """Log-probabilities of the other classes among themselves, ``[B, K - 1]``."""
-        return F.log_softmax(self.rest, dim=1)
+        return self.rest.log_softmax(dim=1)
 
 
 def decouple(

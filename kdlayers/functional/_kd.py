@@ -1,7 +1,6 @@
 """Knowledge distillation by softened logits."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
@@ -56,5 +55,5 @@ def kd(
     check.positive("temperature", temperature)
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
-    ours, theirs = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+    ours, theirs = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
     return divergence(ours, theirs, reduction, temperature**2)

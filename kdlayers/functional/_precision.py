@@ -17,13 +17,16 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        narrow = any(tensor.dtype in _NARROW for tensor in tensors)
-        if not tensors or not (narrow or torch.is_autocast_enabled(tensors[0].device.type)):
+        device, narrow = None, False  # a plain loop: small losses take no longer than this
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                device = device or value.device.type
+                narrow = narrow or value.dtype in _NARROW
+        if device is None or not (narrow or torch.is_autocast_enabled(device)):
             return function(*args, **kwargs)
         wide = [widen(arg) for arg in args]
         named = {key: widen(arg) for key, arg in kwargs.items()}
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return function(*wide, **named)  # type: ignore[arg-type]  # the same types, wider
 
     return wrapper
