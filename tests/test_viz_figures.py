@@ -317,6 +317,20 @@ def test_the_page_of_a_saved_student_shows_its_layers(tmp_path, monkeypatch):
     ]
 
 
+def test_the_page_of_a_student_of_the_benchmark(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from models.cifar_resnet import make
+
+    student = make("resnet8", 10, in_channels=1, width=4)
+    example = torch.zeros(2, 1, 28, 28)
+    attach_kd(student, at=[KDPoint("layer3.0", num_templates=6)], example=example).detach()
+    save_student(student, tmp_path / "student.pt")
+    options = ("--student", "student.pt", "--network", "resnet8", "--width", "4", "--out", "page")
+    visualize(tmp_path, *options)
+    found = sorted(file.name for file in (tmp_path / "page").iterdir())
+    assert found == ["index.html", "matches-layer3-0.png", "usage-layer3-0.png"]
+
+
 def test_every_public_name_is_documented():
     entries = [resolve(name) for name in documented()]
     assert [n for n, v in public(viz).items() if not any(v is e for e in entries)] == []

@@ -18,7 +18,7 @@ from kdlayers import (
     TemplateHead,
     attach_kd,
 )
-from kdlayers.schedules import LinearWarmup
+from kdlayers.schedules import Cosine, LinearWarmup, Schedule
 
 Recipe = dict[str, Any]
 CLASSES = 10  # of Fashion-MNIST
@@ -46,6 +46,7 @@ class Options:
     head_scale: float = option(3.0, "initial scale of all layers' scores")
     layer_weight: float = option(3.0, "weight of the layers' losses")
     layer_weight_beside: float = option(3.0, "the same beside losses on logits")
+    layer_epochs: int = option(0, "epochs in which that weight falls to 0, by a cosine; 0: never")
     ce_weight: float = option(1.0, "weight of cross-entropy beside KDLoss")
     kd_weight: float = option(1.0, "weight of KDLoss")
     kd_temperature: float = option(4.0, "temperature of all losses on logits")
@@ -54,10 +55,10 @@ class Options:
     aekt_weight: float = option(0.2, "weight of AEKTLoss, after a warm-up")
     aekt_clip: float = option(10.0, "ratio_clip of AEKTLoss")
     warmup: int = option(4, "epochs of warm-up of DKDLoss and AEKTLoss")
-    skd_grad_scale: float = option(1 / 16, "simplifier_grad_scale of StudentFriendlyKDLoss")
-    fitnet_weight: float = option(100.0, "weight of FitNetLoss")
+    skd_grad_scale: float = option(0.01, "simplifier_grad_scale of StudentFriendlyKDLoss")
+    fitnet_weight: float = option(10.0, "weight of FitNetLoss")
     at_weight: float = option(1000.0, "weight of AttentionTransferLoss, after each stage")
-    iekd_weight: float = option(50.0, "inherit_weight and explore_weight of InheritExploreLoss")
+    iekd_weight: float = option(500.0, "inherit_weight and explore_weight of InheritExploreLoss")
     iekd_epochs: int = option(10, "epochs of its auto-encoder")
     width_parameters: float = option(0.0, "width for letKD-2's parameters without layers; 0: find")
     width_macs: float = option(0.0, "width for letKD-2's multiply-adds; 0: find")
@@ -205,6 +206,8 @@ def completed(part: Recipe, o: Options) -> Recipe:
         recipe |= {"layers": layers, "supervised": supervised, "head_scale": o.head_scale}
     if layers and supervised:
         recipe["layer_weight"] = o.layer_weight_beside if losses else o.layer_weight
+        if o.layer_epochs:
+            recipe["layer_epochs"] = o.layer_epochs
     return recipe
 
 
@@ -229,7 +232,9 @@ def attach(
         example: two images.
         steps: batches in an epoch, for warm-ups.
     """
-    weight = recipe.get("layer_weight", 1.0)
+    weight: float | Schedule = recipe.get("layer_weight", 1.0)
+    if "layer_epochs" in recipe:
+        weight = weight * Cosine(recipe["layer_epochs"], steps_per_epoch=steps)
     layers = [point(layer, weight) for layer in recipe.get("layers", [])]
     if layers and not recipe["supervised"]:
         attach_kd(student, at=layers, example=example).detach()
@@ -245,7 +250,7 @@ def attach(
     return kd
 
 
-def point(layer: Recipe, weight: float) -> KDPoint:
+def point(layer: Recipe, weight: float | Schedule) -> KDPoint:
     """A layer with its targets, or bare where the recipe has only a number of templates."""
     targets: CodebookTargets | DecisionTargets | None = None
     if layer.get("targets") == "codebook":

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from _timing import Spread
 
-PACKAGES = ("kdlayers", "torch", "torchvision", "timm", "torchdistill")
+import kdlayers
+
+PACKAGES = ("torch", "torchvision", "timm", "torchdistill")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def machine(device: str) -> dict[str, object]:
         "gpu": None if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: installed(name) for name in PACKAGES},
+        "packages": {"kdlayers": kdlayers.__version__}
+        | {name: installed(name) for name in PACKAGES},
     }
 
 

@@ -55,7 +55,7 @@ from _accuracy_train import (
 from torch import nn
 
 import kdlayers
-from kdlayers import KDHandle
+from kdlayers import KDHandle, KDLayer
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             recipe = common_recipe(args) | {"teacher": facts["recipe_hash"]} | methods[name]
             if key(name, recipe, seed) in finished(args.out):
                 continue
-            line = run(recipe, seed, teacher, splits, args)
+            line = run(name, recipe, seed, teacher, splits, args)
             line = {"method": name, "seed": seed, "recipe_hash": digest(recipe)} | line
             append(args.out, line | {"recipe": recipe, "teacher": facts} | circumstances(args))
             shown = line["validation_accuracy"], line["clock_seconds"]
@@ -79,7 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(
-    recipe: Recipe, seed: int, teacher: nn.Module, splits: Splits, args: argparse.Namespace
+    name: str,
+    recipe: Recipe,
+    seed: int,
+    teacher: nn.Module,
+    splits: Splits,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train and measure one student."""
     start = time.perf_counter()
@@ -95,6 +100,8 @@ def run(
     spent = train(student, kd, split, recipe, seed, recipe["ce_weight"])
     terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
     let_go(kd, recipe)
+    if args.save and any(isinstance(module, KDLayer) for module in student.modules()):
+        kdlayers.save_student(student, saved_at(args.save, name, seed))
     shown = splits.validation if args.tuning else splits.test
     return {
         "validation_accuracy": accuracy(student, splits.validation),
@@ -150,6 +157,13 @@ def scales(student: nn.Module) -> dict[str, float]:
         for name, value in student.state_dict().items()
         if ".kd." in name and name.endswith(".scale")
     }
+
+
+def saved_at(folder: Path, name: str, seed: int) -> Path:
+    """The file of a student, such as letKD-2-KD-seed-0.pt, in a folder that is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = "".join(char if char.isalnum() or char == "-" else " " for char in name).split()
+    return folder / f"{'-'.join(words)}-seed-{seed}.pt"
 
 
 def rounded(value: torch.Tensor) -> float | None:
@@ -246,6 +260,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", help="default: all; a wrong name lists them")
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
     add("--tuning", action="store_true", help="do not look at the test images")
+    add("--save", type=Path, help="folder for the students with KD layers; default: none is kept")
     add("--device", default="cpu", help="such as cuda; default: %(default)s")
     add("--threads", type=int, default=1, help="default: %(default)s")
     group = parser.add_argument_group("recipe of all students")

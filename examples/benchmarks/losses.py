@@ -42,6 +42,7 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Callable]]] = {
     "student-friendly KD": (StudentFriendlyKDLoss, textbook.StudentFriendly),
     "mutual": (MutualLoss, lambda _: textbook.mutual),
 }
+AGAIN = "none, once more"
 SHAPES = ((64, 100), (256, 1000))
 
 
@@ -120,6 +121,7 @@ def whole_step(report: Report, args: argparse.Namespace) -> None:
     case = Case("cifar", batch, pixels, 64, 64, 0, classes)
     steps = {"floor": in_step(case, None, args.device)}
     steps |= {name: in_step(case, ours, args.device) for name, (ours, _) in LOSSES.items()}
+    steps[AGAIN] = in_step(case, None, args.device)
     key = "step: CIFAR ResNet-56 to ResNet-20"
     times = report.times_ms[key] = alternate(steps, args.rounds, device=args.device)
     rows = [["none", f"{spread(times['floor'])}", "1"]]
@@ -127,9 +129,12 @@ def whole_step(report: Report, args: argparse.Namespace) -> None:
         slower = ratio(times[name], times["floor"])
         text = report.compare(f"{key}, {name}", "time", "kdlayers", "floor", slower)
         rows.append([name, f"{spread(times[name])}", text])
+    noise = ratio(times[AGAIN], times["floor"])
+    rows.append([AGAIN, f"{spread(times[AGAIN])}", f"{noise}"])
     note = (
         f"ResNet-56 teaches ResNet-20, {batch} images of {pixels[0]}x{pixels[1]}: both forwards, "
-        "cross-entropy, backward and SGD. Mutual learning: one of the two steps."
+        "cross-entropy, backward and SGD. Mutual learning: one of the two steps. The "
+        "last row is the first once more: what differs there is noise."
     )
     report.add(Table("A whole step", ("loss", "ms", "of a step without"), rows, note))
 

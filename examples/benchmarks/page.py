@@ -107,7 +107,8 @@ def reached(reports: list[dict]) -> str:
     columns = ("aim", "largest ratio", "medians measured", "")
     note = (
         "Reached: the upper quartile of every comparison is within the aim; missed: the lower "
-        "quartile of one is above it; undecided: neither."
+        "quartile of one is above it; undecided: neither. A fit counts whatever the inertia at "
+        "which the other stopped, which its table has."
     )
     return Table("Aims", columns, rows, note).markdown()
 
@@ -140,8 +141,7 @@ def slower(reports: list[dict]) -> str:
     ]  # fmt: skip
     columns = ("case", "quantity", "ours", "better", "ours / theirs")
     note = (
-        "All comparisons whose lower quartile is above 1, the worst first. A fit is here whatever "
-        "the inertia at which the other stopped, which its table has."
+        "All comparisons whose lower quartile is above 1, the worst first, fits as above."
     )
     return Table("Where an alternative is better", columns, cells, note).markdown()
 
