@@ -140,9 +140,7 @@ def slower(reports: list[dict]) -> str:
         for c, report in sorted(rows, key=lambda row: -row[0].ratio.middle)
     ]  # fmt: skip
     columns = ("case", "quantity", "ours", "better", "ours / theirs")
-    note = (
-        "All comparisons whose lower quartile is above 1, the worst first, fits as above."
-    )
+    note = "All comparisons whose lower quartile is above 1, the worst first, fits as above."
     return Table("Where an alternative is better", columns, cells, note).markdown()
 
 
