@@ -74,7 +74,8 @@ def fresh_student(images: Images, args: argparse.Namespace) -> nn.Module:
     """The network that a saved student's weights belong to."""
     if args.network is None:
         return make_student(images.classes, images.channels, images.size)
-    return make(args.network, images.classes, in_channels=images.channels, width=args.width)
+    options = {"in_channels": images.channels, "width": args.width}
+    return make(args.network, num_classes=images.classes, **options)
 
 
 def layers(student: nn.Module) -> list[str]:

@@ -26,7 +26,7 @@ from _accuracy_methods import Options, attach, loss, recipes  # noqa: E402
 from _accuracy_probe import discriminant, pooled  # noqa: E402
 from _accuracy_sweeps import SWEEPS, groups  # noqa: E402
 from _accuracy_train import digest, macs, matching_width, new_model, parameters  # noqa: E402
-from models.small_torchvision import mobilenet_v2  # noqa: E402
+from models.small_torchvision import mobilenet_v2, vgg  # noqa: E402
 
 TINY_OPTIONS = (
     "--teacher resnet8 --teacher-epochs 1 --validation 20 --images 40 --batch-size 20 --epochs 1 "
@@ -410,17 +410,22 @@ def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, root, tmp_path, mo
     assert groups(SWEEPS["templates"], [other], unchanged) == {}
 
 
-def test_another_architecture_needs_names_for_both(bench, tmp_path):
-    options = (
-        "--student mobilenet_v2 --width 8 --first features.14:layer3.0 --last features.18:last"
-    )
-    (line,) = bench(tmp_path / "m.jsonl", "--seeds", "0", "--methods", "letKD-2", *options.split())
-    assert [layer["at"] for layer in line["recipe"]["layers"]] == [
-        "features.14:layer3.0", "features.18:last"
-    ]  # fmt: skip
-    assert set(line["probes"]) >= {"features.14.before", "features.18.2.after", "last"}
-    model = mobilenet_v2(10, in_channels=1, width=8)
-    assert model.features(torch.zeros(1, 1, 28, 28)).shape == (1, 1280, 7, 7)
+@pytest.mark.parametrize(
+    ("student", "first", "last", "shape"),
+    [
+        ("mobilenet_v2", "features.14", "features.18", (1, 1280, 7, 7)),
+        ("vgg", "features.16", "features.19", (1, 32, 7, 7)),
+    ],
+)
+def test_another_architecture_needs_names_for_both(bench, tmp_path, student, first, last, shape):
+    pair = [f"{first}:layer3.0", f"{last}:last"]
+    options = ("--student", student, "--width", "8", "--first", pair[0], "--last", pair[1])
+    (line,) = bench(tmp_path / "m.jsonl", "--seeds", "0", "--methods", "letKD-2", *options)
+    assert [layer["at"] for layer in line["recipe"]["layers"]] == pair
+    assert {f"{first}.before", "last"} <= set(line["probes"])
+    assert sum(name.endswith(".after") for name in line["probes"]) == 2
+    model = {"mobilenet_v2": mobilenet_v2, "vgg": vgg}[student](10, in_channels=1, width=8)
+    assert model.features(torch.zeros(1, 1, 28, 28)).shape == shape
 
 
 def test_students_are_saved_with_their_layers(bench, splits, tmp_path):

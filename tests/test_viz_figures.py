@@ -321,7 +321,7 @@ def test_the_page_of_a_student_of_the_benchmark(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     from models.cifar_resnet import make
 
-    student = make("resnet8", 10, in_channels=1, width=4)
+    student = make("resnet8", num_classes=10, in_channels=1, width=4)
     example = torch.zeros(2, 1, 28, 28)
     attach_kd(student, at=[KDPoint("layer3.0", num_templates=6)], example=example).detach()
     save_student(student, tmp_path / "student.pt")

@@ -33,7 +33,7 @@ def option(default: Any, text: str) -> Any:
 class Options:
     """What can be chosen about a method; defaults as tuned on the validation images."""
 
-    student: str = option("resnet8", "the student's network, also mobilenet_v2")
+    student: str = option("resnet8", "the student's network, also mobilenet_v2 or vgg")
     width: float = option(8.0, "channels of its first stage")
     first: str = option("layer3.0", "point of letKD-2's first layer, or STUDENT:TEACHER")
     last: str = option("last", "that of the last layer, and of the losses on features")
@@ -58,7 +58,7 @@ class Options:
     skd_grad_scale: float = option(0.01, "simplifier_grad_scale of StudentFriendlyKDLoss")
     fitnet_weight: float = option(10.0, "weight of FitNetLoss")
     at_weight: float = option(1000.0, "weight of AttentionTransferLoss, after each stage")
-    iekd_weight: float = option(500.0, "inherit_weight and explore_weight of InheritExploreLoss")
+    iekd_weight: float = option(2000.0, "inherit_weight and explore_weight of InheritExploreLoss")
     iekd_epochs: int = option(10, "epochs of its auto-encoder")
     width_parameters: float = option(0.0, "width for letKD-2's parameters without layers; 0: find")
     width_macs: float = option(0.0, "width for letKD-2's multiply-adds; 0: find")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from _accuracy_data import Split, Splits, epoch_batches
 from models.cifar_resnet import fold_batch_norm, make
-from models.small_torchvision import mobilenet_v2
+from models.small_torchvision import mobilenet_v2, vgg
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdlayers import KDHandle
 
 Recipe = dict[str, Any]
+SMALL_TORCHVISION: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2, "vgg": vgg}
 
 
 def digest(recipe: Recipe) -> str:
@@ -32,8 +33,8 @@ def digest(recipe: Recipe) -> str:
 def new_model(name: str, splits: Splits, seed: int, **options: float) -> nn.Module:
     """A network for these images, with the initial weights of ``seed``."""
     torch.manual_seed(seed)
-    if name == "mobilenet_v2":
-        model: nn.Module = mobilenet_v2(splits.classes, in_channels=1, **options)
+    if name in SMALL_TORCHVISION:
+        model: nn.Module = SMALL_TORCHVISION[name](splits.classes, in_channels=1, **options)
     else:
         model = make(name, num_classes=splits.classes, in_channels=1, **options)
     return model.to(memory_format=torch.channels_last)

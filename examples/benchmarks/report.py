@@ -199,8 +199,7 @@ def setting(lines: Sequence[Line]) -> str:
         f"{teacher['training_accuracy']:.2f} % of its own).",
         f"**Student**: {recipe['student']} with stages of {stages(recipe['width'])} channels, "
         f"{line['parameters']:,} parameters, {line['macs']:,} multiply-adds. It sees "
-        f"{number(recipe['images'])} of the teacher's images, equally many of every class, "
-        "others for every seed.",
+        f"{seen(recipe['images'])}.",
         f"**Training**: {recipe['epochs']} epochs, batches of {recipe['batch_size']}, SGD with "
         f"Nesterov's momentum 0.9, weight decay {recipe['weight_decay']:g} on all parameters, rate "
         f"{recipe['lr']:g} after a rise over a tenth of the steps, then falling to 0 by a cosine; "
@@ -228,9 +227,10 @@ def augmentation(recipe: Recipe) -> str:
     return " and ".join(part for part in (crops, flips) if part) or "no augmentation"
 
 
-def number(images: int) -> str:
-    """A number of images; 0 stands for all."""
-    return f"{images:,}" if images else "all"
+def seen(images: int) -> str:
+    """Which images a student sees; 0 stands for all."""
+    some = f"{images:,} of the teacher's images, equally many of every class, others for every seed"
+    return some if images else "all of the teacher's images"
 
 
 def stages(width: float) -> str:

@@ -1,9 +1,11 @@
-"""torchvision's MobileNetV2 for small images: fewer strides, any number of input channels."""
+"""torchvision's MobileNetV2 and VGG for small images: fewer strides, any number of channels."""
 
 from __future__ import annotations
 
 from torch import nn
+from torchvision.models import VGG
 from torchvision.models import mobilenet_v2 as full_size
+from torchvision.models.vgg import make_layers
 
 FIRST_CHANNELS = 32  # of the stem at width 1
 UNIT_STRIDES = ("features.0.0", "features.7.conv.1.0", "features.14.conv.1.0")
@@ -27,4 +29,28 @@ def mobilenet_v2(num_classes: int = 10, in_channels: int = 3, width: float = 32.
     if in_channels != stem.in_channels:
         model.features[0][0] = nn.Conv2d(in_channels, stem.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.features[0][0].weight, mode="fan_out")
+    return model
+
+
+def vgg(num_classes: int = 10, in_channels: int = 3, width: float = 16.0) -> VGG:
+    """The network of torchvision with three stages of two convolutions, and batch norm.
+
+    Of 28x28 images the last features, ``features.19``, have 7x7 positions; they are averaged over
+    these, and classified by one linear layer. It has no dropout, as `mobilenet_v2` here.
+
+    Args:
+        num_classes: K, number of classes.
+        in_channels: 1 for grey images, 3 for colours.
+        width: channels of the first stage; the others have twice and four times as many.
+    """
+    first, second, third = (round(width * factor) for factor in (1, 2, 4))
+    stages: list[str | int] = [first, first, "M", second, second, "M", third, third]
+    model = VGG(make_layers(stages, batch_norm=True), num_classes, init_weights=False)
+    model.features[0] = nn.Conv2d(in_channels, first, 3, padding=1)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(third, num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
     return model
