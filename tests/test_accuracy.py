@@ -285,11 +285,11 @@ def test_weights_are_those_of_the_recipe(splits):
 
 
 def test_a_weight_of_the_layers_may_fall(splits):
-    falling = Options(templates=8, layer_weight=2.0, layer_epochs=4)
-    assert "layer_epochs" not in recipes(falling)["layers only (1)"]
-    student, (x, y) = new_model("resnet8", splits, 3, width=8), splits.train.batches(16)[0]
+    falling = Options(templates=8, subclasses=1, layer_weight_beside=2.0, layer_epochs=4)
+    assert "layer_epochs" not in recipes(falling)["letKD-2 + KD"]
+    student, (x, y) = new_model("resnet8", splits, 3, width=8), splits.train.batches(140)[0]
     teacher = new_model("resnet8", splits, 4)
-    kd = attach(recipes(falling)["letKD-1"], student, teacher, x, 1)
+    kd = attach(recipes(falling)["letKD-2 + KD, falling"], student, teacher, x, 1)
     kd.fit([(x, y)], progress=False)
     found = []
     for _ in range(6):

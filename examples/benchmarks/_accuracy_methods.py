@@ -46,7 +46,7 @@ class Options:
     head_scale: float = option(3.0, "initial scale of all layers' scores")
     layer_weight: float = option(3.0, "weight of the layers' losses")
     layer_weight_beside: float = option(3.0, "the same beside losses on logits")
-    layer_epochs: int = option(0, "epochs in which that weight falls to 0, by a cosine; 0: never")
+    layer_epochs: int = option(20, "epochs in which it falls to 0, in the methods called falling")
     ce_weight: float = option(1.0, "weight of cross-entropy beside KDLoss")
     kd_weight: float = option(1.0, "weight of KDLoss")
     kd_temperature: float = option(4.0, "temperature of all losses on logits")
@@ -157,7 +157,7 @@ def iekd(o: Options) -> Recipe:
 def recipes(o: Options) -> dict[str, Recipe]:
     """Every method by name, in the order in which they are run."""
     both = [decisions(o), codebook(o)]
-    free = {"supervised": False}
+    free, falling = {"supervised": False}, {"falling": True}
     parts: dict[str, Recipe] = {
         "labels only": {},
         "KD": {"losses": [kd(o)]},
@@ -166,6 +166,7 @@ def recipes(o: Options) -> dict[str, Recipe]:
         "QuEST": {"layers": [codebook(o, alpha=0.0)]},
         "layers only (2)": {"layers": both} | free,
         "letKD-2 + KD": {"layers": both, "losses": [kd(o)]},
+        "letKD-2 + KD, falling": {"layers": both, "losses": [kd(o)]} | falling,
         "layers only (2) + KD": {"layers": both, "losses": [kd(o)]} | free,
         "DKD": {"losses": [dkd(o)]},
         "AEKT chi2": {"losses": [aekt(o, "chi2")]},
@@ -180,6 +181,7 @@ def recipes(o: Options) -> dict[str, Recipe]:
         "QuEST + KD": {"layers": [codebook(o, alpha=0.0)], "losses": [kd(o)]},
         "letKD-1 + KD": {"layers": [codebook(o)], "losses": [kd(o)]},
         "letKD-2 + DKD": {"layers": both, "losses": [dkd(o)]},
+        "letKD-2 + DKD, falling": {"layers": both, "losses": [dkd(o)]} | falling,
         "layers only (1)": {"layers": [codebook(o)]} | free,
         "AEKT ratio_sq": {"losses": [aekt(o, "ratio_sq")]},
         "AEKT ratio": {"losses": [aekt(o, "ratio")]},
@@ -206,7 +208,7 @@ def completed(part: Recipe, o: Options) -> Recipe:
         recipe |= {"layers": layers, "supervised": supervised, "head_scale": o.head_scale}
     if layers and supervised:
         recipe["layer_weight"] = o.layer_weight_beside if losses else o.layer_weight
-        if o.layer_epochs:
+        if part.get("falling"):
             recipe["layer_epochs"] = o.layer_epochs
     return recipe
 
