@@ -181,7 +181,6 @@ def recipes(o: Options) -> dict[str, Recipe]:
         "QuEST + KD": {"layers": [codebook(o, alpha=0.0)], "losses": [kd(o)]},
         "letKD-1 + KD": {"layers": [codebook(o)], "losses": [kd(o)]},
         "letKD-2 + DKD": {"layers": both, "losses": [dkd(o)]},
-        "letKD-2 + DKD, falling": {"layers": both, "losses": [dkd(o)]} | falling,
         "layers only (1)": {"layers": [codebook(o)]} | free,
         "AEKT ratio_sq": {"losses": [aekt(o, "ratio_sq")]},
         "AEKT ratio": {"losses": [aekt(o, "ratio")]},

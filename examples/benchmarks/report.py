@@ -49,6 +49,7 @@ CONTROLS = (
     ("letKD-1 + KD", "KD", "does one layer help KD?"),
     ("letKD-2 + KD", "KD", "do two layers help KD?"),
     ("letKD-2 + KD, falling", "KD", "do two layers help KD if their loss's weight falls to 0?"),
+    ("letKD-2 + KD, falling", "letKD-2 + KD", "so: does it help that the weight falls?"),
     ("letKD-2 + KD, falling", "layers only (2) + KD", "so: does their supervision help?"),
     ("letKD-2 + KD, falling", "wider, same parameters + KD", "so: against as many parameters"),
     ("letKD-2 + KD, falling", "wider, same MACs + KD", "so: against as many multiply-adds"),
@@ -58,7 +59,6 @@ CONTROLS = (
     ("letKD-2 + KD", "wider, same parameters + KD", "with KD: against as many parameters"),
     ("letKD-2 + KD", "wider, same MACs + KD", "with KD: against as many multiply-adds"),
     ("letKD-2 + DKD", "DKD", "do two layers help DKD?"),
-    ("letKD-2 + DKD, falling", "DKD", "do two layers help DKD if their loss's weight falls?"),
     ("SKD + KD", "KD", "does the simplifier help KD?"),
     ("SKD + DKD", "DKD", "does the simplifier help DKD?"),
     ("AEKT chi2", "DKD", "does AEKT's adaptive term, with its linear layer, help DKD?"),
@@ -108,7 +108,8 @@ def page(data: Path) -> str:
 
 def regimes(data: Path) -> list[Path]:
     """The files of reported runs: those whose names have one suffix."""
-    return sorted(path for path in data.glob("*.jsonl") if len(path.suffixes) == 1)
+    found = (path for path in data.glob("*.jsonl") if len(path.suffixes) == 1)
+    return sorted(found, key=lambda path: path.stem)
 
 
 def figure_of(path: Path) -> str:
@@ -134,19 +135,21 @@ def regime(path: Path) -> str:
         setting(every),
         "### Accuracy and cost",
         main_table(runs),
-        "### The supervision or the size?",
-        controls(runs),
-        "### Before and after the layers",
-        probe_table(runs),
-        "### Pruned",
-        pruned_table(runs),
-        *(("### One value at a time", sweeps, picture) if sweeps else ()),
+        *headed("### The supervision or the size?", controls(runs)),
+        *headed("### Before and after the layers", probe_table(runs)),
+        *headed("### Pruned", pruned_table(runs)),
+        *headed("### One value at a time", sweeps, picture),
         found.read_text("utf-8").strip() if found.exists() else "",
         *(("### How the recipe was chosen", tuning_table(tuning)) if tuning else ()),
         "### Recipes",
         recipe_list(runs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def headed(heading: str, body: str, *more: str) -> tuple[str, ...]:
+    """A part of a section with its heading; nothing where its body is empty."""
+    return (heading, body, *more) if body else ()
 
 
 # ------------------------------------------------------------------ reading
@@ -266,14 +269,13 @@ def main_table(runs: dict[str, list[Line]]) -> str:
 
 
 def controls(runs: dict[str, list[Line]]) -> str:
-    """The comparisons that tell supervision from size."""
-    rows = []
-    for ours, theirs, question in CONTROLS:
-        found = ("", "not run")
-        if ours in runs and theirs in runs:
-            found = difference(runs[ours], runs[theirs])
-        rows.append([question, f"{ours} minus {theirs}", *found])
-    return table(("question", "difference", "points of test accuracy", ""), rows)
+    """The comparisons that tell supervision from size, of the methods that were run."""
+    rows = [
+        [question, f"{ours} minus {theirs}", *difference(runs[ours], runs[theirs])]
+        for ours, theirs, question in CONTROLS
+        if ours in runs and theirs in runs
+    ]
+    return table(("question", "difference", "points of test accuracy", ""), rows) if rows else ""
 
 
 def recipe_list(runs: dict[str, list[Line]]) -> str:
