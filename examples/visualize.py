@@ -30,7 +30,6 @@ from kdlayers import (
     AEKTLoss,
     CodebookTargets,
     DecisionTargets,
-    KDLayer,
     KDPoint,
     attach_kd,
     load_student,
@@ -38,6 +37,7 @@ from kdlayers import (
 )
 
 MIDDLE = "trunk_output.block2"  # a finer grid than that of the points of letKD: 7x7 for 28 pixels
+BENCHMARK_POINTS = ("layer3.0", "last")
 
 
 def main() -> None:
@@ -49,7 +49,8 @@ def main() -> None:
     page = Page(args.out)
     if args.student is not None:
         student = load_student(fresh_student(images, args), args.student).to(args.device)
-        show_layers(page, student, images, [args.at] if args.at else layers(student), args)
+        usual = (FIRST, LAST) if args.network is None else BENCHMARK_POINTS
+        show_layers(page, student, images, args.at or usual, args)
     else:
         decisions = DecisionTargets(args.subclasses, components=min(60, images.classes - 1))
         aekt = AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)
@@ -76,12 +77,6 @@ def fresh_student(images: Images, args: argparse.Namespace) -> nn.Module:
         return make_student(images.classes, images.channels, images.size)
     options = {"in_channels": images.channels, "width": args.width}
     return make(args.network, num_classes=images.classes, **options)
-
-
-def layers(student: nn.Module) -> list[str]:
-    """The points of a student's KD layers, in the order of its modules."""
-    names = [name for name, module in student.named_modules() if isinstance(module, KDLayer)]
-    return [name.removesuffix(".kd") for name in names]
 
 
 def trained_student(
@@ -193,7 +188,7 @@ def parse() -> argparse.Namespace:
     add("--network", metavar="NAME", help="of --student, such as resnet8, where it is one of "
         "benchmarks/accuracy.py --save; default: the quickstart's")  # fmt: skip
     add("--width", type=float, default=8.0, help="of that network; default: 8")
-    add("--at", metavar="POINT", help="show only this layer of --student; default: all")
+    add("--at", nargs="+", metavar="POINT", help="layers of --student; default: both of letKD-2")
     add("--rows", type=int, default=5, help="images in a figure; default: 5")
     add("--images", type=int, default=3500, metavar="N",
         help="training images of teacher and student; 0: all; default: 3500")  # fmt: skip

@@ -326,7 +326,7 @@ def test_the_page_of_a_student_of_the_benchmark(tmp_path, monkeypatch):
     attach_kd(student, at=[KDPoint("layer3.0", num_templates=6)], example=example).detach()
     save_student(student, tmp_path / "student.pt")
     options = ("--student", "student.pt", "--network", "resnet8", "--width", "4", "--out", "page")
-    visualize(tmp_path, *options)
+    visualize(tmp_path, *options, "--at", "layer3.0")
     found = sorted(file.name for file in (tmp_path / "page").iterdir())
     assert found == ["index.html", "matches-layer3-0.png", "usage-layer3-0.png"]
 
