@@ -23,7 +23,7 @@ import accuracy  # noqa: E402
 import report  # noqa: E402
 import sweeps  # noqa: E402
 from _accuracy_methods import Options, attach, loss, recipes  # noqa: E402
-from _accuracy_probe import discriminant, pooled  # noqa: E402
+from _accuracy_probe import BUDGETS, discriminant, pooled  # noqa: E402
 from _accuracy_sweeps import SWEEPS, groups  # noqa: E402
 from _accuracy_train import digest, macs, matching_width, new_model, parameters  # noqa: E402
 from models.small_torchvision import mobilenet_v2, vgg  # noqa: E402
@@ -167,7 +167,7 @@ def test_every_method_runs_and_leaves_a_full_line(bench, tmp_path):
     assert by_name["layers only (2)"]["parameters"] == by_name["letKD-2"]["parameters"]
     assert by_name["layers only (2)"]["macs"] == by_name["letKD-2 + KD"]["macs"]
     assert by_name["letKD-1"]["probes"].keys() == {"last", "last.before", "last.after"}
-    assert [cut["budget"] for cut in by_name["letKD-2"]["pruned"]] == [0.05]
+    assert [cut["budget"] for cut in by_name["letKD-2"]["pruned"]] == list(BUDGETS)
     assert by_name["KD"]["pruned"] == []
     near = by_name["wider, same parameters"]["parameters"] / by_name["letKD-2"]["parameters"]
     assert 0.9 < near < 1.1
@@ -371,14 +371,17 @@ def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
     (tmp_path / "tiny.txt").write_text("### Found\n\nNothing.\n", "utf-8")
     report.main(["--data", str(tmp_path), "--out", str(tmp_path / "page")])
     page = (tmp_path / "page").read_text("utf-8")
-    assert "Fashion-MNIST, resnet8 to resnet8, 40 images" in page
+    title = f"Fashion-MNIST, resnet8 to resnet8, 40 images, {runs[0]['recipe']['epochs']} epochs"
+    assert f"\n## {title}\n" in page
+    assert f"\n|  | {title} |\n" in page  # the table at the beginning, of what was run
     assert f"**{runs[0]['teacher']['test_accuracy']:.2f} %** of the test" in page
     assert "Not run here: letKD-2, QuEST" in page
     assert "### Found\n\nNothing.\n" in page
     rows = [line for line in page.splitlines() if line.startswith("| KD |")]
     mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2
     assert rows[0].startswith(f"| KD | 2 | {mean:.2f} | ")
-    assert "letKD-2 minus letKD-1" not in page
+    assert re.findall(r"^\| .*: KD minus labels only \| \S+ too few seeds \(2\) \|$", page, re.M)
+    assert "letKD-2 minus" not in page
 
 
 def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, root, tmp_path, monkeypatch):

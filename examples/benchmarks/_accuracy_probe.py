@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlayers import KDLayer, prune_templates
 
-BUDGETS = (0.05,)
+BUDGETS = (0.05, 0.3, 0.4)
 
 
 def probes(student: nn.Module, last: str, train: Split, test: Split) -> dict[str, float]:

@@ -19,6 +19,7 @@ from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from _accuracy_glance import glance
 from _accuracy_methods import Options, Recipe, recipes
 from _accuracy_sweeps import draw_sweeps, sweep_tables
 from _accuracy_words import (
@@ -87,6 +88,13 @@ three seeds there is no interval and no verdict. With many comparisons about one
 exclude zero by chance alone.
 """
 
+GLANCE = """\
+## At a glance
+
+Points of test accuracy; the sections below have the seeds, the settings and all other methods.
+Empty: not run.
+"""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page."""
@@ -103,7 +111,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def page(data: Path) -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *(regime(path) for path in regimes(data))])
+    paths = regimes(data)
+    every = [by_method(read(path)) for path in paths]
+    short = glance({title(runs["labels only"][0]): runs for runs in every})
+    parts = [INTRODUCTION, f"{GLANCE}\n{short}\n" if short else ""]
+    return "\n".join(part for part in [*parts, *map(regime, paths)] if part)
 
 
 def regimes(data: Path) -> list[Path]:
@@ -189,7 +201,7 @@ def title(line: Line) -> str:
     recipe = line["recipe"]
     images = f"{recipe['images']:,} images" if recipe["images"] else "all training images"
     names = f"{line['teacher']['recipe']['network']} to {recipe['student']}"
-    return f"Fashion-MNIST, {names}, {images}"
+    return f"Fashion-MNIST, {names}, {images}, {recipe['epochs']} epochs"
 
 
 def setting(lines: Sequence[Line]) -> str:
