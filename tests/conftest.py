@@ -8,6 +8,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from tests.accuracy_bench import bench, image_root
+
+__all__ = ["bench", "image_root"]  # fixtures of several files
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -1,16 +1,12 @@
-"""The accuracy benchmark: its data, pairing by seed, resuming; and the report's statistics."""
+"""The accuracy benchmark: its data, its methods, pairing by seed, resuming."""
 
-import dataclasses
-import gzip
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from scipy import stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from kdlayers import KDPoint, attach_kd, load_student
@@ -18,74 +14,25 @@ from kdlayers import KDPoint, attach_kd, load_student
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 import _accuracy_data as data  # noqa: E402
-import _accuracy_words as words  # noqa: E402
 import accuracy  # noqa: E402
-import report  # noqa: E402
-import sweeps  # noqa: E402
 from _accuracy_methods import Options, attach, loss, recipes  # noqa: E402
 from _accuracy_probe import BUDGETS, discriminant, pooled  # noqa: E402
-from _accuracy_sweeps import SWEEPS, groups  # noqa: E402
 from _accuracy_train import digest, macs, matching_width, new_model, parameters  # noqa: E402
 from models.small_torchvision import mobilenet_v2, vgg  # noqa: E402
 
-TINY_OPTIONS = (
-    "--teacher resnet8 --teacher-epochs 1 --validation 20 --images 40 --batch-size 20 --epochs 1 "
-    "--width 4 --templates 8 --subclasses 1 --iekd-epochs 1 --warmup 1"
-)
-TINY = TINY_OPTIONS.split()
-
-
-def write_idx(path, array, packed=False):
-    """An IDX file of bytes."""
-    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-    content = bytes([0, 0, 8, array.dim()]) + sizes + array.numpy().tobytes()
-    if packed:
-        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
-    else:
-        path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder with 160 and 40 pictures of ten classes, told apart by a bright row."""
-    folder = tmp_path_factory.mktemp("images")
-    draw = torch.Generator().manual_seed(0)
-    for name, count in (("train", 160), ("t10k", 40)):
-        labels = torch.arange(count) % 10
-        images = torch.randint(60, (count, 28, 28), generator=draw)
-        images[torch.arange(count), 2 * labels + 4] += 150
-        write_idx(folder / f"{name}-images-idx3-ubyte", images.byte(), packed=name == "train")
-        write_idx(folder / f"{name}-labels-idx1-ubyte", labels.byte())
-    return folder
-
 
 @pytest.fixture
-def bench(root, tmp_path_factory):
-    """Runs the benchmark on the tiny data; teachers are shared, threads are put back."""
-    cache = tmp_path_factory.getbasetemp() / "teachers"
-    threads = torch.get_num_threads()
-
-    def run(out, *options):
-        paths = ["--root", str(root), "--cache", str(cache), "--out", str(out)]
-        accuracy.main([*paths, *TINY, *options])
-        return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-
-    yield run
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def splits(root):
-    return data.load(str(root), download=False, validation=20)
+def splits(image_root):
+    return data.load(str(image_root), download=False, validation=20)
 
 
 # ------------------------------------------------------------------ data
 
 
-def test_splits_are_disjoint_and_complete(splits, root):
+def test_splits_are_disjoint_and_complete(splits, image_root):
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [140, 20, 40]
     together = torch.cat([splits.train.images, splits.validation.images]).flatten(1)
-    whole = data.read(root, "train").images.flatten(1)
+    whole = data.read(image_root, "train").images.flatten(1)
     assert torch.equal(*(part[part.sum(1).argsort()].sum(1) for part in (together, whole)))
     assert splits.classes == 10
     rows = splits.train.images.float().mean(2).argmax(1)  # images stay with their labels
@@ -306,113 +253,6 @@ def test_quest_has_letkd_1_but_alpha():
     assert first["layers"][0]["alpha"] == 0
 
 
-# ------------------------------------------------------------------ report
-
-
-def lines(method, accuracies, recipe_hash="a"):
-    return [
-        {"method": method, "seed": seed, "test_accuracy": value, "recipe_hash": recipe_hash}
-        for seed, value in enumerate(accuracies)
-    ]
-
-
-OURS, THEIRS = [90.1, 90.4, 90.2, 90.9, 90.3], [89.7, 90.0, 90.1, 90.2, 89.6]
-
-
-def test_intervals_are_those_of_scipy():
-    text, verdict = words.difference(lines("x", OURS), lines("y", THEIRS))
-    test = stats.ttest_rel(OURS, THEIRS)
-    low, high = test.confidence_interval(0.95)
-    mean = sum(OURS) / 5 - sum(THEIRS) / 5
-    assert text == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-    assert verdict == "better"
-    half = stats.sem(OURS) * stats.t.ppf(0.975, 4)
-    assert words.plus_minus(OURS) == f"{sum(OURS) / 5:.2f} ± {half:.2f}"
-
-
-@pytest.mark.parametrize("shift", [-2.0, -0.5, -0.4, -0.1, 0.0, 0.3])
-def test_a_verdict_only_where_the_interval_excludes_zero(shift):
-    ours = [value + shift for value in OURS]
-    low, high = stats.ttest_rel(ours, THEIRS).confidence_interval(0.95)
-    expected = "better" if low > 0 else "worse" if high < 0 else "not separated"
-    assert words.difference(lines("x", ours), lines("y", THEIRS))[1] == expected
-
-
-def test_two_seeds_that_agree_decide_nothing():
-    ours, theirs = lines("x", [90.0, 90.01]), lines("y", [89.0, 89.01])
-    assert words.difference(ours, theirs) == ("+1.00", "too few seeds (2)")
-    assert words.plus_minus([90.0, 91.0]) == "90.50"
-
-
-def test_pairs_are_of_one_seed():
-    ours, theirs = lines("x", [1.0, 2.0, 3.0])[1:], lines("y", [5.0, 6.0, 7.0, 8.0])[::-1]
-    assert words.paired(ours, theirs) == ([2.0, 3.0], [6.0, 7.0])
-    assert words.difference(ours[:1], theirs) == ("-4.00", "too few seeds (1)")
-    assert words.difference(ours[:1], theirs[-1:])[1] == "not run"
-
-
-def test_recipes_and_seeds_are_not_mixed():
-    with pytest.raises(SystemExit, match="several recipes"):
-        report.by_method(lines("KD", [1.0]) + lines("KD", [2.0, 3.0], "b")[1:])
-    other = [line | {"device": "cuda"} for line in lines("DKD", [1.0])]
-    with pytest.raises(SystemExit, match="several devices"):
-        report.by_method(lines("KD", [1.0]) + other)
-    with pytest.raises(SystemExit, match="two runs of one seed"):
-        report.by_method(lines("KD", [1.0]) + lines("KD", [2.0]))
-
-
-def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
-    methods = ("--methods", "KD", "labels only", "letKD-1")
-    out = tmp_path / "tiny.jsonl"
-    runs = bench(out, *methods, "--seeds", "0", "1")
-    bench(tmp_path / "tiny.tuning.jsonl", *methods[:2], "--tuning", "--seeds", "8")
-    options = ("--tuning", "--seeds", "8", "--alpha-last", "0.5")
-    bench(tmp_path / "tiny.tuning.jsonl", "--methods", "letKD-1", *options)
-    (tmp_path / "tiny.txt").write_text("### Found\n\nNothing.\n", "utf-8")
-    report.main(["--data", str(tmp_path), "--out", str(tmp_path / "page")])
-    page = (tmp_path / "page").read_text("utf-8")
-    title = f"Fashion-MNIST, resnet8 to resnet8, 40 images, {runs[0]['recipe']['epochs']} epochs"
-    assert f"\n## {title}\n" in page
-    assert f"\n|  | {title} |\n" in page  # the table at the beginning, of what was run
-    assert f"**{runs[0]['teacher']['test_accuracy']:.2f} %** of the test" in page
-    assert "Not run here: letKD-2, QuEST" in page
-    assert "### Found\n\nNothing.\n" in page
-    rows = [line for line in page.splitlines() if line.startswith("| KD |")]
-    mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2
-    assert rows[0].startswith(f"| KD | 2 | {mean:.2f} | ")
-    assert re.findall(r"^\| .*: KD minus labels only \| \S+ too few seeds \(2\) \|$", page, re.M)
-    assert "letKD-2 minus" not in page
-
-
-def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, root, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        SWEEPS, "templates", dataclasses.replace(SWEEPS["templates"], values=(4, 12))
-    )
-    seeds, out = ("--seeds", "0", "1", "2"), tmp_path / "tiny.jsonl"
-    runs = bench(out, "--methods", "labels only", "letKD-1", *seeds)
-    cache = tmp_path.parent / "sweep-teachers"
-    swept = tmp_path / "tiny.sweeps.jsonl"
-    paths = ["--root", str(root), "--cache", str(cache), "--out", str(swept)]
-    sweeps.main(["--sweeps", "templates", *seeds, *paths, *TINY])
-    lines = report.read(swept)
-    assert [(x["seed"], x["recipe"]["layers"][0]["templates"]) for x in lines] == [
-        (seed, k) for seed in range(3) for k in (4, 12)
-    ]
-    report.main(["--data", str(tmp_path), "--out", str(tmp_path / "page.md")])
-    page = (tmp_path / "page.md").read_text("utf-8")
-    rows = [row for row in page.splitlines() if re.match(r"\| (4|8|12) \| 3 ", row)]
-    assert len(rows) == 3
-    by_k = {k: [x["test_accuracy"] for x in lines[i::2]] for i, k in enumerate((4, 12))}
-    usual = [x["test_accuracy"] for x in runs if x["method"] == "letKD-1"]
-    assert words.bold(*words.gap(by_k[4], usual)) in rows[0]
-    assert f"| {sum(usual) / 3:.2f} ± " in rows[1]
-    assert (tmp_path / "figures" / "tiny-sweeps.png").stat().st_size > 1000
-    # A line that differs in more than the swept value is no point of the curve.
-    other = lines[0] | {"recipe": lines[0]["recipe"] | {"lr": 0.5}}
-    unchanged = [x for x in runs if x["method"] == "letKD-1"]
-    assert groups(SWEEPS["templates"], [other], unchanged) == {}
-
-
 @pytest.mark.parametrize(
     ("student", "first", "last", "home", "shape"),
     [
@@ -439,19 +279,3 @@ def test_students_are_saved_with_their_layers(bench, splits, tmp_path):
     assert saved.name == "letKD-2-KD-seed-3.pt"
     student = load_student(new_model("resnet8", splits, 0, width=4), saved)
     assert accuracy.accuracy(student, splits.test) == line["test_accuracy"]
-
-
-def test_the_committed_page_is_made_from_the_committed_lines():
-    assert report.page(report.DATA) == report.PAGE.read_text("utf-8")
-
-
-def test_committed_lines_are_whole():
-    """Hashes are those of their recipes, all methods of a file share teacher and circumstances."""
-    files = list(report.DATA.glob("*.jsonl"))
-    assert files
-    for path in files:
-        read = report.read(path)
-        assert all(digest(line["recipe"]) == line["recipe_hash"] for line in read)
-        assert len({line["recipe"]["teacher"] for line in read}) == 1
-        tuning = ".tuning" in path.name
-        assert all((line["test_accuracy"] is None) == tuning for line in read)

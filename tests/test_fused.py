@@ -395,9 +395,3 @@ def test_small_layers_take_the_plain_operations(
     ratio = "plain (under 4 templates a channel)"
     wanted = {(32, "normal"): ratio, (8, "low"): "fused, scores computed again"}
     assert wanted.get((channels, memory), "fused from 8192 positions a batch") in row
-
-
-def test_a_layer_behind_an_empty_container():
-    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(), nn.ReLU())
-    attach_kd(student, at=[KDPoint("1", num_templates=4)])
-    assert student(torch.randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)

@@ -314,3 +314,9 @@ def test_an_unpickled_student_is_told_apart_too():
     with unguarded():
         pickle.loads(saved)
         assert _dynamo.config.skip_nnmodule_hook_guards is False
+
+
+def test_a_layer_behind_an_empty_container():
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(), nn.ReLU())
+    attach_kd(student, at=[KDPoint("1", num_templates=4)])
+    assert student(torch.randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)
