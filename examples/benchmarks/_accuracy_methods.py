@@ -186,8 +186,6 @@ def recipes(o: Options) -> dict[str, Recipe]:
         "AEKT ratio": {"losses": [aekt(o, "ratio")]},
         "AEKT is": {"losses": [aekt(o, "is")]},
         "SKD + DKD": {"losses": [skd(o, dkd(o))]},
-        "IE-KD + KD": {"losses": [iekd(o), kd(o)]},
-        "letKD-2 + IE-KD": {"layers": both, "losses": [iekd(o)]},
     }
     return {name: completed(part, o) for name, part in parts.items()}
 
