@@ -21,11 +21,11 @@ QUESTIONS = (
 )
 
 
-def glance(regimes: Mapping[str, Mapping[str, Sequence[Line]]]) -> str:
+def glance(regimes: Sequence[tuple[str, Mapping[str, Sequence[Line]]]]) -> str:
     """A table of differences in points of test accuracy.
 
     Args:
-        regimes: by title, the lines of each method.
+        regimes: their titles, which may repeat, and the lines of each method.
 
     Returns:
         A row for every question and a column for every regime; nothing without an answer.
@@ -34,8 +34,8 @@ def glance(regimes: Mapping[str, Mapping[str, Sequence[Line]]]) -> str:
     for ours, theirs, question in QUESTIONS:
         cells = [
             bold(*difference(runs[ours], runs[theirs])) if ours in runs and theirs in runs else ""
-            for runs in regimes.values()
+            for _, runs in regimes
         ]
         if any(cells):
             rows.append([f"{question}: {ours} minus {theirs}", *cells])
-    return table(("", *regimes), rows) if rows else ""
+    return table(("", *(name for name, _ in regimes)), rows) if rows else ""

@@ -113,7 +113,7 @@ def page(data: Path) -> str:
     """The whole page."""
     paths = regimes(data)
     every = [by_method(read(path)) for path in paths]
-    short = glance({title(runs["labels only"][0]): runs for runs in every})
+    short = glance([(title(runs["labels only"][0]), runs) for runs in every])
     parts = [INTRODUCTION, f"{GLANCE}\n{short}\n" if short else ""]
     return "\n".join(part for part in [*parts, *map(regime, paths)] if part)
 
