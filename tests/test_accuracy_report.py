@@ -2,21 +2,17 @@
 
 import dataclasses
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from scipy import stats
 
 from tests.accuracy_bench import TINY
+from tests.benchmark_modules import load
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
-import _accuracy_words as words  # noqa: E402
-import report  # noqa: E402
-import sweeps  # noqa: E402
-from _accuracy_sweeps import SWEEPS, groups  # noqa: E402
-from _accuracy_train import digest  # noqa: E402
+report = load("report")  # the first, as it puts the folder of the models on the path
+sweeps, words = load("sweeps"), load("_accuracy_words")
+glance, digest = load("_accuracy_glance").glance, load("_accuracy_train").digest
+SWEEPS, groups = load("_accuracy_sweeps").SWEEPS, load("_accuracy_sweeps").groups
 
 
 def lines(method, accuracies, recipe_hash="a"):
@@ -69,6 +65,25 @@ def test_recipes_and_seeds_are_not_mixed():
         report.by_method(lines("KD", [1.0]) + other)
     with pytest.raises(SystemExit, match="two runs of one seed"):
         report.by_method(lines("KD", [1.0]) + lines("KD", [2.0]))
+
+
+def test_regimes_stand_side_by_side_whatever_their_titles_and_methods():
+    known = {"KD": lines("KD", OURS), "labels only": lines("labels only", THEIRS)}
+    rows = glance([("same", known), ("same", {"KD": known["KD"]})]).splitlines()
+    assert rows[0] == "|  | same | same |"
+    found = words.bold(*words.difference(known["KD"], known["labels only"]))
+    assert rows[2:] == [f"| plain KD over no distillation: KD minus labels only | {found} |  |"]
+    assert glance([("same", {"KD": known["KD"]})]) == ""
+
+
+def test_budgets_that_only_some_runs_have():
+    runs = lines("letKD-1", OURS)
+    for line, budgets in zip(runs, [(0.3, 0.05), *[(0.05,)] * 4], strict=True):
+        cut = {"templates": {"last": 7}, "parameters": 90, "macs": 10**6, "accuracy": 80.0}
+        line["pruned"] = [{"budget": budget} | cut for budget in budgets]
+    rows = words.pruned_table({"letKD-1": runs}).splitlines()[-2:]
+    assert rows[0].startswith("| letKD-1 | 5 | 5% | 7 at last | 90 | 1.00&nbsp;M | -10.38 [")
+    assert rows[1].endswith("| 1 | 30% | 7 at last | 90 | 1.00&nbsp;M | -10.10 too few seeds (1) |")
 
 
 def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):

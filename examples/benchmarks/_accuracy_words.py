@@ -112,19 +112,25 @@ def pruned_table(runs: dict[str, list[Line]]) -> str:
     """What `prune_templates` leaves of size and accuracy."""
     rows = []
     for name, lines in runs.items():
-        known = [line for line in lines if line.get("pruned")]
-        for index in range(len(known[0]["pruned"]) if known else 0):
-            cuts = [line["pruned"][index] for line in known]
+        budgets = {cut["budget"] for line in lines for cut in line.get("pruned", ())}
+        for budget in sorted(budgets):  # earlier runs were pruned with fewer
+            pairs = [
+                (line, cut)
+                for line in lines
+                for cut in line.get("pruned", ())
+                if cut["budget"] == budget
+            ]
+            cuts = [cut for _, cut in pairs]
             left = {
                 layer: round(mean(cut["templates"][layer] for cut in cuts))
                 for layer in cuts[0]["templates"]
             }
-            change = gap([cut["accuracy"] for cut in cuts], [x["test_accuracy"] for x in known])
+            whole = [line["test_accuracy"] for line, _ in pairs]
+            change = gap([cut["accuracy"] for cut in cuts], whole)
             size = f"{mean(cut['parameters'] for cut in cuts):,.0f}"
             work = f"{mean(cut['macs'] for cut in cuts) / 1e6:.2f}&nbsp;M"
             text = ", ".join(f"{count} at {layer}" for layer, count in left.items())
-            budget = f"{cuts[0]['budget']:.0%}"
-            rows.append([name, str(len(cuts)), budget, text, size, work, bold(*change)])
+            rows.append([name, str(len(cuts)), f"{budget:.0%}", text, size, work, bold(*change)])
     head = ("", "seeds", "budget", "templates left", "parameters", "MACs", "change of accuracy")
     note = (
         "`prune_templates` removes templates that fire at no more than this share of the positions "

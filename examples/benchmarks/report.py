@@ -111,11 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def page(data: Path) -> str:
     """The whole page."""
-    paths = regimes(data)
-    every = [by_method(read(path)) for path in paths]
-    short = glance([(title(runs["labels only"][0]), runs) for runs in every])
+    every = [(path, by_method(read(path))) for path in regimes(data)]
+    short = glance([(title(runs["labels only"][0]), runs) for _, runs in every])
     parts = [INTRODUCTION, f"{GLANCE}\n{short}\n" if short else ""]
-    return "\n".join(part for part in [*parts, *map(regime, paths)] if part)
+    return "\n".join(part for part in [*parts, *(regime(*each) for each in every)] if part)
 
 
 def regimes(data: Path) -> list[Path]:
@@ -135,9 +134,8 @@ def beside(path: Path, kind: str) -> list[Line]:
     return read(other) if other.exists() else []
 
 
-def regime(path: Path) -> str:
+def regime(path: Path, runs: dict[str, list[Line]]) -> str:
     """One section: the runs of a file, its tuning and what was found."""
-    runs = by_method(read(path))
     tuning, sweeps = beside(path, "tuning"), sweep_tables(beside(path, "sweeps"), runs)
     picture = f"![accuracy over each value: seeds and their mean]({figure_of(path)})"
     found = path.with_suffix(".txt")
