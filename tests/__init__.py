@@ -1,7 +1,7 @@
 """Tests of kdlayers."""
 
-from kdlayers import _chunks
+from kdlayers._utils import chunks
 
 # The small models of the tests take the path of large ones, also in processes of their own;
 # tests/test_fused.py looks at the choice.
-_chunks.LEAST_SCORES = _chunks.LEAST_RATIO = 0
+chunks.LEAST_SCORES = chunks.LEAST_RATIO = 0

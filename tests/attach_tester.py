@@ -21,7 +21,7 @@ from kdlayers import (
     load_student,
     save_student,
 )
-from kdlayers._tree import leaves
+from kdlayers._utils.tree import leaves
 
 CLASSES = 5
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdlayers import CodebookTargets, DecisionTargets, KDPoint, attach_kd
-from kdlayers._sites import slots
+from kdlayers._step.sites import slots
 from kdlayers.errors import (
     ArgumentError,
     AttachError,

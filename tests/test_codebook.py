@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from kdlayers import CodebookTargets
-from kdlayers._targets import TemplateTargets, _codebook_fit, _reservoir, _rows
+from kdlayers._targets import TemplateTargets, codebook_fit, reservoir, rows
 from kdlayers.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -52,8 +52,8 @@ def naive(features, centers, temperature):
 @pytest.fixture
 def small_sample(monkeypatch):
     """16 rows a centre are sampled, so that modest data need the second pass."""
-    monkeypatch.setattr(_codebook_fit, "ROWS_PER_CENTER", 16)
-    monkeypatch.setattr(_codebook_fit, "SMALL_SAMPLE", 0)
+    monkeypatch.setattr(codebook_fit, "ROWS_PER_CENTER", 16)
+    monkeypatch.setattr(codebook_fit, "SMALL_SAMPLE", 0)
 
 
 # ---------------------------------------------------------------- soft assignment
@@ -122,7 +122,7 @@ def test_compiles_without_graph_break():
 
 
 def test_fit_is_as_good_as_scikit_learn(monkeypatch):
-    monkeypatch.setattr(_codebook_fit, "SMALL_SAMPLE", 0)  # 2048 rows of 6000 are sampled
+    monkeypatch.setattr(codebook_fit, "SMALL_SAMPLE", 0)  # 2048 rows of 6000 are sampled
     features = torch.cat([torch.randn(3000, 5), torch.rand(3000, 5) * 5])
     targets = CodebookTargets(32).fit(batches(features, 500))
     theirs = KMeans(32, n_init=2, random_state=0).fit(features.numpy())
@@ -133,13 +133,13 @@ def test_fit_is_as_good_as_scikit_learn(monkeypatch):
 
 def test_second_pass_is_one_lloyd_step_over_all_rows(small_sample, monkeypatch):
     features, seen = torch.randn(1000, 3), []
-    original = _codebook_fit.LloydPass.__init__
+    original = codebook_fit.LloydPass.__init__
 
     def spy(self, centers, install):
         seen.append(centers.clone())
         original(self, centers, install)
 
-    monkeypatch.setattr(_codebook_fit.LloydPass, "__init__", spy)
+    monkeypatch.setattr(codebook_fit.LloydPass, "__init__", spy)
     targets = CodebookTargets(10).fit(batches(features, 64))
     start = seen[0].double()
     index = ((features.double()[:, None] - start[None]) ** 2).sum(-1).argmin(1)
@@ -215,7 +215,7 @@ def test_passes_over_the_data(rows, passes, small_sample):
 
 
 def test_fitter_holds_a_bounded_number_of_rows(monkeypatch, small_sample):
-    monkeypatch.setattr(_rows, "BLOCK", 512)
+    monkeypatch.setattr(rows, "BLOCK", 512)
     fitter, sizes = CodebookTargets(8).fitter(), []
     for _ in range(100):
         fitter.update(torch.randn(1000, 4), None)
@@ -225,9 +225,9 @@ def test_fitter_holds_a_bounded_number_of_rows(monkeypatch, small_sample):
 
 
 def test_wide_features_take_fewer_rows_a_centre():
-    assert _reservoir.sample_size(2**18, 4096, 64) == 2**18
-    assert _reservoir.sample_size(2**18, 4096, 2048) == 2**17
-    assert _reservoir.sample_size(2**18, 16000, 4096) == 16 * 16000
+    assert reservoir.sample_size(2**18, 4096, 64) == 2**18
+    assert reservoir.sample_size(2**18, 4096, 2048) == 2**17
+    assert reservoir.sample_size(2**18, 16000, 4096) == 16 * 16000
 
 
 def test_few_distinct_rows_warn():

@@ -5,14 +5,14 @@ import torch
 from sklearn.cluster import KMeans
 
 from kdlayers import CodebookTargets
-from kdlayers._fitter import fit_rows
-from kdlayers._targets import _codebook_fit
+from kdlayers._targets import codebook_fit
+from kdlayers._targets.fitter import fit_rows
 
 
 @pytest.mark.parametrize(("rows_a_centre", "passes"), [(255, 2), (256, 1)])
 def test_a_large_sample_needs_no_second_pass(rows_a_centre, passes, monkeypatch):
-    monkeypatch.setattr(_codebook_fit, "ROWS_PER_CENTER", rows_a_centre)
-    monkeypatch.setattr(_codebook_fit, "SMALL_SAMPLE", 0)
+    monkeypatch.setattr(codebook_fit, "ROWS_PER_CENTER", rows_a_centre)
+    monkeypatch.setattr(codebook_fit, "SMALL_SAMPLE", 0)
     features = torch.randn(20000, 6)
     targets = CodebookTargets(40)
     parts = [(part, None) for part in features.split(1000)]

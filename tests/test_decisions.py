@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from kdlayers import DecisionTargets
-from kdlayers._targets import _decision_fit
-from kdlayers._targets._decision_fit import own_subclass
+from kdlayers._targets import decision_fit
+from kdlayers._targets.decision_fit import own_subclass
 from kdlayers.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -73,8 +73,8 @@ def table_by_loop(z, labels, targets):
 @pytest.fixture
 def small_sample(monkeypatch):
     """16 rows a sub-class are sampled, so that modest data need all four passes."""
-    monkeypatch.setattr(_decision_fit, "ROWS_PER_SUBCLASS", 16)
-    monkeypatch.setattr(_decision_fit, "SMALL_SAMPLE", 0)
+    monkeypatch.setattr(decision_fit, "ROWS_PER_SUBCLASS", 16)
+    monkeypatch.setattr(decision_fit, "SMALL_SAMPLE", 0)
 
 
 # ---------------------------------------------------------------- fit

@@ -16,8 +16,8 @@ from kdlayers import (
     KDPoint,
     attach_kd,
 )
-from kdlayers._teacher import Teacher
-from kdlayers._trace import trace
+from kdlayers._models.trace import trace
+from kdlayers._step.teacher import Teacher
 from tests.nets import Net, batch
 
 IMAGES, LABELS = batch()

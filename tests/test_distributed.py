@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdlayers import CodebookTargets, DecisionTargets, DistillLoss, KDPoint, attach_kd
-from kdlayers._sites import slots
+from kdlayers._step.sites import slots
 from kdlayers.errors import AttachError
 from tests.nets import Net, batch
 

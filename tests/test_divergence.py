@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlayers import CodebookTargets, DecisionTargets, KDLayer, TemplateLoss, _chunks, attach_kd
+from kdlayers import CodebookTargets, DecisionTargets, KDLayer, TemplateLoss, attach_kd
+from kdlayers._utils import chunks
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import template_kl
 from tests import reference
@@ -47,7 +48,7 @@ def test_codebook_divergence_is_the_loss_written_out(
         draw(5, channels).requires_grad_(),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_chunks._ENTRIES, "cpu", entries)
+        patch.setitem(chunks._ENTRIES, "cpu", entries)
         student = units @ templates.T if given_scores else units
         ours = targets.divergence(student, features, templates=None if given_scores else templates)
         grads = torch.autograd.grad(ours, (units, templates))
@@ -61,7 +62,7 @@ def test_codebook_divergence_is_the_loss_written_out(
 
 @pytest.mark.parametrize("given_scores", [True, False])
 def test_decision_divergence_is_the_loss_written_out(given_scores, monkeypatch):
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 30)
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 30)
     _, targets, features, labels = assignments(torch.float64)
     units = torch.randn(200, 5, dtype=torch.float64, requires_grad=True)
     templates = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)

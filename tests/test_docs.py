@@ -182,17 +182,17 @@ def test_no_trailing_notes():
     assert [page.name for page in DOCS.glob("*.md") if words.search(page.read_text("utf-8"))] == []
 
 
-def modules_named(text):
-    """Files of the package that the tables of a page name, as paths inside it."""
-    cells = "".join(line for line in text.splitlines(keepends=True) if line.startswith("| "))
-    return re.findall(r"`([\w/]+\.py)`", cells)
-
-
-def test_architecture_names_every_module_once():
-    named = modules_named((DOCS / "architecture.md").read_text("utf-8"))
+def test_architecture_names_every_room_and_no_file_that_is_gone():
+    text = (DOCS / "architecture.md").read_text("utf-8")
     package = Path(kdlayers.__file__).parent
-    files = [str(file.relative_to(package)) for file in package.rglob("*.py")]
-    assert sorted(named) == sorted(files)
+    rooms = [folder.name for folder in package.iterdir() if (folder / "__init__.py").exists()]
+    table = re.findall(r"^\| `([\w./]+)` \|", text, re.MULTILINE)
+    assert sorted(set(table) - {"errors.py", "schedules.py"}) == sorted(f"{r}/" for r in rooms)
+    files = {file.name for file in package.rglob("*.py")}
+    rows = "".join(line for line in text.splitlines(keepends=True) if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+\.py)`", rows)) <= files
+    places = re.findall(r"`(\w+/\w+\.py)`", text)
+    assert [place for place in places if not (package / place).exists()] == []
 
 
 def test_contributing_is_short():

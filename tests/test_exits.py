@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdlayers import KDPoint, attach_kd, fold, load_student, prune_templates, save_student
-from kdlayers._sites import slots
+from kdlayers._step.sites import slots
 from kdlayers.errors import ArgumentError, AttachError, FitError
 from tests.nets import Net, batch
 

@@ -13,13 +13,12 @@ from kdlayers import (
     KDLayer,
     KDPoint,
     TemplateLoss,
-    _chunks,
-    _layer,
     attach_kd,
     fold,
 )
-from kdlayers._recognise import recognise
-from kdlayers._targets._divergence import codebook_divergence, decision_divergence
+from kdlayers._layer.recognise import recognise
+from kdlayers._targets.divergence import codebook_divergence, decision_divergence
+from kdlayers._utils import chunks
 from tests import reference
 from tests.nets import Net
 from tests.test_divergence import assignments
@@ -33,13 +32,13 @@ PATHS = ("again", "kept", "plain")
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """How the layer computes; in chunks of a few rows."""
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 40)
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 40)
     use(request.param, monkeypatch)
     return request.param
 
 
 def use(path, monkeypatch):
-    monkeypatch.setattr(_layer, "CHEAP_CHANNELS", 0 if path == "kept" else 128)
+    monkeypatch.setattr(layer, "CHEAP_CHANNELS", 0 if path == "kept" else 128)
     if path == "plain":
         monkeypatch.setattr(KDLayer, "fuses", lambda *_: False)
 
@@ -112,7 +111,7 @@ def test_float32_is_as_close_to_float64_as_the_plain_path(path):
 
 @pytest.mark.parametrize("channel_dim", [1, -1])
 def test_memory_low_gives_the_numbers_of_normal(channel_dim, monkeypatch):
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 4000)
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 4000)
     shape = (4, 200, 3, 3) if channel_dim == 1 else (4, 9, 200)
     x = torch.randn(*shape, dtype=torch.float64)
     seeds = torch.randn_like(x), torch.randn(4, *((3, 3) if channel_dim == 1 else (9,)), 7).double()
@@ -206,7 +205,7 @@ def largest_allocation(function):
 
 
 def test_low_memory_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 2**12)
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 2**12)
     n, k = 2 * 24 * 24, 512
     targets = CodebookTargets(k).fit([(torch.randn(4096, 16), None)])
     layer, loss = KDLayer(8, k, memory="low"), TemplateLoss(targets)
@@ -311,7 +310,7 @@ def losses_and_grads(memory, *, stride=1, frozen=False, compiled=False, targets=
 @pytest.mark.parametrize("memory", ["normal", "low"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_of_a_whole_model_is_the_same_on_every_path(stride, memory, compiled, monkeypatch):
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 100)
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 100)
     with monkeypatch.context() as patch:
         use("plain", patch)
         plain_loss, plain = losses_and_grads("normal", stride=stride)
@@ -339,7 +338,7 @@ def test_the_summary_says_which_path_is_taken():
 
 @pytest.mark.parametrize("channel_dim", [1, -1])
 def test_inference_in_chunks_equals_the_plain_operations(channel_dim, monkeypatch):
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 40)
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 40)
     layer = layer_of(channel_dim=channel_dim)
     shape = (2, 5, 3, 4) if channel_dim == 1 else (2, 9, 5)
     for _ in range(3):
@@ -359,7 +358,7 @@ def test_inference_in_chunks_equals_the_plain_operations(channel_dim, monkeypatc
 
 
 def test_inference_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
-    monkeypatch.setitem(_chunks._ENTRIES, "cpu", 2**12)
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 2**12)
     student = Net(channels=8)
     kd = attach_kd(student, at=[KDPoint("stem", num_templates=512)])
     kd.detach()
@@ -383,8 +382,8 @@ def test_inference_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
 def test_small_layers_take_the_plain_operations(
     channels, templates, positions, memory, fused, monkeypatch
 ):
-    monkeypatch.setattr(_chunks, "LEAST_SCORES", 2**19)
-    monkeypatch.setattr(_chunks, "LEAST_RATIO", 4)
+    monkeypatch.setattr(chunks, "LEAST_SCORES", 2**19)
+    monkeypatch.setattr(chunks, "LEAST_RATIO", 4)
     student = nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU())
     kd = attach_kd(student, at=[KDPoint("0", num_templates=templates)], memory=memory)
     layer = student[0].kd.train()

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd, load_student, save_student
-from kdlayers._sites import slots
+from kdlayers._step.sites import slots
 from kdlayers.errors import CaptureError
 from tests.nets import Net, batch
 

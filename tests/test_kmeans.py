@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.cluster import KMeans
 
-from kdlayers._targets import _distances, _kmeans, _seeding
-from kdlayers._targets._distances import Search, closeness, nearest, nearest_index, sums_by_index
-from kdlayers._targets._hash import counter_keys, derive_seed, row_tags
-from kdlayers._targets._kmeans import kmeans, lloyd
-from kdlayers._targets._reservoir import Reservoir
-from kdlayers._targets._rows import BLOCK, Blocks
+from kdlayers._targets import distances, seeding
+from kdlayers._targets.distances import Search, closeness, nearest, nearest_index, sums_by_index
+from kdlayers._targets.hash import counter_keys, derive_seed, row_tags
+from kdlayers._targets.kmeans import kmeans, lloyd, principal_axes
+from kdlayers._targets.reservoir import Reservoir
+from kdlayers._targets.rows import BLOCK, Blocks
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def blobs(groups, size, width, spread=0.1, scale=10.0):
 def test_nearest_agrees_with_subtraction(dtype, monkeypatch):
     rows, centers = torch.randn(101, 7, dtype=dtype), torch.randn(13, 7, dtype=dtype)
     naive = ((rows[:, None] - centers[None]) ** 2).sum(-1)
-    monkeypatch.setattr(_distances, "_CHUNK", 13 * 10)  # several chunks and a tail
+    monkeypatch.setattr(distances, "_CHUNK", 13 * 10)  # several chunks and a tail
     distance, index = nearest(rows, centers)
     assert torch.equal(index, naive.argmin(1))
     torch.testing.assert_close(distance, naive.amin(1))
@@ -76,16 +76,16 @@ def test_split_product_survives_rounded_factors():
     exact = rows.double() @ centers.double().T
 
     def rounded(a, b):  # what TensorFloat-32 does to the factors
-        return _distances._high_bits(a) @ _distances._high_bits(b).T
+        return distances._high_bits(a) @ distances._high_bits(b).T
 
-    high_r, high_c = _distances._high_bits(rows), _distances._high_bits(centers)
+    high_r, high_c = distances._high_bits(rows), distances._high_bits(centers)
     by_parts = rounded(high_r, high_c) + (
         rounded(high_r, centers - high_c) + rounded(rows - high_r, high_c)
     )
     assert (rounded(rows, centers) - exact).abs().max() > 0.1
     assert (by_parts - exact).abs().max() < 2e-3
     torch.testing.assert_close(
-        _distances._split_product(rows, centers), exact.float(), atol=2e-3, rtol=0
+        distances._split_product(rows, centers), exact.float(), atol=2e-3, rtol=0
     )
 
 
@@ -111,7 +111,7 @@ def test_inertia_is_as_low_as_scikit_learns(k, width):
 
 
 def test_inertia_with_many_centres_seeded_in_rounds(monkeypatch):
-    monkeypatch.setattr(_seeding, "GREEDY_LIMIT", 8)
+    monkeypatch.setattr(seeding, "GREEDY_LIMIT", 8)
     rows = torch.randn(3000, 6)
     ours = kmeans(rows, 120, seed=0).inertia
     theirs = KMeans(120, n_init=1, random_state=0).fit(rows.numpy()).inertia_ / len(rows)
@@ -128,7 +128,7 @@ def test_no_obvious_cluster_is_left_empty(seed):
 
 
 def test_no_obvious_cluster_is_left_empty_when_seeded_in_rounds(monkeypatch):
-    monkeypatch.setattr(_seeding, "GREEDY_LIMIT", 4)
+    monkeypatch.setattr(seeding, "GREEDY_LIMIT", 4)
     rows = blobs(100, 10, 16, spread=0.01)
     assert kmeans(rows, 100, seed=0).counts.tolist() == [10] * 100
 
@@ -154,7 +154,7 @@ def test_stages_end_where_scikit_learn_does(width, rank):
 
 def test_principal_axes_hold_their_share():
     rows = mixed(3000, 160, 6)
-    axes, mean = _kmeans.principal_axes(rows, 0.9)
+    axes, mean = principal_axes(rows, 0.9)
     assert axes.shape[1] % 16 == 0
     torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), atol=1e-4, rtol=0)
     centred = rows - mean
@@ -194,7 +194,7 @@ def test_rounds_draw_as_one_by_one(monkeypatch):
     counts = torch.zeros(4, 4, 4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1500):
-        counts[tuple(_seeding._rejection_seeds(rows, 3, generator).tolist())] += 1
+        counts[tuple(seeding._rejection_seeds(rows, 3, generator).tolist())] += 1
     possible = expected > 0
     assert counts[~possible].sum() == 0
     p = stats.chisquare(
@@ -212,7 +212,7 @@ def test_dead_centres_move_to_the_farthest_rows():
 
 @pytest.mark.parametrize("limit", [512, 2])
 def test_fewer_distinct_rows_than_centres_gives_no_nan(limit, monkeypatch):
-    monkeypatch.setattr(_seeding, "GREEDY_LIMIT", limit)
+    monkeypatch.setattr(seeding, "GREEDY_LIMIT", limit)
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).repeat(10, 1)
     result = kmeans(rows, 7, seed=0)
     assert result.centers.isfinite().all()
@@ -354,7 +354,7 @@ def test_blocks_are_full_but_the_last(sizes, labelled):
 @pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # torch 2.9
 def test_precision_that_the_user_allows_is_seen_and_a_graph_is_careful_in_any_case():
     def choose(x):
-        return x + 1 if _distances._tensor_float() else x - 1
+        return x + 1 if distances._tensor_float() else x - 1
 
     before = torch.get_float32_matmul_precision()
     try:

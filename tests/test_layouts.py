@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kdlayers._layouts import Layout, common_size, find_layout, pool
+from kdlayers._models.layouts import Layout, common_size, find_layout, pool
 from kdlayers.errors import LayoutError, ShapeError
 
 

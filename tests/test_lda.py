@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from kdlayers._targets._lda import Scatter, check_range, discriminants
+from kdlayers._targets.lda import Scatter, check_range, discriminants
 from kdlayers.errors import FitError
 
 

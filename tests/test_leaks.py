@@ -19,7 +19,7 @@ from kdlayers import (
     attach_kd,
     bake,
 )
-from kdlayers._hooks import InsertLayer
+from kdlayers._step.hooks import InsertLayer
 from tests.nets import Net, batch
 
 LABELS = batch()[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdlayers._norms import inverse, inverse_norm, safe_norm
+from kdlayers._utils.norms import inverse, inverse_norm, safe_norm
 
 
 def vectors_of_all_lengths():

@@ -5,9 +5,9 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 
-from kdlayers._names import match
-from kdlayers._progress import progress
-from kdlayers._tree import first_tensor, leaves, main_tensor, pick, put
+from kdlayers._models.names import match
+from kdlayers._utils.progress import progress
+from kdlayers._utils.tree import first_tensor, leaves, main_tensor, pick, put
 from kdlayers.errors import NoMatchError
 from tests.nets import Net
 
@@ -77,16 +77,16 @@ def test_progress(monkeypatch, tty, shown, tqdm, expected):
     terminal = Terminal(tty)
     monkeypatch.setattr("sys.stderr", terminal)
     if not tqdm:
-        monkeypatch.setattr("kdlayers._progress.find_spec", lambda name: None)
+        monkeypatch.setattr("kdlayers._utils.progress.find_spec", lambda name: None)
     assert list(progress([1, 2, 3], "fit", shown=shown)) == [1, 2, 3]
     assert expected in terminal.text
     assert bool(expected) == bool(terminal.text)
 
 
 def test_progress_lines_tell_how_far(monkeypatch):
-    from kdlayers import _progress
+    from kdlayers._utils import progress
 
     terminal = Terminal(True)
     monkeypatch.setattr("sys.stderr", terminal)
-    assert list(_progress._lines([1, 2], "fit, pass 1", every=-1)) == [1, 2]
+    assert list(progress._lines([1, 2], "fit, pass 1", every=-1)) == [1, 2]
     assert "fit, pass 1: batch 1 of 2" in terminal.text

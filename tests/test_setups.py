@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kdlayers import CodebookTargets, KDPoint, attach_kd, bake, fold
-from kdlayers._sites import slots
+from kdlayers._step.sites import slots
 from tests.nets import Net, batch
 
 IMAGES, LABELS = batch(8)

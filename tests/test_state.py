@@ -18,7 +18,7 @@ from kdlayers import (
     load_student,
     save_student,
 )
-from kdlayers._sites import slots
+from kdlayers._step.sites import slots
 from kdlayers.errors import AttachError, CheckpointError
 from tests.nets import Net, batch
 

@@ -6,16 +6,16 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from kdlayers import CodebookTargets, DecisionTargets
-from kdlayers._targets import _codebook_fit, _decision_fit
+from kdlayers._targets import codebook_fit, decision_fit
 
 ALL, MORE = 300, 2400
 """Rows that the samples hold, and rows that need every pass."""
 
 
 def small_samples(set_attribute):
-    set_attribute(_codebook_fit, "ROWS_PER_CENTER", 32)
-    set_attribute(_decision_fit, "ROWS_PER_SUBCLASS", 32)
-    for module in (_codebook_fit, _decision_fit):
+    set_attribute(codebook_fit, "ROWS_PER_CENTER", 32)
+    set_attribute(decision_fit, "ROWS_PER_SUBCLASS", 32)
+    for module in (codebook_fit, decision_fit):
         set_attribute(module, "SMALL_SAMPLE", 0)
 
 

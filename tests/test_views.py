@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, FitNetLoss, KDPoint, attach_kd
-from kdlayers._sites import slots
+from kdlayers._step.sites import slots
 from kdlayers.errors import StaleCaptureError
 from tests.nets import Net, batch
 

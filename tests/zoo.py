@@ -26,7 +26,7 @@ from kdlayers import (
     load_student,
     save_student,
 )
-from kdlayers._trace import trace
+from kdlayers._models.trace import trace
 from kdlayers.errors import AttachError
 from tests.attach_tester import flat, task_loss
 from tests.nets import Net

@@ -32,9 +32,9 @@ from _tables import Report, Table, command_line, read, settings
 from _timing import forget_peak, ratio, resident, spread
 
 from kdlayers import CodebookTargets
-from kdlayers._targets._distances import nearest
-from kdlayers._targets._lda import Scatter, discriminants
-from kdlayers._targets._rows import BLOCK
+from kdlayers._targets.distances import nearest
+from kdlayers._targets.lda import Scatter, discriminants
+from kdlayers._targets.rows import BLOCK
 
 CASES = [(n, d, k) for n in (200_000, 2_000_000) for d in (64, 512) for k in (512, 4096)]
 ITERATIONS = 20

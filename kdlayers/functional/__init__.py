@@ -1,4 +1,7 @@
-"""The closed forms: functions of the student's tensor, the teacher's and the labels."""
+"""The closed forms: functions of the student's tensor, the teacher's and the labels.
+
+They import `_utils` and `errors`, and know nothing of models, layers or hooks.
+"""
 
 from kdlayers.functional._aekt import aekt as aekt
 from kdlayers.functional._dkd import dkd as dkd

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdlayers._warn import warn
+from kdlayers._utils.warn import warn
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
 from kdlayers.functional._decoupled import decouple, divergence

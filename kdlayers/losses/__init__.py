@@ -1,4 +1,7 @@
-"""The losses: each a term that compares the student's tensor with the teacher's."""
+"""The losses: each a term that compares the student's tensor with the teacher's.
+
+They import `functional`, `_targets`, `_utils` and `errors`; `_step` and the rooms above import them.
+"""
 
 from kdlayers.losses._aekt import AEKTLoss as AEKTLoss
 from kdlayers.losses._attention import AttentionTransferLoss as AttentionTransferLoss

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
-from kdlayers._fitter import Fitter
+from kdlayers._targets.fitter import Fitter
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 

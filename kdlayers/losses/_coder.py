@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kdlayers._distributed import all_sum, world_size
+from kdlayers._utils.distributed import all_sum, world_size
 from kdlayers.errors import FitError, ShapeError
 from kdlayers.losses._maps import check_map
 

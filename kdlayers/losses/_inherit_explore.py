@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kdlayers._fitter import Fitter, fit_rows
+from kdlayers._targets.fitter import Fitter, fit_rows
 from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import exploration, inheritance

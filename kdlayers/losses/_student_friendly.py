@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdlayers._warn import warn
+from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd

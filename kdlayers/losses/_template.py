@@ -4,8 +4,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from kdlayers._fitter import Fitter
 from kdlayers._targets import divergence_from, scores_of
+from kdlayers._targets.fitter import Fitter
 from kdlayers.errors import ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._batches import split_batch
-from kdlayers._chunks import chunks
-from kdlayers._layer import KDLayer
-from kdlayers._models import unwrap
+from kdlayers._layer.layer import KDLayer
+from kdlayers._models.wrappers import unwrap
+from kdlayers._step.batches import split_batch
+from kdlayers._utils.chunks import chunks
 from kdlayers.errors import FitError
 from kdlayers.viz._view import best_templates
 from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched

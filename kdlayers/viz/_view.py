@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models import unwrap
+from kdlayers._models.wrappers import unwrap
 from kdlayers.errors import ArgumentError, AttachError
 from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
 

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlayers._hooks import Slot
-from kdlayers._layer import KDLayer
-from kdlayers._layouts import Layout, find_layout
-from kdlayers._names import strip
-from kdlayers._sites import slots
-from kdlayers._trace import to_model, undisturbed
+from kdlayers._layer.layer import KDLayer
+from kdlayers._models.layouts import Layout, find_layout
+from kdlayers._models.names import strip
+from kdlayers._models.trace import to_model, undisturbed
+from kdlayers._step.hooks import Slot
+from kdlayers._step.sites import slots
 from kdlayers.errors import (
     ArgumentError,
     ArgumentTypeError,

@@ -1,0 +1,293 @@
+"""`attach_kd`: from two models and some names to a student with KD layers and a handle."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdlayers._attaching.points import KDPoint
+from kdlayers._attaching.resolve import At, resolve_points
+from kdlayers._layer.layer import check_memory
+from kdlayers._models.names import match
+from kdlayers._models.trace import (
+    Trace,
+    depend,
+    example_for,
+    run_example,
+    to_model,
+    trace,
+    undisturbed,
+)
+from kdlayers._models.wrappers import unwrap
+from kdlayers._step.handle import KDHandle
+from kdlayers._step.hooks import (
+    Capture,
+    CloseForward,
+    OpenForward,
+    Slot,
+    Tape,
+    guard_hooks,
+    score_key,
+)
+from kdlayers._step.other_teacher import warn_of_others
+from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
+from kdlayers._step.teacher import Teacher, Transform, make_teachers
+from kdlayers._step.terms import Term, example_pair, feature_term, unique_names
+from kdlayers._utils.tree import first_tensor, leaves
+from kdlayers._utils.warn import warn
+from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
+from kdlayers.losses import DistillLoss, TemplateLoss
+
+
+def attach_kd(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
+    at: At = (),
+    *,
+    losses: Iterable[DistillLoss] = (),
+    example: Any = None,
+    teacher_weights: Sequence[float] | None = None,
+    teacher_transform: Transform | None = None,
+    memory: str = "normal",
+) -> KDHandle:
+    """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
+
+    The student keeps its type, its forward, its names and its state-dict keys; the layers' keys are
+    additional (``<point>...kd.*``). Both models are run on an example to find shapes; their flags,
+    buffers and the random state are as before afterwards. Every parameter exists on return: make
+    the optimiser after this call, as ``Optimizer([*student.parameters(), *kd.parameters()])``, and
+    call it before ``torch.compile``, DDP or FSDP wrap the student.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from. It is run in eval mode without gradients and left as it
+            was found. ``None``: layers only, with ``num_templates`` given at the points. A list:
+            losses on logits compare with the teachers' mean logits, KD layers and losses on
+            features with the first teacher, unless a loss names one by its ``teacher`` index.
+        at: where the KD layers go: names of modules (the teacher's point has the same name; a name
+            may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
+            ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point
+            in forward order the default targets are ``CodebookTargets()``, at earlier ones
+            ``DecisionTargets()``: one point is letKD-1, two are letKD-2.
+        losses: further :class:`DistillLoss` objects, on logits or on features (their ``at``).
+        example: a small batch of images, or a tuple of the model's arguments, for the dry runs;
+            default: two zero images that suit the student.
+        teacher_weights: weights of the teachers in the mean of their logits, made to sum to 1;
+            default: all equal.
+        teacher_transform: function of the images that the teachers' inputs go through, for a
+            teacher of another resolution or normalisation; default: none.
+        memory: ``"low"``: KD layers never hold the scores of all positions in training, but compute
+            them again in parts; ``"normal"`` (default): so only where it takes no longer, in large
+            layers of up to 128 channels. The numbers are the same.
+
+    Returns:
+        The :class:`KDHandle`, with ``fit``, ``loss``, ``detach`` and ``remove``.
+
+    Raises:
+        NoMatchError: if a name stands for no module that runs; the nearest names are listed.
+        AttachError: if a point cannot take a layer, a layer does not reach the output, the student
+            is wrapped or has KD layers already, or teacher and student share parameters.
+        LayoutError: if it cannot be told which axis holds the channels.
+        ArgumentError: if there is nothing to attach, or an example is needed.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import attach_kd
+        >>> student, teacher = resnet18(num_classes=10), resnet18(num_classes=10)
+        >>> kd = attach_kd(student, teacher, at=["layer4.0", "layer4"])
+        >>> sorted(set(k.rsplit(".kd.")[0] for k in student.state_dict() if ".kd." in k))
+        ['layer4.0', 'layer4.1']
+        >>> kd.remove()
+    """
+    student, _ = unwrap(student, "student")
+    losses, memory = _check_losses(losses), check_memory(memory)
+    args = example_for(student, example)
+    traced = trace(student, args, "student")
+    teachers = make_teachers(student, teacher, args, teacher_weights, teacher_transform)
+    if losses and not teachers:
+        raise ArgumentError("losses compare the student with a teacher: pass teacher=")
+    points = resolve_points(at, traced, teachers[0].traced if teachers else None)
+    if not points and not losses:
+        raise ArgumentError(
+            "nothing to attach: give at=[module names], losses=[...] or both; find_points(student) "
+            "lists usable points"
+        )
+    tape = Tape()
+    with ExitStack() as undo, undisturbed(student):
+        undo.callback(take_out, student, tape)
+        _insert_layers(student, points, traced, tape, memory)
+        _check_layers(student, traced, args, tape, [point.student for point in points])
+        terms = _terms(points, losses, traced, teachers)
+        hooks = _record_hooks(student, terms, traced, tape, undo)
+        undo.pop_all()
+    for module, _, hook in inserts(student):
+        if hook.tape is tape:
+            hook.slot(module).train(module.training)
+    guard_hooks(reset=True)
+    _warn_of_earlier(student, tape)
+    warn_of_others(terms, teachers)
+    return KDHandle(student, teachers, terms, tape, hooks)
+
+
+def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
+    """Say that KD layers of a handle in use are still there, as when a notebook's cell is rerun."""
+    earlier = [h.name for _, _, h in inserts(student) if h.tape is not tape and h.tape.armed]
+    if earlier:
+        warn(
+            f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
+            "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
+        )
+
+
+def _check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
+    given: list[DistillLoss] = [losses] if isinstance(losses, DistillLoss) else list(losses)
+    for loss in given:
+        if not isinstance(loss, DistillLoss):
+            raise ArgumentTypeError(
+                f"losses must be DistillLoss objects such as KDLoss(), got {type(loss).__name__}"
+            )
+        if isinstance(loss, TemplateLoss):
+            raise ArgumentError(
+                "TemplateLoss needs a KD layer: instead of losses=[TemplateLoss(...)], pass "
+                "at=[KDPoint(name, targets=...)]"
+            )
+    return given
+
+
+def _insert_layers(
+    student: nn.Module, points: Sequence[KDPoint], traced: Trace, tape: Tape, memory: str
+) -> None:
+    """Register a slot and its hook for every point."""
+    for point in points:
+        refuse_norm(student, point.student)
+    layouts = [traced.layout(point.student) for point in points]
+    for point, layout in zip(points, layouts, strict=True):
+        call, dim = traced.call(point.student), layout.channel_dim
+        # resolve_points has given every point its number of templates.
+        templates = point.num_templates or 0
+        slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim, memory=memory)
+        place(student, point.student, slot.to(call.device, call.dtype), call.path, tape)
+
+
+def _check_layers(
+    student: nn.Module, traced: Trace, example: tuple[Any, ...], tape: Tape, names: Sequence[str]
+) -> None:
+    """Two dry runs: the layers run once and disturb nothing, and each reaches the output.
+
+    Raises:
+        AttachError: if one of these does not hold.
+    """
+    layers = slots(student)
+    alphas = {name: layers[name].alpha for name in names}
+    example = to_model(example, student)
+    try:
+        for name in names:
+            layers[name].alpha = 0.0
+        tape.active = True
+        with torch.no_grad():
+            plain = first_tensor(run_example(student, example, "student"))
+        missing = [name for name in names if score_key(name) not in tape.features]
+    finally:
+        tape.active = False
+        tape.consume()
+        for name, alpha in alphas.items():
+            layers[name].alpha = alpha
+    if missing:
+        raise AttachError(
+            f"the KD layer at {missing} was bypassed in a dry run: the model calls what is inside "
+            "this module rather than the module; choose a block inside it, find_points(model) "
+            "lists them"
+        )
+    if plain is None or not torch.allclose(plain, traced.logits, rtol=1e-4, atol=1e-6):
+        raise AttachError(
+            "the student's output changed although the KD layers were switched off: its eval-mode "
+            f"forward is random, or it runs all children of a module round {list(names)}; choose "
+            "other points, find_points(model) lists them"
+        )
+    _check_reach(student, example, {name: layers[name] for name in names})
+
+
+def _check_reach(student: nn.Module, example: tuple[Any, ...], layers: dict[str, Slot]) -> None:
+    if not layers:
+        return
+    with torch.enable_grad():
+        outputs = [tensor for _, tensor in leaves(student(*example))]
+    reached = depend(outputs, [layer.value.weight for layer in layers.values()])
+    dead = [name for name, yes in zip(layers, reached, strict=True) if not yes]
+    if dead:
+        raise AttachError(
+            f"the output of {dead} does not reach the model's output, so a KD layer there would "
+            "learn nothing from the labels and change nothing; choose an earlier point, "
+            "find_points(model) lists them"
+        )
+
+
+def _terms(
+    points: Sequence[KDPoint],
+    losses: Sequence[DistillLoss],
+    traced: Trace,
+    teachers: Sequence[Teacher],
+) -> list[Term]:
+    """One term a point, then one a loss; parameters that depend on shapes are made here."""
+    if not teachers:
+        return []
+    terms = []
+    for point in points:
+        tap = point.teacher or point.student
+        loss = TemplateLoss(point.targets, weight=point.weight, at=(point.student, tap))
+        name = f"TemplateLoss.{point.student}"
+        terms.append(feature_term(name, loss, traced, teachers, point.student, tap))
+    terms.extend(_loss_term(loss, traced, teachers) for loss in losses)
+    unique_names(terms)
+    for term in terms:
+        term.loss.build(*example_pair(term, traced, teachers))
+        term.loss.to(traced.logits.device)
+    return terms
+
+
+def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) -> Term:
+    name = loss.name or type(loss).__name__
+    if loss.teacher is not None and loss.teacher >= len(teachers):
+        raise ArgumentError(
+            f"{name} reads teacher {loss.teacher}, but there are {len(teachers)}, counted from 0"
+        )
+    if loss.at is None:
+        return Term(name, loss, teacher_index=loss.teacher)
+    ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
+    advice = f"; where its name is another, give both: at=({ours!r}, 'its name')"
+    advice = "" if isinstance(loss.at, tuple) else advice
+    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher or 0].traced, advice)
+    return feature_term(loss.name or f"{name}.{point}", loss, traced, teachers, point, tap)
+
+
+def _one(name: str, traced: Trace, advice: str = "") -> str:
+    found = match(name, traced.names, traced.model, traced.label, advice)
+    if len(found) > 1:
+        raise ArgumentError(
+            f"a loss reads one point, but {name!r} stands for {found}; give one name"
+        )
+    return found[0]
+
+
+def _record_hooks(
+    student: nn.Module, terms: Sequence[Term], traced: Trace, tape: Tape, undo: ExitStack
+) -> list[Any]:
+    """Hooks that only recording needs; they go when the handle goes."""
+    if not terms:
+        tape.armed = False
+        return []
+    hooks = [
+        student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True),
+        student.register_forward_hook(CloseForward(tape), always_call=True),
+    ]
+    points = {term.point for term in terms if term.point is not None and not term.scores}
+    for name in sorted(points):
+        call = traced.call(name)
+        tap = Capture(name, call.path, tape, clone=call.changed)
+        hooks.append(hook_site(student, name).register_forward_hook(tap))
+    for hook in hooks:
+        undo.callback(hook.remove)
+    return hooks

@@ -1,0 +1,140 @@
+"""From what the user wrote as ``at`` to points with names, targets and numbers of templates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from torch import nn
+
+from kdlayers._attaching.points import KDPoint
+from kdlayers._models.names import is_glob, match
+from kdlayers._models.trace import Trace
+from kdlayers._targets import CodebookTargets, DecisionTargets, TemplateTargets
+from kdlayers.errors import ArgumentError, ArgumentTypeError
+
+At: TypeAlias = str | KDPoint | Mapping[str, str] | Sequence[str | KDPoint]
+
+
+def resolve_points(at: At, student: Trace, teacher: Trace | None) -> list[KDPoint]:
+    """Points in the student's forward order, complete with targets and numbers of templates.
+
+    Raises:
+        NoMatchError: if a name stands for nothing.
+        ArgumentError: if a point stands twice, or numbers do not fit together.
+        ArgumentTypeError: if ``at`` is nothing of what it may be.
+    """
+    points = [p for item in _items(at) for p in _named(item, student, teacher)]
+    names = [point.student for point in points]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ArgumentError(f"at names {twice} more than once; one KD layer goes to a point")
+    points.sort(key=lambda point: student.call(point.student).order)
+    if teacher is None:
+        return [_without_teacher(point) for point in points]
+    shared = [p.targets for p in points if p.targets is not None]
+    if len({id(targets) for targets in shared}) < len(shared):
+        raise ArgumentError("two points share one targets object; make one for each point")
+    last = len(points) - 1
+    return [_with_targets(p, i == last, _classes(teacher)) for i, p in enumerate(points)]
+
+
+def _items(at: At) -> list[KDPoint]:
+    if isinstance(at, (str, KDPoint)):
+        at = [at]
+    if isinstance(at, Mapping):
+        return [KDPoint(ours, theirs) for ours, theirs in at.items()]
+    if isinstance(at, nn.Module) or not isinstance(at, Sequence):
+        raise ArgumentTypeError(
+            f"at must be names, a dict {{student: teacher}} or KDPoints, got {type(at).__name__}"
+        )
+    items = []
+    for item in at:
+        if not isinstance(item, (str, KDPoint)):
+            raise ArgumentTypeError(
+                f"at holds a {type(item).__name__}; give module names, as find_points(student) "
+                "lists them, or KDPoint(student, teacher)"
+            )
+        items.append(KDPoint(item) if isinstance(item, str) else item)
+    return items
+
+
+def _named(point: KDPoint, student: Trace, teacher: Trace | None) -> list[KDPoint]:
+    """The point with full names; one for every name that a glob stands for."""
+    found = match(point.student, student.names, student.model, "student")
+    if len(found) > 1 and (point.targets is not None or point.teacher is not None):
+        raise ArgumentError(
+            f"KDPoint({point.student!r}) stands for {found}, but has one teacher point or one set "
+            "of targets; give a KDPoint for each"
+        )
+    points = []
+    for name in found:
+        theirs = name if point.teacher is None else point.teacher
+        if teacher is not None:
+            theirs = _teacher_name(theirs, name, point, teacher)
+        points.append(replace(point, student=name, teacher=theirs))
+    return points
+
+
+def _teacher_name(theirs: str, ours: str, point: KDPoint, teacher: Trace) -> str:
+    advice = "" if point.teacher is not None else _pair_advice(ours)
+    found = match(theirs, teacher.names, teacher.model, "teacher", advice)
+    if len(found) > 1 or (is_glob(theirs) and point.teacher is not None):
+        raise ArgumentError(
+            f"the teacher's point for {ours!r} must be one name, but {theirs!r} is a glob for "
+            f"{found}"
+        )
+    teacher.call(found[0])
+    return found[0]
+
+
+def _pair_advice(ours: str) -> str:
+    return (
+        f"; a name alone stands for both models: where the teacher's is another, give it too, as "
+        f"in at={{{ours!r}: 'name in the teacher'}} or KDPoint({ours!r}, 'name in the teacher')"
+    )
+
+
+def _without_teacher(point: KDPoint) -> KDPoint:
+    if point.num_templates is None:
+        raise ArgumentError(
+            f"without a teacher the number of templates at {point.student!r} is unknown; pass "
+            f"KDPoint({point.student!r}, num_templates=...)"
+        )
+    return point
+
+
+def _classes(teacher: Trace) -> int | None:
+    return teacher.logits.shape[1] if teacher.logits.dim() == 2 else None
+
+
+def _with_targets(point: KDPoint, last: bool, classes: int | None) -> KDPoint:
+    targets = point.targets or _default_targets(point, last, classes)
+    if isinstance(targets, DecisionTargets) and targets.num_classes is None:
+        targets.num_classes = classes
+    needed = targets.num_templates
+    if needed is None:
+        raise ArgumentError(
+            f"the number of classes at {point.student!r} is unknown, because the teacher's output "
+            "is no [B, classes]; pass DecisionTargets(num_classes=...)"
+        )
+    if point.num_templates not in (None, needed):
+        raise ArgumentError(
+            f"KDPoint({point.student!r}) has num_templates={point.num_templates}, but its targets "
+            f"have {needed}; leave num_templates out"
+        )
+    return replace(point, targets=targets, num_templates=needed)
+
+
+def _default_targets(point: KDPoint, last: bool, classes: int | None) -> TemplateTargets:
+    asked = point.num_templates
+    if last:
+        return CodebookTargets() if asked is None else CodebookTargets(asked)
+    if asked is None:
+        return DecisionTargets()
+    if classes is None or asked % classes:
+        raise ArgumentError(
+            f"KDPoint({point.student!r}): {asked} templates are no whole number of sub-classes for "
+            f"{classes} classes; pass targets=DecisionTargets(subclasses) or "
+            f"CodebookTargets({asked})"
+        )
+    return DecisionTargets(asked // classes)

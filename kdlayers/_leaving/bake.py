@@ -1,0 +1,109 @@
+"""Baking: hooks become plain submodules."""
+
+import copy
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdlayers._layer.layer import KDLayer
+from kdlayers._models.wrappers import unwrap
+from kdlayers._step.hooks import Slot
+from kdlayers._step.sites import displace, inserts
+from kdlayers._utils.torch_internals import child_table, drop_hooks
+from kdlayers._utils.tree import Path, pick, put
+from kdlayers.errors import AttachError
+
+
+class BakedPoint(nn.Module):
+    """A module followed by its KD layer, for modules with several arguments or outputs."""
+
+    def __init__(self, module: nn.Module, layer: nn.Module, path: Path) -> None:
+        super().__init__()
+        self.module = module
+        self.layer = layer
+        self.path = path
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, with its features sent through the layer."""
+        output = self.module(*args, **kwargs)
+        return put(output, self.path, self.layer(pick(output, self.path)))
+
+
+def bake(student: nn.Module) -> nn.Module:
+    """A copy of the student in which every KD layer is a plain submodule and no hook is left.
+
+    The copy gives the same outputs, runs without hooks, and can be scripted by TorchScript where
+    the student itself could be; its state-dict keys differ. The student is not changed.
+
+    Args:
+        student: a model with KD layers, attached or detached.
+
+    Raises:
+        AttachError: if the model has no KD layers.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import KDPoint, attach_kd, bake
+        >>> student = resnet18().eval()
+        >>> kd = attach_kd(student, at=[KDPoint("layer4", num_templates=16)])
+        >>> images = torch.randn(2, 3, 64, 64)
+        >>> torch.equal(bake(student)(images), student(images))
+        True
+    """
+    return replace_layers(student, _plain)
+
+
+def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module]) -> nn.Module:
+    """A copy of ``student`` without hooks, with ``made(slot)`` as a submodule for every slot.
+
+    Raises:
+        AttachError: if there is no KD layer.
+    """
+    student, _ = unwrap(student, "student")
+    if not inserts(student):
+        raise AttachError(
+            f"this {type(student).__name__} has no KD layers, so it is plain as it is: use or "
+            "export it itself; KD layers come with attach_kd(student, teacher, at=[...])"
+        )
+    baked = copy.deepcopy(student)
+    for module, key, hook in inserts(baked):
+        layer = made(hook.slot(module))
+        displace(module, key, hook)
+        _replace(baked, module, _baked_point(module, layer, hook.path))
+    return _without_record_hooks(baked)
+
+
+def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
+    point: nn.Module = BakedPoint(module, layer, path)
+    # TorchScript knows no *args; a Sequential serves where the module takes one tensor.
+    if path == () and len(signature(module.forward).parameters) == 1:
+        point = nn.Sequential(module, layer)
+    point.training = module.training
+    return point
+
+
+def _plain(slot: Slot) -> KDLayer:
+    with torch.random.fork_rng(devices=[]):
+        layer = KDLayer(1, 1, alpha=slot.alpha, channel_dim=slot.head.channel_dim)
+    layer.head, layer.norm, layer.value = slot.head, slot.norm, slot.value
+    layer.training = slot.training
+    return layer
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        if parent is new or parent is old:
+            continue
+        for name, child in child_table(parent).items():
+            if child is old:
+                child_table(parent)[name] = new
+
+
+def _without_record_hooks(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        drop_hooks(module, lambda hook: type(hook).__module__ == "kdlayers._step.hooks")
+    return model

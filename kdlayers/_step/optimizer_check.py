@@ -1,0 +1,57 @@
+"""Notices an optimiser that does not hold the parameters which attach_kd added."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._utils.warn import warn
+
+
+class OptimiserWatch:
+    """Compares a few values of the student's own and of the added parameters between steps.
+
+    When a step has changed the student's own, it must have changed each group of added parameters
+    whose loss had a weight. Each group is judged once, so that later steps cost nothing.
+    """
+
+    def __init__(
+        self, own: Iterable[nn.Parameter], added: Mapping[str, Iterable[nn.Parameter]]
+    ) -> None:
+        self.own = [p for p in own if p.requires_grad][-1:]
+        groups = {name: [p for p in group if p.requires_grad] for name, group in added.items()}
+        self.unjudged = {name: group for name, group in groups.items() if group and self.own}
+        self.own_before: Tensor | None = None
+        self.before: dict[str, Tensor] = {}
+
+    def look(self, live: Collection[str]) -> None:
+        """Called at every ``loss`` with the groups that get a gradient in this step.
+
+        Warns about groups that the last optimiser step left out.
+        """
+        if not self.unjudged:
+            return
+        own = _probe(self.own)
+        if self.own_before is not None and not torch.equal(own, self.own_before):
+            self._judge()
+        self.own_before = own
+        self.before = {name: _probe(g) for name, g in self.unjudged.items() if name in live}
+
+    def _judge(self) -> None:
+        groups = {name: self.unjudged.pop(name) for name in self.before}
+        still = [name for name, g in groups.items() if torch.equal(_probe(g), self.before[name])]
+        if still:
+            warn(
+                f"the optimiser changed the student but not {', '.join(still)}: it was made before "
+                "attach_kd, or without kd.parameters(). Make it after attach_kd as "
+                "Optimizer([*student.parameters(), *kd.parameters()])",
+            )
+
+
+def _probe(parameters: Iterable[nn.Parameter]) -> Tensor:
+    return torch.cat([_local(p).flatten()[:64].float() for p in parameters])
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    to_local = getattr(parameter, "to_local", None)  # FSDP's shards
+    return parameter.detach() if to_local is None else to_local().detach()

@@ -1,0 +1,109 @@
+"""Where in a model a KD layer's hook and its parameters go."""
+
+from torch import nn
+
+from kdlayers._step.hooks import SLOT, InsertLayer, Slot, Tape, descend
+from kdlayers._utils.torch_internals import child_table, forward_hooks, is_batch_norm
+from kdlayers._utils.tree import Path
+from kdlayers.errors import AttachError
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def hook_site(model: nn.Module, name: str) -> nn.Module:
+    """The module whose output hook stands for the output of module ``name``.
+
+    Code that iterates over an ``nn.Sequential`` (checkpointing, feature extractors) never calls the
+    Sequential itself, so the hook goes to its last child. It stays above a batch norm, which
+    ``convert_sync_batchnorm`` replaces together with its hooks.
+    """
+    module = model.get_submodule(name)
+    while _stock_sequential(module) and child_table(module):
+        last = next(reversed(child_table(module).values()))
+        if last is None or is_batch_norm(last):
+            break
+        module = last
+    return module
+
+
+def refuse_norm(model: nn.Module, name: str) -> None:
+    """Raise AttachError if ``name`` is a batch norm, which is replaced without its KD layer."""
+    module = model.get_submodule(name)
+    if is_batch_norm(module):
+        raise AttachError(
+            f"{name!r} is a {type(module).__name__}, which convert_sync_batchnorm would replace "
+            "without its KD layer; choose the module round it, or the activation after it"
+        )
+
+
+def _stock_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def store_path(hooked: nn.Module) -> tuple[str, ...]:
+    """Child names from ``hooked`` to the module that gets the layer as its child ``kd``.
+
+    The layer does not become a child of a container, whose children other code counts and runs.
+    """
+    path: list[str] = []
+    module = hooked
+    while isinstance(module, _CONTAINERS) and child_table(module):
+        key = next(reversed(child_table(module)))
+        child = child_table(module)[key]
+        if child is None:
+            break
+        path.append(key)
+        module = child
+    return tuple(path)
+
+
+def home_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that gets the layer of point ``name`` as its child."""
+    site = hook_site(model, name)
+    return descend(site, store_path(site))
+
+
+def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> None:
+    """Put ``slot`` and its hook into ``model`` at point ``name``.
+
+    Raises:
+        AttachError: if there is one already.
+    """
+    site, home = hook_site(model, name), home_of(model, name)
+    if hasattr(home, SLOT):
+        raise AttachError(
+            f"there is a {SLOT!r} at {name!r} already: two points stand for the same module (a "
+            "stage and its last block, say), or the student was attached before; choose one, or "
+            "call kd.remove() on the earlier handle"
+        )
+    store = store_path(site)  # before the slot is there: it would be taken for a child
+    home.add_module(SLOT, slot)
+    site.register_forward_hook(InsertLayer(name, store, path, tape))
+
+
+def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:
+    """Every KD-layer hook in ``model``: the hooked module, the hook's key, the hook."""
+    return [
+        (module, key, hook)
+        for module in model.modules()
+        for key, hook in forward_hooks(module).items()
+        if isinstance(hook, InsertLayer)
+    ]
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """The KD layers in ``model``, by the names of their points."""
+    return {hook.name: hook.slot(module) for module, _, hook in inserts(model)}
+
+
+def take_out(model: nn.Module, tape: object = None) -> None:
+    """Remove KD layers and their hooks: all of them, or those that write to ``tape``."""
+    for module, key, hook in inserts(model):
+        if tape is None or hook.tape is tape:
+            displace(module, key, hook)
+
+
+def displace(module: nn.Module, key: int, hook: InsertLayer) -> None:
+    """Undo `place`, for one of the `inserts`."""
+    del forward_hooks(module)[key]
+    child_table(descend(module, hook.store)).pop(SLOT)

@@ -1,0 +1,178 @@
+"""What both kinds of template targets have in common: fitting, state, checks."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from kdlayers._targets.fitter import Fitter, fit_rows
+from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
+from kdlayers.functional import template_kl
+
+
+class TemplateTargets(nn.Module):
+    """Base class: turns the teacher's features into soft assignments over K templates.
+
+    A module without parameters. Its buffers are ``None``, and absent from ``state_dict()``, until
+    :meth:`fit` or ``load_state_dict`` has filled them; loading takes the sizes from the state. Use
+    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`.
+    """
+
+    centers: Tensor | None
+    _state_names: ClassVar[tuple[str, ...]] = ()
+    _anchor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Remembers device and dtype of an unfitted module that is moved.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
+        for name in self._state_names:
+            self.register_buffer(name, None)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether :meth:`fit` or ``load_state_dict`` has filled the buffers."""
+        return self.centers is not None
+
+    @property
+    def num_templates(self) -> int | None:
+        """K, or None where it depends on data that :meth:`fit` has not seen yet."""
+        raise NotImplementedError
+
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, seed: int = 0) -> Self:
+        """Learn from ``batches``, in a few passes, without keeping the features.
+
+        Args:
+            batches: an iterable of (features ``[..., D]``, labels) that can be iterated again, such
+                as a list. Labels are integers of shape ``[...]`` or of a leading part of it, such
+                as ``[B]`` for ``[B, H, W, D]``, or ``None`` where they are not needed.
+            seed: seed of sampling and clustering, default 0. Global random state is neither read
+                nor changed. Equal rows and seed give equal results, however they are batched.
+
+        Returns:
+            The targets themselves. If fitting fails they are left as they were.
+
+        Raises:
+            FitError: if the data cannot be learnt from.
+            ShapeError: if widths or numbers of labels do not fit together.
+        """
+        fit_rows(self.fitter(seed=seed), batches)
+        return self
+
+    def fitter(self, *, seed: int = 0) -> Fitter:
+        """What fills these targets when fed whole passes of batches, as :meth:`fit` does it."""
+        raise NotImplementedError
+
+    def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Features ``[..., D]`` to probabilities ``[..., K]``, without gradient."""
+        raise NotImplementedError
+
+    def divergence(
+        self,
+        student: Tensor,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        templates: Tensor | None = None,
+    ) -> Tensor:
+        """Mean KL divergence of template scores from :meth:`soft_assignment`, a scalar.
+
+        Args:
+            student: scores ``[..., K]``; or with ``templates`` unit vectors ``[..., C]``.
+            features: the teacher's, ``[..., D]``.
+            labels: as for :meth:`soft_assignment`.
+            templates: ``[K, C]``, whose products with the unit vectors are the scores.
+
+        Raises:
+            ShapeError: if there are scores for another number of templates.
+        """
+        assignment = self.soft_assignment(features, labels)
+        return divergence_from(assignment, student, templates)
+
+    def _need(self, buffer: Tensor | None) -> Tensor:
+        if buffer is None:
+            raise NotFittedError(
+                f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) "
+                "or .fit(batches) first, or load a fitted state"
+            )
+        return buffer
+
+    def _install(self, **buffers: Tensor) -> None:
+        for name, value in buffers.items():
+            setattr(self, name, value)
+        self._anchor = buffers["centers"].new_empty(0)
+
+    def _check_state(self, state: dict[str, Tensor]) -> None:
+        """Raise CheckpointError unless the tensors fit together; take over sizes they imply."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        state = {n: state_dict[prefix + n] for n in self._state_names if prefix + n in state_dict}
+        if state:
+            self._check_values(state)
+            self._check_state(state)
+        for name, value in state.items():
+            current = getattr(self, name)
+            if current is None or current.shape != value.shape:
+                # Buffers of the right size, which the copy below fills.
+                dtype = value.dtype if current is None else current.dtype
+                setattr(
+                    self, name, torch.empty_like(value, dtype=dtype, device=self._anchor.device)
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_values(self, state: dict[str, Any]) -> None:
+        owner = type(self).__name__
+        missing = [name for name in self._state_names if name not in state]
+        if missing:
+            raise CheckpointError(
+                f"the state of {owner} is incomplete: it has {', '.join(state)}, but not "
+                f"{', '.join(missing)}; save state_dict() as a whole"
+            )
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"the state of {owner} is damaged: {name} is no tensor but a "
+                    f"{type(value).__name__}"
+                )
+            if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
+                raise CheckpointError(
+                    f"the state of {owner} is damaged: {name} has NaN or infinite values"
+                )
+
+
+def scores_of(student: Tensor, templates: Tensor | None) -> Tensor:
+    """Scores ``[..., K]``, given as they are or as unit vectors and templates."""
+    return student if templates is None else student @ templates.T
+
+
+def divergence_from(assignment: Tensor, student: Tensor, templates: Tensor | None) -> Tensor:
+    """Mean KL divergence of the scores from an assignment of the teacher's, ``[..., K]``."""
+    scores = scores_of(student, templates)
+    check_templates(scores.shape[-1], assignment.shape[-1])
+    return template_kl(scores, assignment)
+
+
+def check_templates(scored: int, wanted: int) -> None:
+    """Raise ShapeError unless the KD layer scores as many templates as the targets have."""
+    if scored != wanted:
+        raise ShapeError(
+            f"the KD layer scores {scored} templates, but the targets have {wanted}; make the "
+            f"layer with num_templates={wanted}"
+        )
+
+
+def check_shapes(
+    owner: object, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError where a tensor of the state has another shape than expected."""
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise CheckpointError(
+                f"the state of {type(owner).__name__} is damaged: {name} has shape "
+                f"{list(state[name].shape)}, the other tensors ask for {list(shape)}"
+            )

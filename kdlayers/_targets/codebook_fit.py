@@ -1,0 +1,102 @@
+"""The passes that learn a codebook: k-means on a sample; after a small one, a step on all rows."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kdlayers._targets.distances import nearest, sums_by_index
+from kdlayers._targets.hash import derive_seed
+from kdlayers._targets.kmeans import kmeans, mean_centers
+from kdlayers._targets.reservoir import Reservoir, Sample, sample_size
+from kdlayers._utils.distributed import all_sum, rank
+from kdlayers._utils.warn import warn
+from kdlayers.errors import FitError
+
+ROWS_PER_CENTER, SMALL_SAMPLE = 256, 2**14
+"""Rows in a sample: this many a centre, but not fewer in all, which costs little."""
+ENOUGH_ROWS = 256
+"""Rows a centre from which a sample's centres are as good as those of all rows, to about 1 %."""
+
+
+class SamplePass:
+    """Samples rows, then clusters them."""
+
+    stage = "sampling features"
+    labelled = False
+
+    def __init__(self, k: int, seed: int, install: Callable[..., None]) -> None:
+        self._k, self._seed, self._install = k, seed, install
+        self._reservoir: Reservoir | None = None
+
+    def take(self, rows: Tensor, labels: Tensor | None) -> None:  # noqa: ARG002
+        """Offer a block to the sample."""
+        if self._reservoir is None:
+            wanted = max(ROWS_PER_CENTER * self._k, SMALL_SAMPLE)
+            capacity = sample_size(wanted, self._k, rows.shape[1])
+            self._reservoir = Reservoir(capacity, self._seed)
+        self._reservoir.add(rows)
+
+    def finish(self) -> "LloydPass | None":
+        """Cluster the sample; all rows are wanted once more if it has few rows a centre."""
+        if self._reservoir is None:
+            raise FitError("fit() was given batches without a single row")
+        sample = self._reservoir.merged()
+        _check_enough(sample, self._k)
+        result = kmeans(sample.rows, self._k, derive_seed(self._seed, 0))
+        # Ranks may run on unlike hardware: the first one decides.
+        centers, counts = from_first_rank(result.centers), from_first_rank(result.counts)
+        if sample.complete or len(sample.rows) >= ENOUGH_ROWS * self._k:
+            self._install(centers=centers, counts=counts, inertia=from_first_rank(result.inertia))
+            return None
+        return LloydPass(centers, self._install)
+
+
+class LloydPass:
+    """One exact Lloyd step: the mean of all rows nearest to each centre."""
+
+    stage = "refining centres"
+    labelled = False
+
+    def __init__(self, centers: Tensor, install: Callable[..., None]) -> None:
+        self._centers, self._install = centers, install
+        self._sums = torch.zeros_like(centers, dtype=torch.float64)
+        self._counts = torch.zeros(len(centers), dtype=torch.long, device=centers.device)
+        self._distance = torch.zeros((), dtype=torch.float64, device=centers.device)
+
+    def take(self, rows: Tensor, labels: Tensor | None) -> None:  # noqa: ARG002
+        """Add a block to the sums."""
+        distances, index = nearest(rows, self._centers)
+        # Relative to the centre, so that the sums keep their digits.
+        self._sums += sums_by_index(rows - self._centers[index], index, len(self._centers))
+        self._counts += torch.bincount(index, minlength=len(self._centers))
+        self._distance += distances.sum(dtype=torch.float64)
+
+    def finish(self) -> None:
+        """Take the means as the centres."""
+        sums, counts, distance = (all_sum(t) for t in (self._sums, self._counts, self._distance))
+        moves = mean_centers(sums, counts, torch.zeros_like(sums))
+        # Moving a centre to the mean takes n |move|^2 off the sum of squared distances.
+        inertia = (distance - (counts * moves.square().sum(dim=1)).sum()) / counts.sum()
+        centers = (self._centers.double() + moves).to(self._centers.dtype)
+        self._install(centers=centers, counts=counts, inertia=inertia.clamp(min=0))
+
+
+def _check_enough(sample: Sample, k: int) -> None:
+    rows = len(sample.rows)
+    if rows < k:
+        raise FitError(
+            f"CodebookTargets({k}) needs at least {k} positions, but the batches hold {rows}; give "
+            f"more data or lower num_templates to at most {max(1, rows // 16)}"
+        )
+    distinct = len(sample.tags.unique())
+    if distinct < k:
+        warn(
+            f"CodebookTargets({k}) saw only {distinct} distinct feature vectors, so some centres "
+            f"are equal or never chosen; lower num_templates to {distinct} or less",
+        )
+
+
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """The tensor of rank 0, on all ranks."""
+    return all_sum(tensor if rank() == 0 else torch.zeros_like(tensor))

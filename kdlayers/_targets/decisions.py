@@ -1,0 +1,247 @@
+"""Decision targets: how the teacher's features confuse sub-classes."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
+from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
+from kdlayers._targets.distances import affine
+from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad
+from kdlayers._targets.fitter import Fitter
+from kdlayers._targets.rows import RowFitter, check_features, expand_labels
+from kdlayers._utils.chunks import work_dtype
+from kdlayers.errors import ArgumentError, CheckpointError
+from kdlayers.functional import _checks as check
+
+
+class DecisionTargets(TemplateTargets):
+    r"""The teacher's decisions among sub-classes, given the sub-class a position belongs to.
+
+    Features are projected by linear discriminant analysis, :math:`z = A f + b`, and every class
+    :math:`c` is split by k-means into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
+    \rho_{Sc+S-1}` and means :math:`\mu`. A position of class :math:`y` belongs to the nearest
+    centre of its own class; the decision is the nearest mean of all :math:`K = CS`, whatever the
+    class:
+
+    .. math::
+        h_1(z, y) = \operatorname*{argmin}_{s \in \{Sy, \dots, Sy+S-1\}} \| z - \rho_s \|^2,
+        \qquad h_2(z) = \operatorname*{argmin}_s \| z - \mu_s \|^2
+
+    .. math::
+        P_{ss'} = \frac{\#\{ i : h_1(z_i, y_i) = s,\; h_2(z_i) = s' \}}
+        {\#\{ i : h_1(z_i, y_i) = s \}},
+        \qquad q_i = P_{h_1(z_i, y_i),\,\cdot}
+
+    :math:`P` is a count table: no softmax and no temperature; exact zeros are common.
+
+    :meth:`fit` needs integer labels and reads the data two to four times: class statistics for the
+    discriminant analysis (in float64; class frequencies as priors, covariance within classes with
+    divisor :math:`N - C`, tolerance 1e-4); a uniform sample of 256 rows a sub-class, at least
+    2048 a class (fewer for very many classes), for k-means; the means :math:`\mu`; the table. The
+    last two work on the sample in memory where it holds all rows. A sub-class that stays empty
+    keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all ranks end
+    with the same result.
+
+    Args:
+        subclasses: S, sub-classes of each class. Default 8, the authors'; 1 is allowed.
+        components: number of discriminant directions kept, of which there are at most C - 1 and at
+            most D. Default 60, the authors' for CIFAR-100, or all where there are fewer; another
+            number is cut to what there is with a warning.
+        num_classes: C; default: what ``attach_kd`` sees, or the largest label of :meth:`fit` + 1.
+
+    Attributes:
+        projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
+        shift: b, ``[components]``.
+        centers: :math:`\rho`, ``[K, components]``; the sub-classes of class c are the rows
+            ``subclasses * c`` to ``subclasses * c + subclasses - 1``.
+        prototypes: :math:`\mu`, ``[K, components]``.
+        decisions: P, ``[K, K]``, rows summing to 1.
+        counts: rows of the data in each sub-class, ``[C, subclasses]``, for reports.
+
+    All are ``None`` before :meth:`fit`, float32 (float64 for float64 features) and on the features'
+    device.
+
+    Raises:
+        ArgumentError: if an argument is too small.
+        ArgumentTypeError: if an argument is no integer.
+
+    References:
+        A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
+        Decide", BMVC 2023. Checked against the authors' code. There, with one sub-class a class, a
+        position far from its centre can be given sub-class 0; the count table leaves out the last
+        rows unless their number is a multiple of 10000; and an empty sub-class shifts the indices
+        of later ones. Here none of this happens.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers import DecisionTargets
+        >>> features = torch.tensor([[0.0, 0.0], [1.0, 1.0], [4.0, 0.0], [5.0, 1.0]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> targets = DecisionTargets(subclasses=1, components=1).fit([(features, labels)])
+        >>> targets.soft_assignment(features, labels)
+        tensor([[1., 0.],
+                [1., 0.],
+                [0., 1.],
+                [0., 1.]])
+    """
+
+    projection: Tensor | None
+    shift: Tensor | None
+    prototypes: Tensor | None
+    decisions: Tensor | None
+    counts: Tensor | None
+    _num_classes: int | None
+    _state_names: ClassVar[tuple[str, ...]] = (
+        "projection",
+        "shift",
+        "centers",
+        "prototypes",
+        "decisions",
+        "counts",
+    )
+
+    def __init__(
+        self, subclasses: int = 8, *, components: int = COMPONENTS, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.subclasses = check.count("subclasses", subclasses)
+        self.components = check.count("components", components)
+        self.num_classes = num_classes
+
+    @property
+    def num_classes(self) -> int | None:
+        """C; ``None`` before :meth:`fit` where it is to be read off the labels."""
+        return self._num_classes
+
+    @num_classes.setter
+    def num_classes(self, value: int | None) -> None:
+        if value is not None:
+            check.count("num_classes", value, least=2)
+        if self.fitted and value != self._num_classes:
+            raise ArgumentError(
+                f"these targets are fitted to {self._num_classes} classes; make new "
+                f"DecisionTargets(num_classes={value}) and fit them"
+            )
+        self._num_classes = value
+
+    @property
+    @override
+    def num_templates(self) -> int | None:
+        """K, classes times sub-classes; ``None`` while the number of classes is not known."""
+        return None if self._num_classes is None else self._num_classes * self.subclasses
+
+    @override
+    def fitter(self, *, seed: int = 0) -> Fitter:
+        plan = Plan(self.subclasses, self.components, self.num_classes, seed, self._install)
+        return RowFitter(ScatterPass(plan))
+
+    @override
+    def _install(self, **buffers: Tensor) -> None:
+        super()._install(**buffers)
+        self._num_classes, self.subclasses = map(int, buffers["counts"].shape)
+
+    @override
+    @torch.no_grad()
+    def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        r"""The teacher's decisions, given the sub-class of every position.
+
+        Computed outside autocast, in float64 if the features or the projection are float64 and in
+        float32 otherwise.
+
+        Args:
+            features: ``[..., D]``, the channels last.
+            labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
+                for features ``[B, H, W, D]``: every position has its image's label.
+
+        Returns:
+            ``[..., K]``, rows of :attr:`decisions`, without gradient.
+
+        Raises:
+            NotFittedError: before :meth:`fit`.
+            ArgumentError: without labels, or with labels out of range (found on the CPU only; an
+                accelerator reports them as an indexing error).
+            ArgumentTypeError: if labels are no integers, as after mixup.
+            ShapeError: if the last axis is not D wide, or labels do not fit the positions.
+        """
+        own, decisions = self._own(features, labels)
+        return decisions[own].reshape(*features.shape[:-1], -1)
+
+    @override
+    def divergence(
+        self,
+        student: Tensor,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        templates: Tensor | None = None,
+    ) -> Tensor:
+        if type(self).soft_assignment is not DecisionTargets.soft_assignment or not fuses(
+            student, templates
+        ):
+            return super().divergence(student, features, labels, templates=templates)
+        own, decisions = self._own(features, labels)
+        check_templates(student.shape[-1] if templates is None else len(templates), len(decisions))
+        rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
+        value: Tensor = decision_divergence(rows, templates, own, decisions, needed)[0]
+        return value
+
+    @torch.no_grad()
+    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sub-class of each position, ``[N]``, and the table in the precision of the features."""
+        projection, shift = self._need(self.projection), self._need(self.shift)
+        centers, decisions = self._need(self.centers), self._need(self.decisions)
+        check_features(features, projection.shape[1])
+        labels = expand_labels(features, labels).to(features.device).reshape(-1)
+        self._check_range(labels)
+        dtype = torch.promote_types(work_dtype(features), work_dtype(projection))
+        with torch.autocast(features.device.type, enabled=False):
+            rows = features.reshape(-1, features.shape[-1]).to(dtype)
+            z = affine(rows, projection.to(dtype), shift.to(dtype))
+            own = own_subclass(z, labels, centers.to(dtype), self.subclasses)
+        return own, decisions.to(dtype)
+
+    def _check_range(self, labels: Tensor) -> None:
+        # On an accelerator this would wait for the device at every step.
+        if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= (self._num_classes or 0):
+            raise ArgumentError(
+                f"labels must lie in 0..{(self._num_classes or 0) - 1}, the classes of fit, got "
+                f"labels from {low} to {high}"
+            )
+
+    @override
+    def _check_state(self, state: dict[str, Tensor]) -> None:
+        projection, counts = state["projection"], state["counts"]
+        if projection.dim() != 2 or counts.dim() != 2 or 0 in (*projection.shape, *counts.shape):
+            raise CheckpointError(
+                "the state of DecisionTargets is damaged: projection must be [components, "
+                f"channels] and counts [classes, sub-classes], got {list(projection.shape)} and "
+                f"{list(counts.shape)}"
+            )
+        k, size = counts.numel(), len(projection)
+        shapes = {"shift": (size,), "centers": (k, size), "prototypes": (k, size)}
+        check_shapes(self, state, {**shapes, "decisions": (k, k)})
+        _check_shares(state["decisions"])
+        self._num_classes, self.subclasses = map(int, counts.shape)
+
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"{self.subclasses}, components={self.components}, num_classes={self.num_classes}, "
+            f"fitted={self.fitted}"
+        )
+
+
+def _check_shares(decisions: Tensor) -> None:
+    if decisions.is_meta:
+        return
+    sums = decisions.float().sum(dim=1)
+    if (decisions < 0).any() or ((sums - 1).abs() > 1e-2).any():
+        raise CheckpointError(
+            "the state of DecisionTargets is damaged: the rows of decisions must be probabilities"
+        )

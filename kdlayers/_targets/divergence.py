@@ -1,0 +1,166 @@
+r"""KL divergence from soft assignments that are never kept, with its gradient, chunk by chunk.
+
+The gradient for the scores is softmax(a) - q. Both are at hand while the divergence is computed, so
+it is made then, and the backward pass only scales it. Where the scores are not kept either, it is
+carried on at once to the unit vectors and the templates whose products they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdlayers._targets.distances import affine, balanced
+from kdlayers._utils.chunks import DEVICES, add_product, chunks, work_dtype, worthwhile
+
+Assign = Callable[[slice], tuple[Tensor, Tensor]]
+"""Soft assignment q of a slice of rows ``[n, K]``, and the sum of q log q of each ``[n]``."""
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("kdlayers::codebook_divergence", mutates_args=())
+def codebook_divergence(
+    student: Tensor,
+    templates: Tensor | None,
+    features: Tensor,
+    centers: Tensor,
+    temperature: float | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean divergence of template scores from the soft assignment of features to centres.
+
+    Args:
+        student: scores ``[N, K]``; or with ``templates`` the unit vectors ``[N, C]``.
+        templates: ``[K, C]``, whose products with the unit vectors are the scores.
+        features: the teacher's ``[N, D]``, float32 or better.
+        centers: ``[K, D]``, of the dtype of ``features``.
+        temperature: factor of the squared distances; ``None`` for one-hot assignments.
+        need_grad: whether to prepare the backward pass.
+
+    Returns:
+        The mean over rows, and N times its gradients for ``student`` and ``templates``, empty where
+        nothing is to be differentiated.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        features, centers, bias = balanced(features, centers)
+        scale = 1.0 if temperature is None else 2 * temperature
+        centers, bias = centers * scale, bias * scale
+
+        def assign(part: slice) -> tuple[Tensor, Tensor]:
+            logits = affine(features[part], centers, bias)
+            if temperature is None:
+                hot = torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+                return hot, hot.new_zeros(len(hot))
+            shifted = logits.sub_(logits.amax(dim=1, keepdim=True))
+            shares = shifted.softmax(dim=1)
+            # The largest share is exp(0) over the sum: its logarithm is the normaliser.
+            return shares, shifted.mul_(shares).sum(dim=1) + shares.amax(dim=1).log()
+
+        return _divergence(student, templates, assign, need_grad)
+
+
+@torch.library.custom_op("kdlayers::decision_divergence", mutates_args=())
+def decision_divergence(
+    student: Tensor, templates: Tensor | None, own: Tensor, decisions: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `codebook_divergence`, where row ``own[i]`` of ``decisions`` is the assignment of i."""
+    sums = torch.xlogy(decisions, decisions).sum(dim=1)
+
+    def assign(part: slice) -> tuple[Tensor, Tensor]:
+        return decisions.index_select(0, own[part]), sums.index_select(0, own[part])
+
+    with torch.autocast(student.device.type, enabled=False):
+        return _divergence(student, templates, assign, need_grad)
+
+
+@torch.library.custom_op("kdlayers::scale_gradient", mutates_args=())
+def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * factor``; an operator without derivative, so that a second one is an error."""
+    return (grad * factor).to(dtype, copy=True)
+
+
+def _divergence(
+    student: Tensor, templates: Tensor | None, assign: Assign, need_grad: bool
+) -> Three:
+    grads = _empty_grads(student, templates, need_grad)
+    k = student.shape[1] if templates is None else len(templates)
+    totals = []
+    for part in chunks(len(student), k, student.device):
+        scores = student[part] if templates is None else student[part] @ templates.T
+        shares, negative_entropy = assign(part)
+        shifted = scores.to(shares.dtype) - scores.amax(dim=1, keepdim=True)
+        softmax = shifted.softmax(dim=1)
+        cross_entropy = -softmax.amax(dim=1).log() - shifted.mul_(shares).sum(dim=1)
+        totals.append((negative_entropy + cross_entropy).sum())
+        if need_grad:
+            grad = softmax.sub_(shares).to(student.dtype)
+            grads[0][part] = grad if templates is None else grad @ templates
+            if templates is not None:
+                add_product(grads[1], grad.T, student[part])
+    return torch.stack(totals).sum() / len(student), *grads
+
+
+def _empty_grads(
+    student: Tensor, templates: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    if not need_grad:
+        return student.new_empty(0), student.new_empty(0)
+    if templates is None:
+        return torch.empty_like(student), student.new_empty(0)
+    work = work_dtype(student)
+    return torch.empty_like(student, dtype=work), torch.zeros_like(templates, dtype=work)
+
+
+def fuses(student: Tensor, templates: Tensor | None) -> bool:
+    """Whether the fused operators take these tensors."""
+    if not student.is_floating_point() or student.device.type not in DEVICES:
+        return False
+    if templates is None:
+        return worthwhile(student.numel(), 0, 1)
+    return templates.dtype == student.dtype
+
+
+def needs_grad(student: Tensor, templates: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    wanted = student.requires_grad or (templates is not None and templates.requires_grad)
+    return torch.is_grad_enabled() and wanted
+
+
+def _codebook_fake(
+    student: Tensor,
+    templates: Tensor | None,
+    features: Tensor,
+    _centers: Tensor,
+    _temperature: float | None,
+    need_grad: bool,
+) -> Three:
+    return features.new_empty(()), *_empty_grads(student, templates, need_grad)
+
+
+def _decision_fake(
+    student: Tensor, templates: Tensor | None, _own: Tensor, decisions: Tensor, need_grad: bool
+) -> Three:
+    return decisions.new_empty(()), *_empty_grads(student, templates, need_grad)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    student, templates = inputs[:2]
+    ctx.arguments = len(inputs)
+    ctx.rows, ctx.dtype, ctx.has_templates = len(student), student.dtype, templates is not None
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Any, ...]:
+    factor = grad / ctx.rows
+    for_student, for_templates = ctx.saved_tensors
+    student = scale_gradient(for_student, factor, ctx.dtype)
+    templates = scale_gradient(for_templates, factor, ctx.dtype) if ctx.has_templates else None
+    return student, templates, *[None] * (ctx.arguments - 2)
+
+
+codebook_divergence.register_fake(_codebook_fake)
+decision_divergence.register_fake(_decision_fake)
+scale_gradient.register_fake(lambda grad, _, dtype: torch.empty_like(grad, dtype=dtype))
+for _operator in (codebook_divergence, decision_divergence):
+    _operator.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,150 @@
+"""k-means in memory: Lloyd iterations over growing parts of the rows, seeded and deterministic."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdlayers._targets.distances import (
+    SUMMED,
+    Search,
+    nearest,
+    nearest_index,
+    sums_by_index,
+)
+from kdlayers._targets.seeding import seeds
+
+EXACT_LIMIT = 64
+"""Up to this many centres Lloyd runs over all rows until nothing changes."""
+ITERATIONS, EARLY_ITERATIONS = 300, 50
+TOLERANCE, WARM_TOLERANCE = 1e-3, 5e-3
+"""Stopping early: when an iteration lowers the inertia by less than this part of it; the second one
+on a part of the rows or of the channels, which another stage follows."""
+SEED_ROWS, FIRST_ROWS, GROWTH = 16, 32, 4
+"""Rows a centre that seeds are taken from and that the first stage has, and by how much the rows
+grow from one stage to the next."""
+NARROW_WIDTH, NARROW_SHARE = 96, 0.9
+"""Wider rows are first clustered in their principal axes that hold this share of the variance."""
+
+
+class Clustering(NamedTuple):
+    """Result of k-means."""
+
+    centers: Tensor
+    """[K, D]."""
+    counts: Tensor
+    """Rows whose nearest centre it is, int64 [K]."""
+    inertia: Tensor
+    """Mean squared distance of the rows to their centres, a float64 scalar."""
+
+
+def kmeans(rows: Tensor, k: int, seed: int) -> Clustering:
+    """Cluster rows [n, D], n >= ``k``, in random order; equal rows and seed give equal centres.
+
+    Many centres are seeded on the first rows and moved by Lloyd iterations over growing parts of
+    the rows, each stage from where the one before ended: what the first iterations find out does
+    not need all rows (nested mini-batches: Newling and Fleuret, NIPS 2016).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if k <= EXACT_LIMIT:
+        return lloyd(rows, rows[seeds(rows, k, generator)])
+    first = rows[: SEED_ROWS * k]
+    centers = first[seeds(first, k, generator)]
+    warm = _warm_narrow if rows.shape[1] > NARROW_WIDTH else _warm
+    return lloyd(rows, warm(rows, centers), tolerance=TOLERANCE)
+
+
+def lloyd(rows: Tensor, centers: Tensor, *, tolerance: float = 0.0) -> Clustering:
+    """Lloyd iterations from ``centers``, then the counts and the inertia that come of them."""
+    centers = _iterate(rows, centers, tolerance)
+    distances, index = nearest(rows, centers)
+    counts = torch.bincount(index, minlength=len(centers))
+    return Clustering(centers, counts, distances.double().mean())
+
+
+def mean_centers(sums: Tensor, counts: Tensor, fallback: Tensor) -> Tensor:
+    """Means out of sums [K, D] and counts [K]; where a count is 0, the row of ``fallback``."""
+    means = (sums / counts.clamp(min=1).unsqueeze(1)).to(fallback.dtype)
+    return torch.where(counts.unsqueeze(1) > 0, means, fallback)
+
+
+def principal_axes(rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The fewest axes [D, d], d a multiple of 16, that hold ``share`` of the variance; the mean."""
+    mean = rows.mean(dim=0)
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+    for part in rows.split(SUMMED):
+        gram.addmm_((part - mean).T, part - mean)
+    values, vectors = torch.linalg.eigh(gram)
+    held = values.flip(0).clamp(min=0).cumsum(0)
+    enough = int((held < share * held[-1]).sum()) + 1
+    return vectors.flip(1)[:, : -(-enough // 16) * 16].contiguous(), mean
+
+
+def _warm(rows: Tensor, centers: Tensor) -> Tensor:
+    size = FIRST_ROWS * len(centers)
+    while size < len(rows):
+        centers = _iterate(rows[:size], centers, WARM_TOLERANCE)
+        size *= GROWTH
+    return centers
+
+
+def _warm_narrow(rows: Tensor, centers: Tensor) -> Tensor:
+    """Cluster the principal components of the rows, and take the means of these clusters."""
+    axes, mean = principal_axes(rows[: FIRST_ROWS * len(centers)], NARROW_SHARE)
+    if 2 * axes.shape[1] > rows.shape[1]:
+        return _warm(rows, centers)
+    narrow = torch.cat([(part - mean) @ axes for part in rows.split(SUMMED)])
+    start = _warm(narrow, (centers - mean) @ axes)
+    start = _iterate(narrow, start, WARM_TOLERANCE)
+    index = nearest_index(narrow, start)
+    counts = torch.bincount(index, minlength=len(centers))
+    return mean_centers(sums_by_index(rows, index, len(centers)), counts, centers)
+
+
+def _iterate(rows: Tensor, centers: Tensor, tolerance: float) -> Tensor:
+    """Move ``centers`` until no row changes sides, or an iteration gains little.
+
+    A centre without rows moves to a row far from its own.
+    """
+    origin = rows.mean(dim=0)
+    norms = sum(float((part - origin).double().square().sum()) for part in rows.split(SUMMED))
+    before, inertia = None, math.inf
+    for _ in range(EARLY_ITERATIONS if tolerance else ITERATIONS):
+        index, sums, closest = _assign(rows, centers, origin)
+        counts = torch.bincount(index, minlength=len(centers))
+        previous, inertia = inertia, norms - 2 * closest
+        dead = bool((counts == 0).any())
+        if not dead and before is not None and torch.equal(index, before):
+            break
+        before, moved = index, mean_centers(sums + counts.unsqueeze(1) * origin, counts, centers)
+        if dead:
+            distances = nearest(rows, centers)[0]
+            if not bool((distances > 0).any()):
+                break
+            moved = _revive(rows, moved, counts, distances)
+        centers = moved
+        if tolerance and not dead and inertia > (1 - tolerance) * previous:
+            break
+    return centers
+
+
+def _assign(rows: Tensor, centers: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Nearest centre of each row, sums of the rows of each less the origin, summed closeness."""
+    search = Search(centers, origin)
+    sums = torch.zeros_like(centers, dtype=torch.float64)
+    indices, total = [], torch.zeros((), dtype=torch.float64, device=rows.device)
+    for part in rows.split(SUMMED):
+        moved = part - origin
+        value, index = search.best(moved)
+        sums += sums_by_index(moved, index, len(centers))
+        total += value.sum(dtype=torch.float64)
+        indices.append(index)
+    return torch.cat(indices), sums, float(total)
+
+
+def _revive(rows: Tensor, centers: Tensor, counts: Tensor, distances: Tensor) -> Tensor:
+    dead = (counts == 0).nonzero().squeeze(1)
+    centers = centers.clone()
+    centers[dead] = rows[distances.topk(len(dead)).indices]
+    return centers

@@ -1,0 +1,91 @@
+"""k-means++ seeding: one centre after the other for few, rounds of many for many."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdlayers._targets.distances import closeness, nearest
+
+GREEDY_LIMIT = 512
+"""Up to this many centres are seeded one by one, the best of a few candidates each time; more are
+seeded in rounds."""
+
+
+def seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Indices of ``k`` of the rows to start from."""
+    choose = _greedy_seeds if k <= GREEDY_LIMIT else _rejection_seeds
+    return choose(rows, k, generator)
+
+
+def _greedy_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Indices of ``k`` rows by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 5).
+
+    Each step draws 2 + ln k candidates in proportion to their squared distance to the chosen ones
+    and takes the one that leaves the smallest sum of squared distances.
+    """
+    moved = rows - rows.mean(dim=0)
+    norms = moved.square().sum(dim=1, keepdim=True)
+    index = _draw(rows.new_ones(len(rows)), 1, generator)
+    chosen, distances = [index], _to_few(moved, norms, index)
+    for _ in range(k - 1):
+        candidates = _draw(distances.squeeze(1), 2 + int(math.log(k)), generator)
+        reached = torch.minimum(distances, _to_few(moved, norms, candidates))
+        best = reached.sum(dim=0).argmin().reshape(1)
+        chosen.append(candidates[best])
+        distances = reached[:, best]
+    return torch.cat(chosen)
+
+
+def _to_few(rows: Tensor, norms: Tensor, index: Tensor) -> Tensor:
+    """Squared distances [n, m] of rows with squared norms [n, 1] to a few of them."""
+    return torch.addmm(norms + norms[index].T, rows, rows[index].T, alpha=-2).clamp_(min=0)
+
+
+def _rejection_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Indices of ``k`` rows by k-means++, in rounds of one matrix product each.
+
+    As in k-means|| (Bahmani et al., VLDB 2012) a round draws many rows by the squared distances at
+    its start. Each is then accepted with the probability by which the rows accepted before it in
+    the round have shrunk its squared distance, which gives exactly the distribution of drawing them
+    one after the other.
+    """
+    chosen = _draw(rows.new_ones(len(rows)), 1, generator)
+    distances = nearest(rows, rows[chosen])[0]
+    while len(chosen) < k:
+        candidates = _draw(distances, min(1024, max(8, len(chosen) // 4)), generator)
+        accepted = _accept(rows[candidates], distances[candidates], generator)
+        new = candidates[accepted][: k - len(chosen)]
+        chosen = torch.cat([chosen, new])
+        distances = torch.minimum(distances, nearest(rows, rows[new])[0])
+    return chosen
+
+
+def _accept(candidates: Tensor, distances: Tensor, generator: torch.Generator) -> Tensor:
+    """Which candidates [m, D] pass, given their distances [m] at the start of the round."""
+    between = _all_distances(candidates, candidates).cpu()
+    start, current = distances.cpu(), distances.cpu()
+    thresholds = torch.rand(len(start), generator=generator, dtype=torch.float64) * start
+    accepted: list[int] = []
+    for i, threshold in enumerate(thresholds.tolist()):
+        # The first is accepted always, also when all distances are 0 (fewer distinct rows than k).
+        if not accepted or threshold < float(current[i]):
+            accepted.append(i)
+            current = torch.minimum(current, between[i])
+    return torch.tensor(accepted, device=candidates.device)
+
+
+def _all_distances(rows: Tensor, centers: Tensor) -> Tensor:
+    """Squared distances [n, m], for few centres."""
+    squares = (rows - centers.mean(dim=0)).square().sum(dim=1, keepdim=True)
+    return (squares - 2 * closeness(rows, centers)).clamp(min=0)
+
+
+def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices [count] drawn in proportion to ``weights`` [n]; on the CPU, the same everywhere."""
+    totals = weights.double().cpu().cumsum(dim=0)
+    if not totals[-1] > 0:
+        totals = torch.arange(1, len(weights) + 1, dtype=torch.float64)
+    points = torch.rand(count, generator=generator, dtype=torch.float64) * totals[-1]
+    index = torch.searchsorted(totals, points, right=True).clamp(max=len(weights) - 1)
+    return index.to(weights.device)
