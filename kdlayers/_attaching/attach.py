@@ -27,12 +27,11 @@ from kdlayers._step.hooks import (
     CloseForward,
     OpenForward,
     Slot,
-    Tape,
+    drop_recording,
     guard_hooks,
-    score_key,
 )
-from kdlayers._step.other_teacher import warn_of_others
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
+from kdlayers._step.tape import Forward, Tape
 from kdlayers._step.teacher import Teacher, Transform, make_teachers
 from kdlayers._step.terms import Term, example_pair, feature_term, unique_names
 from kdlayers._utils.tree import first_tensor, leaves
@@ -121,15 +120,15 @@ def attach_kd(
         _insert_layers(student, points, traced, tape, memory)
         _check_layers(student, traced, args, tape, [point.student for point in points])
         terms = _terms(points, losses, traced, teachers)
-        hooks = _record_hooks(student, terms, traced, tape, undo)
+        _record_hooks(student, terms, traced, tape, undo)
         undo.pop_all()
     for module, _, hook in inserts(student):
         if hook.tape is tape:
             hook.slot(module).train(module.training)
     guard_hooks(reset=True)
     _warn_of_earlier(student, tape)
-    warn_of_others(terms, teachers)
-    return KDHandle(student, teachers, terms, tape, hooks)
+    _warn_of_other_teachers(terms, teachers)
+    return KDHandle(student, teachers, terms, tape)
 
 
 def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
@@ -140,6 +139,18 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
             f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
             "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
         )
+
+
+def _warn_of_other_teachers(terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
+    """Say which terms were fitted to something else, and ``kd.fit`` will leave as they are."""
+    for term in terms:
+        source = term.learnt_elsewhere(teachers)
+        if source is not None:
+            warn(
+                f"{term.name} keeps what it learnt from {source} in an earlier kd.fit, because "
+                "kd.fit(loader) only learns what is missing: make new targets for this attach_kd, "
+                "or call kd.fit(loader, refit=True)"
+            )
 
 
 def _check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
@@ -186,10 +197,10 @@ def _check_layers(
     try:
         for name in names:
             layers[name].alpha = 0.0
-        tape.active = True
+        tape.forward, tape.active = Forward((), {}), True
         with torch.no_grad():
             plain = first_tensor(run_example(student, example, "student"))
-        missing = [name for name in names if score_key(name) not in tape.features]
+        missing = [name for name in names if name not in tape.forward.scores]
     finally:
         tape.active = False
         tape.consume()
@@ -274,20 +285,15 @@ def _one(name: str, traced: Trace, advice: str = "") -> str:
 
 def _record_hooks(
     student: nn.Module, terms: Sequence[Term], traced: Trace, tape: Tape, undo: ExitStack
-) -> list[Any]:
+) -> None:
     """Hooks that only recording needs; they go when the handle goes."""
     if not terms:
-        tape.armed = False
-        return []
-    hooks = [
-        student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True),
-        student.register_forward_hook(CloseForward(tape), always_call=True),
-    ]
+        return
+    undo.callback(drop_recording, student, tape)
+    student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True)
+    student.register_forward_hook(CloseForward(tape), always_call=True)
     points = {term.point for term in terms if term.point is not None and not term.scores}
     for name in sorted(points):
         call = traced.call(name)
-        tap = Capture(name, call.path, tape, clone=call.changed)
-        hooks.append(hook_site(student, name).register_forward_hook(tap))
-    for hook in hooks:
-        undo.callback(hook.remove)
-    return hooks
+        tap = Capture(name, call.path, tape, copies=True if call.changed else None)
+        hook_site(student, name).register_forward_hook(tap)

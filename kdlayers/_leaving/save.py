@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.wrappers import unwrap
-from kdlayers._step.hooks import SLOT, InsertLayer, Slot, Tape, guard_hooks
+from kdlayers._step.hooks import SLOT, InsertLayer, Slot, guard_hooks
 from kdlayers._step.sites import home_of, inserts, place, take_out
+from kdlayers._step.tape import Tape
 from kdlayers._utils.tree import Path
 from kdlayers.errors import AttachError, CheckpointError
 

@@ -1,5 +1,6 @@
 """Tensors inside the tuples, lists and dicts that modules return."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -40,6 +41,22 @@ def put(tree: Any, path: Path, value: Tensor) -> Any:
         copied[key] = branch
         return copied
     items = [branch if index == key else item for index, item in enumerate(tree)]
+    if isinstance(tree, list):
+        return items
+    return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+
+
+def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of ``tree`` with ``function`` of every tensor; containers keep their types."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        copied = tree.copy()
+        copied.update({key: mapped(branch, function) for key, branch in tree.items()})
+        return copied
+    if not isinstance(tree, (tuple, list)):
+        return tree
+    items = [mapped(branch, function) for branch in tree]
     if isinstance(tree, list):
         return items
     return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
