@@ -24,6 +24,27 @@ def assignments(dtype, classes=4, width=6):
     return codebook, decisions, features, labels
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["soft", "one-hot", "decisions"])
+def test_a_teacher_without_finite_numbers_is_not_hidden(kind, fused, value, monkeypatch):
+    if fused:
+        monkeypatch.setattr(chunks, "LEAST_SCORES", 0)
+    codebook, decisions, features, labels = assignments(torch.float32)
+    if kind == "one-hot":
+        codebook.temperature = None
+    targets = decisions if kind == "decisions" else codebook
+    features[7, 2] = value
+    finite = targets.soft_assignment(features, labels).isfinite().all(dim=1)
+    assert not finite[7]
+    assert finite.sum() == len(features) - 1
+    scores = torch.randn(200, targets.num_templates, requires_grad=True)
+    found = targets.divergence(scores, features, labels)
+    found.backward()
+    assert found.isnan()
+    assert not scores.grad[7].isfinite().all()
+
+
 @given(
     positions=st.integers(1, 30),
     channels=st.integers(1, 6),

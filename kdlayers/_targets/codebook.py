@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
 from kdlayers._targets.codebook_fit import SamplePass
-from kdlayers._targets.distances import closeness
+from kdlayers._targets.distances import closeness, one_hot_of_largest
 from kdlayers._targets.divergence import codebook_divergence, fuses, needs_grad
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.rows import RowFitter, check_features
@@ -123,7 +123,7 @@ class CodebookTargets(TemplateTargets):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             scores = closeness(rows, centers.to(dtype))
             assigned = self._assigned(scores)
-        return assigned.reshape(*features.shape[:-1], -1)
+        return assigned.reshape(*features.shape[:-1], len(centers))
 
     @override
     def divergence(
@@ -154,8 +154,7 @@ class CodebookTargets(TemplateTargets):
 
     def _assigned(self, scores: Tensor) -> Tensor:
         if self.temperature is None:
-            best = scores.argmax(dim=-1, keepdim=True)
-            return torch.zeros_like(scores).scatter_(-1, best, 1.0)
+            return one_hot_of_largest(scores)
         return scores.mul_(2 * self.temperature).softmax(dim=-1)
 
     @override
