@@ -16,6 +16,7 @@ from kdlayers import (
     attach_kd,
     fold,
 )
+from kdlayers._layer import layer as layer_module
 from kdlayers._layer.recognise import recognise
 from kdlayers._targets.divergence import codebook_divergence, decision_divergence
 from kdlayers._utils import chunks
@@ -38,7 +39,7 @@ def path(request, monkeypatch):
 
 
 def use(path, monkeypatch):
-    monkeypatch.setattr(layer, "CHEAP_CHANNELS", 0 if path == "kept" else 128)
+    monkeypatch.setattr(layer_module, "CHEAP_CHANNELS", 0 if path == "kept" else 128)
     if path == "plain":
         monkeypatch.setattr(KDLayer, "fuses", lambda *_: False)
 

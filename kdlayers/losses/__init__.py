@@ -1,6 +1,6 @@
 """The losses: each a term that compares the student's tensor with the teacher's.
 
-They import `functional`, `_targets`, `_utils` and `errors`; `_step` and the rooms above import them.
+They import `functional`, `_targets`, `_utils` and `errors`; `_step` and rooms above it import them.
 """
 
 from kdlayers.losses._aekt import AEKTLoss as AEKTLoss
