@@ -5,8 +5,8 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from kdlayers._utils.norms import EPS, inverse, inverse_norm
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
@@ -14,8 +14,6 @@ from kdlayers.functional._precision import full_precision
 
 Measure: TypeAlias = Literal["norm", "cosine", "cka"]
 Scale: TypeAlias = Literal["mean", "sqrt_dim"]
-
-_EPS = 1e-12
 
 
 def inheritance(
@@ -30,7 +28,8 @@ def inheritance(
     r"""Distance of the student's factor from the teacher's: small when knowledge is inherited.
 
     With the unit vectors :math:`u(F_b) = \mathrm{vec}(F_b) / \max(\|\mathrm{vec}(F_b)\|_2,
-    10^{-12})` of each sample, over all its D entries:
+    10^{-12})` of each sample, over all its D entries (a zero factor stays zero and gets no
+    gradient):
 
     .. math::
         d_p = \Big( \frac{1}{B D} \sum_{b,j} \big| u(F^S_b)_j - u(F^T_b)_j \big|^p \Big)^{1/p}
@@ -140,7 +139,7 @@ def _norm_distance(
     factor = sqrt(difference.shape[1]) if scale == "sqrt_dim" else 1.0
     if p == 1:
         return factor * check.reduce(difference.abs().mean(dim=1), reduction)
-    return factor * (difference.square().mean() + _EPS).sqrt()
+    return factor * (difference.square().mean() + EPS).sqrt()
 
 
 @full_precision
@@ -157,12 +156,12 @@ def _centred_gram(factor: Tensor) -> Tensor:
     flat = factor.flatten(1)
     centred = flat - flat.mean(dim=0)
     gram = centred @ centred.T
-    size: Tensor = torch.linalg.vector_norm(gram)
-    return gram / size.clamp(min=_EPS)
+    return gram * inverse(torch.linalg.vector_norm(gram))
 
 
 def _unit(factor: Tensor) -> Tensor:
-    return F.normalize(factor.flatten(1), dim=1, eps=_EPS)
+    rows = factor.flatten(1)
+    return rows * inverse_norm(rows)
 
 
 def check_measure(p: int, measure: Measure, scale: Scale) -> None:

@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from kdlayers._utils.norms import inverse_norm
 from kdlayers.functional._precision import full_precision
 from kdlayers.losses._base import DistillLoss, Weight
 from kdlayers.losses._maps import check_maps, on_one_grid
@@ -68,7 +68,8 @@ def _difference(student: Tensor, teacher: Tensor) -> Tensor:
 
 def unit_attention(maps: Tensor) -> Tensor:
     """``[B, H * W]``: the energy at each position, of unit length for each sample."""
-    return F.normalize(attention(maps), dim=1)
+    energy = attention(maps)
+    return energy * inverse_norm(energy)
 
 
 @full_precision
