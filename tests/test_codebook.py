@@ -255,6 +255,11 @@ def test_few_distinct_rows_warn():
             ShapeError,
             "batch 1 has features of width 3, earlier batches had 2",
         ),
+        (
+            [(torch.randn(20, 2) * 1e19, None)],
+            FitError,
+            r"squared distances overflow torch.float32: choose a point behind a normalisation",
+        ),
         ([(torch.ones(20, 2).long(), None)], ArgumentTypeError, "floating-point tensor"),
         ([("features", None)], ArgumentTypeError, "must be a tensor, got str"),
         ([(torch.tensor(1.0), None)], ShapeError, r"must be \[\.\.\., D\]"),
@@ -270,6 +275,26 @@ def test_bad_data_are_errors_and_leave_the_targets_as_they_were(given, error, se
     with pytest.raises(error, match=sentence):
         targets.fit(given)
     assert targets.centers is centers
+
+
+def test_the_largest_features_that_fit_give_finite_centres():
+    rows = torch.randn(300, 4).clamp(-4, 4)
+    for scale, dtype in ((1e18, torch.float32), (1e19, torch.float64)):
+        targets = CodebookTargets(3).fit([(rows.to(dtype) * scale, None)])
+        plain = CodebookTargets(3).fit([(rows.to(dtype), None)])
+        assert targets.inertia.isfinite()
+        assert float(targets.inertia) == pytest.approx(scale**2 * float(plain.inertia), rel=0.2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, None])
+def test_an_empty_batch(temperature):
+    targets = CodebookTargets(3, temperature=temperature)
+    targets.fit([(torch.randn(0, 2), None), (torch.randn(40, 2), None)])
+    assert targets.soft_assignment(torch.randn(0, 5, 2)).shape == (0, 5, 3)
+    templates = torch.randn(3, 4)
+    for student, extra in ((torch.randn(0, 3), {}), (torch.randn(0, 4), {"templates": templates})):
+        with pytest.raises(ShapeError, match="skip empty batches"):
+            targets.divergence(student, torch.randn(0, 2), **extra)
 
 
 def test_a_generator_is_an_error_if_a_second_pass_is_needed(small_sample):

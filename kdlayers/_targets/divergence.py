@@ -121,7 +121,8 @@ def _empty_grads(
 
 def fuses(student: Tensor, templates: Tensor | None) -> bool:
     """Whether the fused operators take these tensors."""
-    if not student.is_floating_point() or student.device.type not in DEVICES:
+    usable = student.is_floating_point() and student.numel() > 0
+    if not usable or student.device.type not in DEVICES:
         return False
     if templates is None:
         return worthwhile(student.numel(), 0, 1)

@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from kdlayers._utils.torch_internals import is_functional
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -66,10 +67,9 @@ def logits(student: Tensor, teacher: Tensor) -> None:
             "student and teacher must be logits of one shape [batch, classes], got "
             f"{shape(student)} and {shape(teacher)}"
         )
-    if student.shape[1] < 2 or student.shape[0] == 0:
-        raise ShapeError(
-            f"logits need a batch of at least 1 and at least 2 classes, got {shape(student)}"
-        )
+    filled("logits", student)
+    if student.shape[1] < 2:
+        raise ShapeError(f"logits need at least 2 classes, got {shape(student)}")
 
 
 def given(targets: Tensor | None, loss: object) -> Tensor:
@@ -97,18 +97,37 @@ def labels(targets: object, student: Tensor) -> Tensor:
             f"got {shape(targets)}; for one-hot rows pass targets.argmax(dim=1)"
         )
     targets = targets.long()
-    # On an accelerator this check would wait for the device; gather reports the label there.
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        _in_range(targets, student.shape[1])
+    _in_range(targets, student.shape[1])
     return targets
 
 
 def _in_range(targets: Tensor, classes: int) -> None:
-    low, high = int(targets.min()), int(targets.max())  # on the CPU: nothing to wait for
+    if not readable(targets):
+        return
+    low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
         raise ArgumentError(
             f"targets must lie in 0..{classes - 1} for {classes} classes, got labels from {low} "
             f"to {high}"
+        )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the numbers of ``tensor`` can be looked at, at no cost.
+
+    Not on an accelerator, where that waits for the device, and where indexing reports a wrong label
+    anyway; nor in a graph of ``torch.compile`` or under ``torch.func``.
+    """
+    on_cpu = tensor.device.type == "cpu" and tensor.numel() > 0
+    return on_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
+
+
+def filled(what: str, tensor: Tensor) -> None:
+    """Raise if ``tensor`` holds nothing, as the last batch of a filtered loader may."""
+    if not tensor.numel():
+        raise ShapeError(
+            f"{what} must have at least one sample and one element, got {shape(tensor)}: a mean "
+            "over nothing is not defined; skip empty batches"
         )
 
 

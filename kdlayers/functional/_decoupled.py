@@ -42,7 +42,9 @@ def decouple(
 
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
     """``factor`` times KL(teacher || student) of log-probabilities ``[B, n]``, reduced."""
-    elements = teacher.exp() * (teacher - student)
+    shares = teacher.exp()
+    # Where a share is 0, as of a masked class with the logit -inf, it adds 0 and not 0 * inf.
+    elements = shares * (teacher - student).masked_fill(shares == 0, 0.0)
     if reduction == "mean":  # one sum over everything, then one product
         return elements.sum() * (factor / student.shape[0])
     return check.reduce(elements.sum(dim=1) * factor, reduction)

@@ -184,11 +184,12 @@ def _check(
 ) -> None:
     check.floats("student", student)
     check.floats("teacher", teacher)
-    if student.dim() < 2 or student.shape != teacher.shape or not student.numel():
+    if student.dim() < 2 or student.shape != teacher.shape:
         raise ShapeError(
             "student and teacher must be factors of one shape [batch, ...], got "
             f"{check.shape(student)} and {check.shape(teacher)}"
         )
+    check.filled("factors", student)
     check_measure(p, measure, scale)
     if measure == "cka" and len(student) < 2:
         raise ShapeError('measure="cka" compares samples: it needs a batch of 2 or more, got 1')

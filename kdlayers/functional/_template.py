@@ -49,11 +49,12 @@ def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean
     """
     check.floats("scores", scores)
     check.floats("targets", targets)
-    if scores.dim() == 0 or scores.shape != targets.shape or not scores.numel():
+    if scores.dim() == 0 or scores.shape != targets.shape:
         raise ShapeError(
-            "scores and targets must have one shape [..., templates] with at least one position, "
-            f"got {check.shape(scores)} and {check.shape(targets)}"
+            "scores and targets must have one shape [..., templates], got "
+            f"{check.shape(scores)} and {check.shape(targets)}"
         )
+    check.filled("scores", scores)
     targets = targets.detach()
     negative_entropy = torch.xlogy(targets, targets).sum(dim=-1)
     cross_entropy = -(targets * F.log_softmax(scores, dim=-1)).sum(dim=-1)

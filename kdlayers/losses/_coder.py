@@ -136,6 +136,8 @@ class AutoEncoderFitter:
             return  # one position has no batch statistics; a last batch of one image can be that
         with torch.enable_grad(), torch.autocast(teacher.device.type, enabled=False):
             maps = teacher.detach().to(coder.weight)
+            if maps.is_inference():
+                maps = maps.clone()  # such tensors cannot be saved for a backward pass
             error = reconstruction_error(coder(maps), maps, self._power)
             self._optimiser.zero_grad()
             error.backward()

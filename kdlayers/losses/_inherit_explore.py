@@ -297,7 +297,7 @@ class InheritExploreLoss(DistillLoss):
 
     def _take(self, coder: AutoEncoder) -> None:
         self._hold(coder)
-        self.is_fitted.fill_(True)
+        self.is_fitted = torch.ones_like(self.is_fitted)
         self._is_fitted = True
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, seed: int = 0) -> Self:

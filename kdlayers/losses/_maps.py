@@ -21,12 +21,13 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
 def check_map(name: str, value: Tensor) -> None:
     """Raise unless ``value`` is a feature map with at least one image, channel and position."""
     check.floats(name, value)
-    if value.dim() != 4 or not value.numel():
+    if value.dim() != 4:
         raise ShapeError(
             f"{name} must be feature maps [batch, channels, height, width], got "
             f"{check.shape(value)}; attach_kd converts tokens and channels-last maps, alone use "
             "tokens.transpose(1, 2).unflatten(2, (height, width)) or maps.movedim(-1, 1)"
         )
+    check.filled(f"{name} maps", value)
 
 
 def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
