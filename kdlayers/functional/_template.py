@@ -11,7 +11,7 @@ from kdlayers.functional._precision import full_precision
 
 
 @full_precision
-def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def template_kl(scores: Tensor, assignment: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     r"""KL divergence of the student's template scores from the teacher's soft assignment.
 
     .. math::
@@ -23,7 +23,7 @@ def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean
 
     Args:
         scores: the scores :math:`a` before softmax, ``[..., K]``, templates last.
-        targets: the assignment :math:`q` of the same shape: 0 or more, sums to 1 over the last
+        assignment: :math:`q` of the same shape: 0 or more, sums to 1 over the last
             axis (not checked). Exact zeros, as in one-hot rows, are fine. Constants: no gradient
             reaches them.
         reduction: ``"mean"`` over all positions (default), ``"sum"``, or ``"none"`` for one value
@@ -48,14 +48,14 @@ def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean
         tensor(2.0794)
     """
     check.floats("scores", scores)
-    check.floats("targets", targets)
-    if scores.dim() == 0 or scores.shape != targets.shape:
+    check.floats("assignment", assignment)
+    if scores.dim() == 0 or scores.shape != assignment.shape:
         raise ShapeError(
-            "scores and targets must have one shape [..., templates], got "
-            f"{check.shape(scores)} and {check.shape(targets)}"
+            "scores and assignment must have one shape [..., templates], got "
+            f"{check.shape(scores)} and {check.shape(assignment)}"
         )
     check.filled("scores", scores)
-    targets = targets.detach()
-    negative_entropy = torch.xlogy(targets, targets).sum(dim=-1)
-    cross_entropy = -(targets * F.log_softmax(scores, dim=-1)).sum(dim=-1)
+    assignment = assignment.detach()
+    negative_entropy = torch.xlogy(assignment, assignment).sum(dim=-1)
+    cross_entropy = -(assignment * F.log_softmax(scores, dim=-1)).sum(dim=-1)
     return check.reduce(negative_entropy + cross_entropy, reduction)

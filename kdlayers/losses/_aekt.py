@@ -49,7 +49,7 @@ class AEKTLoss(LogitLoss):
             the ratio is largest in the first epochs. Default 1.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        teacher_index: index of the teacher to learn from, where there are several.
 
     The linear layer is made for the number of classes by :func:`kdlayers.attach_kd`, or at the
     first call. :meth:`metrics` gives ``target``, ``others``, ``adaptive`` (the three terms before
@@ -78,8 +78,8 @@ class AEKTLoss(LogitLoss):
 
     def __init__(
         self,
-        form: Form = "chi2",
         *,
+        form: Form = "chi2",
         alpha: float = 1.0,
         beta: float = 8.0,
         gamma: float = 1.0,
@@ -91,9 +91,9 @@ class AEKTLoss(LogitLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         if form not in get_args(Form):
             raise ArgumentError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
         if fc_init not in ("identity", "default"):

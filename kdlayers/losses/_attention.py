@@ -29,7 +29,7 @@ class AttentionTransferLoss(DistillLoss):
             this mean.
         at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
         name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        teacher_index: index of the teacher to learn from, where there are several.
 
     Raises:
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch.
@@ -50,9 +50,9 @@ class AttentionTransferLoss(DistillLoss):
         weight: Weight = 1000.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean squared difference for maps ``[B, C, H, W]``; the labels are not used."""

@@ -24,7 +24,7 @@ class DKDLoss(LogitLoss):
         weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        teacher_index: index of the teacher to learn from, where there are several.
 
     Raises:
         ArgumentError: if a number is out of range, or at the call a label is.
@@ -44,16 +44,16 @@ class DKDLoss(LogitLoss):
 
     def __init__(
         self,
+        *,
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
-        *,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.not_negative("alpha", alpha)
         check.not_negative("beta", beta)
         check.positive("temperature", temperature)

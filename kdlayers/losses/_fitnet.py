@@ -31,7 +31,7 @@ class FitNetLoss(DistillLoss):
             on CIFAR-100.
         at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
         name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        teacher_index: index of the teacher to learn from, where there are several.
 
     Raises:
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch or the
@@ -54,9 +54,9 @@ class FitNetLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         self.register_module("regressor", None)
 
     def build(self, student: Tensor, teacher: Tensor) -> None:

@@ -77,7 +77,7 @@ class InheritExploreLoss(DistillLoss):
         weight: factor in ``kd.loss``, on top of the two weights. Default 1.
         at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
         name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        teacher_index: index of the teacher to learn from, where there are several.
 
     :meth:`metrics` gives the two terms apart, without their weights, as ``inheritance`` and
     ``exploration``: with equal weights their sum is near 0 and says nothing.
@@ -118,8 +118,8 @@ class InheritExploreLoss(DistillLoss):
 
     def __init__(
         self,
-        factor_channels: int | None = None,
         *,
+        factor_channels: int | None = None,
         split: Split = "natural",
         inherit_ratio: float = 0.5,
         p: int = 1,
@@ -136,9 +136,9 @@ class InheritExploreLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check_measure(p, measure, scale)
         _one_of("split", split, ("natural", "random"))
         _one_of("host", host, ("factor", "attention"))

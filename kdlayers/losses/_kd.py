@@ -24,7 +24,7 @@ class KDLoss(LogitLoss):
             choice on CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        teacher_index: index of the teacher to learn from, where there are several.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -39,14 +39,14 @@ class KDLoss(LogitLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
         *,
+        temperature: float = 4.0,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.positive("temperature", temperature)
         self.temperature = temperature
 

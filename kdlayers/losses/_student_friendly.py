@@ -56,7 +56,7 @@ class StudentFriendlyKDLoss(LogitLoss):
         weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
         at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
         name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        teacher_index: index of the teacher to learn from, where there are several.
 
     Raises:
         ArgumentError: if a number is out of range or ``base`` cannot be used.
@@ -79,8 +79,8 @@ class StudentFriendlyKDLoss(LogitLoss):
 
     def __init__(
         self,
-        base: DistillLoss | None = None,
         *,
+        base: DistillLoss | None = None,
         simplifier: nn.Module | None = None,
         temperature: float | None = None,
         simplifier_grad_scale: float = 1.0,
@@ -90,9 +90,9 @@ class StudentFriendlyKDLoss(LogitLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
         check.not_negative("anchor", anchor)
         check.not_negative("min_agreement", min_agreement)
@@ -103,7 +103,11 @@ class StudentFriendlyKDLoss(LogitLoss):
             raise ArgumentTypeError(
                 f"simplifier must be an nn.Module, got {type(simplifier).__name__}"
             )
-        self.base = KDLoss(4.0 if temperature is None else temperature) if base is None else base
+        self.base = (
+            KDLoss(temperature=4.0 if temperature is None else temperature)
+            if base is None
+            else base
+        )
         self.temperature = _temperature(self.base, temperature)
         self.simplifier = simplifier
         self.simplifier_grad_scale = simplifier_grad_scale

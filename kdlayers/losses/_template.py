@@ -87,8 +87,8 @@ class TemplateLoss(DistillLoss):
 
     def __init__(
         self,
-        template_targets: nn.Module | None = None,
         *,
+        template_targets: nn.Module | None = None,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,

@@ -38,15 +38,15 @@ class TestAEKT(LossTester):
 
 
 class TestAEKTRatioSquared(TestAEKT):
-    make = staticmethod(lambda: AEKTLoss("ratio_sq", fc_bias=False))
+    make = staticmethod(lambda: AEKTLoss(form="ratio_sq", fc_bias=False))
 
 
 class TestAEKTRatio(TestAEKT):
-    make = staticmethod(lambda: AEKTLoss("ratio", gamma=0.1))
+    make = staticmethod(lambda: AEKTLoss(form="ratio", gamma=0.1))
 
 
 class TestAEKTIs(TestAEKT):
-    make = staticmethod(lambda: AEKTLoss("is", alpha=0.5, beta=2.0, gamma=3.0))
+    make = staticmethod(lambda: AEKTLoss(form="is", alpha=0.5, beta=2.0, gamma=3.0))
 
 
 def pair(seed=0, classes=6):
