@@ -8,7 +8,8 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.trace import cuda_devices
+from kdlayers._models.trace import image_size
+from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step import captures
 from kdlayers._step.batches import check_loader, labels_for, split_batch
 from kdlayers._step.hooks import Ahead, Tape, version_of
@@ -327,12 +328,16 @@ class KDHandle:
             )
         ahead, self._tape.ahead = self._tape.ahead, None
         keys = {term.key for term in self._terms if term.key is not None}
-        record = captures.read(self._tape, keys, self.student, logits)
+        reads_logits = any(term.key is None for term in self._terms)
+        record = captures.read(self._tape, keys, self.student, logits, reads_logits=reads_logits)
+        image = image_size((record.args, record.kwargs))
         targets = labels_for(targets, record.logits)
         taught = self._teach(record, ahead)
         pairs = []
         for term in self._terms:
             student = record.logits if term.key is None else record.features[term.key]
+            if term.student_layout is not None:
+                student = term.student_layout.on_grid(student, image)
             _follow(term.loss, student.device)
             pairs.append((student, term.teacher_tensor(self._teachers, taught)))
         # Tensors: a compiled sum does not depend on their values.

@@ -51,3 +51,8 @@ def in_backward() -> bool:
 def is_functional(tensor: Tensor) -> bool:
     """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers by name, with those set to None; changing it changes the module."""
+    return module._buffers
