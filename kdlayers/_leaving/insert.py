@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from kdlayers._leaving.student_file import LayerDescription, SavedStudent
 from kdlayers._step.hooks import SLOT, Slot, Tape
 from kdlayers._step.sites import home_of, place
-from kdlayers._utils.plain_tensors import finite, why_not_plain
+from kdlayers._utils.archives import tensors_in
+from kdlayers._utils.plain_tensors import finite, why_hollow
 from kdlayers.errors import CheckpointError
 
 _ADVICE = "pass a model of the class and sizes that the student was made with"
@@ -89,16 +90,19 @@ def _place(
 def _check_state(model: nn.Module, theirs: dict[str, Any], places: list[Place]) -> None:
     """Compare keys, kinds and shapes first: a wrong file takes no memory and changes nothing."""
     own = model.state_dict()
+    for key, value in own.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise CheckpointError(
+                f"{key} of this {type(model).__name__} is on the meta device, where values cannot "
+                'be loaded; call model.to_empty(device="cpu") first'
+            )
     ours = {key: _form(value) for key, value in own.items()}
-    for place_ in places:
-        ours |= {key: f"shape {shape}" for key, shape in place_.shapes().items()}
+    for item in places:
+        ours |= {key: f"shape {shape}" for key, shape in item.shapes().items()}
     found = {key: _form(value) for key, value in theirs.items()}
-    hollow = [key for key, value in own.items() if isinstance(value, Tensor) and value.is_meta]
-    if hollow:
-        raise CheckpointError(
-            f"{hollow[0]!r} of this {type(model).__name__} is on the meta device, where values "
-            'cannot be loaded; call model.to_empty(device="cpu") first'
-        )
+    for key, value in theirs.items():
+        why = next((why for t in tensors_in(value) if (why := why_hollow(t)) is not None), None)
+        found[key] = found[key] if why is None else f"{found[key]} but {why}"
     wrong = [
         *(f"{key} is missing" for key in ours if key not in found),
         *(f"{key} is unknown" for key in found if key not in ours),
@@ -116,10 +120,15 @@ def _form(value: Any) -> str:
     """What two entries must have in common, in words."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    why = None if value.is_meta else why_not_plain(value)
-    kind = "" if why is None or type(value) is not Tensor else f" and {why}"
-    kind = f"{kind} and complex numbers" if value.is_complex() else kind
-    return f"shape {tuple(value.shape)}{kind}"
+    kinds = {
+        "no values (meta)": value.is_meta,
+        "a sparse layout": value.layout is not torch.strided,
+        "quantized values": value.is_quantized,
+        "complex values": value.is_complex(),
+    }
+    return " and ".join(
+        [f"shape {tuple(value.shape)}", *(kind for kind, yes in kinds.items() if yes)]
+    )
 
 
 def insert(model: nn.Module, places: list[Place], state: dict[str, Any]) -> None:

@@ -59,7 +59,9 @@ def _add(digest: _Digest, tree: Any, depth: int, left: list[int]) -> None:
 
 
 def _add_tensor(digest: _Digest, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(f"{tensor.dtype} {list(tensor.shape)} {tensor.layout}\n".encode())
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return  # whoever reads the state refuses them
     if tensor.is_quantized:
         for part in quantisation(tensor):
             _add(digest, part, 2, [8])
