@@ -90,7 +90,7 @@ KINDS = (
 
 
 def states(loader):
-    found = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+    found = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
     held = [loader.generator, getattr(loader.sampler, "generator", None)]
     source = loader.dataset.transforms[0]["source"] if loader.dataset is not PLAIN else None
     if isinstance(source, np.random.Generator):

@@ -274,7 +274,8 @@ def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) ->
     name = loss.name or type(loss).__name__
     if loss.teacher_index is not None and loss.teacher_index >= len(teachers):
         raise ArgumentError(
-            f"{name} reads teacher {loss.teacher_index}, but there are {len(teachers)}, counted from 0"
+            f"{name} reads teacher {loss.teacher_index}, but there are {len(teachers)}, counted "
+            "from 0"
         )
     if loss.at is None:
         return Term(name, loss, teacher_index=loss.teacher_index)

@@ -31,8 +31,8 @@ class DistillLoss(nn.Module):
             default: the mean of their logits, or the first one's features.
 
     Raises:
-        ArgumentError: if ``weight`` is negative, ``teacher_index`` no index, or ``at`` neither a name nor
-            a pair of names.
+        ArgumentError: if ``weight`` is negative, ``teacher_index`` is not an index, or ``at`` is
+            neither a name nor a pair of names.
         ArgumentTypeError: if ``weight`` is neither a number nor callable.
 
     Example:

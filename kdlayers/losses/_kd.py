@@ -13,18 +13,15 @@ class KDLoss(LogitLoss):
     .. math::
         L = T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z^T / T) \,\|\, \mathrm{softmax}(z^S / T)\big)
 
-    Summed over classes, averaged over samples; see :func:`kdlayers.functional.kd`. The teacher is
-    not detached here, so that a learnable teacher side gets its gradient
-    (:class:`~kdlayers.losses.StudentFriendlyKDLoss`); :func:`kdlayers.attach_kd` runs the teacher
-    without one.
+    The sum over classes, averaged over samples; see :func:`kdlayers.functional.kd`. The loss does
+    not detach the teacher, so that a trainable teacher side gets its gradient, as in
+    :class:`~kdlayers.losses.StudentFriendlyKDLoss`; :func:`kdlayers.attach_kd` runs the teacher
+    without gradients.
 
     Args:
         temperature: above 0. Default 4, usual for CIFAR-100; 1 is usual for ImageNet.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1; a usual
-            choice on CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher_index: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. A usual weight on
+            CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -55,5 +52,5 @@ class KDLoss(LogitLoss):
         return kd(student, teacher, temperature=self.temperature)
 
     def extra_repr(self) -> str:
-        """Shows the temperature besides weight and at."""
+        """Shows the temperature before weight and at."""
         return f"temperature={self.temperature}, {super().extra_repr()}"

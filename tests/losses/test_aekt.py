@@ -121,7 +121,7 @@ def test_two_classes_with_only_the_target_terms_give_no_warning():
     ("wrong", "sentence"),
     [
         ({"form": "chi"}, "form must be one of chi2, ratio_sq, ratio, is, got 'chi'"),
-        ({"fc_init": "zero"}, 'fc_init must be "identity" or "default", got .zero.'),
+        ({"fc_init": "zero"}, "fc_init must be one of identity, default, got 'zero'"),
         ({"gamma": -1.0}, "gamma must be 0 or more"),
         ({"ratio_clip": 0.0}, "ratio_clip must be above 0"),
     ],

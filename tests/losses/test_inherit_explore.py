@@ -251,7 +251,7 @@ def test_shapes_that_do_not_fit_are_named():
     [
         ({"split": "half"}, "split must be one of natural, random, got 'half'"),
         ({"host": "logits"}, "host must be one of factor, attention"),
-        ({"measure": "rbf"}, 'measure must be "norm", "cosine" or "cka", got .rbf.'),
+        ({"measure": "rbf"}, "measure must be one of norm, cosine, cka, got .rbf."),
         ({"p": 3}, "p must be 1 or 2, got 3"),
         ({"measure": "cosine", "scale": "sqrt_dim"}, "p and scale belong to measure="),
         ({"reconstruction": "l3"}, "reconstruction must be one of l1, l2"),
