@@ -11,7 +11,7 @@ from kdlayers._layer.recognise import recognise_frozen
 from kdlayers._leaving.bake import replace_layers
 from kdlayers._step.hooks import Slot
 from kdlayers._utils.chunks import DEVICES
-from kdlayers._utils.norms import inverse_norm, safe_norm
+from kdlayers._utils.norms import inverse_norm
 
 
 class FoldedKDLayer(nn.Module):
@@ -60,7 +60,7 @@ class FoldedKDLayer(nn.Module):
     def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:
         """What is added to ``x``."""
         dtype = product_dtype(x)
-        units = (features / safe_norm(features)).to(dtype).flatten(0, -2)
+        units = (features * inverse_norm(features)).to(dtype).flatten(0, -2)
         matching, values = self.matching.to(dtype), self.values.to(dtype)
         value = recognise_frozen(units, matching, self.threshold, values).view_as(features)
         return value.movedim(-1, self.channel_dim).to(x.dtype)

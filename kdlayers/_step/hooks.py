@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.layer import KDLayer
+from kdlayers._models.outputs import main_output
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import current_backward, drop_hooks
-from kdlayers._utils.tree import Path, first_tensor, pick, put
+from kdlayers._utils.tree import Path, pick, put
 
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
@@ -130,7 +131,7 @@ class OpenForward:
         # Assigned each time: a forward that ended in an exception cannot leave it set.
         tape.active = recording
         if recording:
-            tape.forward = Forward(args, kwargs)
+            tape.forward = Forward(args, kwargs, copies=tape.copies)
             if tape.ranks is not None and not torch.compiler.is_compiling():
                 tape.forward.on_all_ranks = tape.ranks.forward(module)
 
@@ -152,13 +153,14 @@ class CloseForward:
             return
         tape.active = False
         tape.done += 1
-        logits = output if isinstance(output, Tensor) else first_tensor(output)
+        forward.output, forward.compiled = output, torch.compiler.is_compiling()
+        if not isinstance(output, Tensor) and forward.compiled:
+            return  # the logits are looked for outside of the graph
+        logits = output if isinstance(output, Tensor) else main_output(output)
         if logits is None:
             return
         forward.logits, forward.version = logits, version_of(logits)
-        if torch.compiler.is_compiling():
-            forward.compiled = True
-        elif logits.requires_grad:
+        if logits.requires_grad and not forward.compiled:
             watch_backward(tape, forward, logits)
             if forward.on_all_ranks and tape.ranks is not None:
                 tape.ranks.average_after(logits)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.trace import image_size
 from kdlayers._step.tape import Forward, Wanted
 from kdlayers._step.teacher import Taught, Teacher
 from kdlayers._step.terms import Pair, Term
@@ -69,6 +70,9 @@ class Plan:
                 student, templates = forward.scores[term.point]
             elif term.point is not None:
                 student = forward.features[term.point]
+            if term.student_layout is not None and term.student_layout.kind == "tokens":
+                image = image_size((forward.args, forward.kwargs))
+                student = term.student_layout.on_grid(student, image)
             if term.device != student.device:
                 _follow(term.loss, student.device)
                 term.device = student.device
@@ -80,9 +84,8 @@ class Plan:
         parts: list[Tensor] = []
         for teacher, (logits, _) in zip(self.teachers, taught, strict=True):
             if logits is not None:  # asked for in `teach`
-                parts.append(
-                    teacher.weight * logits.to(parts[0].device if parts else logits.device)
-                )
+                device = parts[0].device if parts else logits.device
+                parts.append(teacher.weight * logits.to(device))
         return torch.stack(parts).sum(0)
 
 

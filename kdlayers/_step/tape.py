@@ -6,7 +6,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kdlayers._utils.tree import first_tensor, leaves
+from kdlayers._models.outputs import main_output, why_unclear
+from kdlayers._utils.tree import leaves, mapped
 from kdlayers.errors import (
     ArgumentTypeError,
     AttachError,
@@ -39,7 +40,14 @@ class Recorder(Protocol):
 class Forward:
     """One forward of the student: its inputs, its output, and what the hooks recorded."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool = False
+    ) -> None:
+        self.given = (args, kwargs)
+        """The inputs as the student got them."""
+        self.copied = copies
+        if copies:
+            args, kwargs = mapped(self.given, lambda tensor: tensor.clone())
         self.args = args
         self.kwargs = kwargs
         self.versions = versions_of(args, kwargs)
@@ -48,6 +56,7 @@ class Forward:
         self.watched: list[tuple[Recorder, Tensor, int]] = []
         """Features as the module gave them, with their in-place counters at that time."""
         self.repeated: str | None = None
+        self.output: Any = None
         self.logits: Tensor | None = None
         self.version: int | None = None
         """The in-place counter of the logits when the forward ended."""
@@ -88,6 +97,8 @@ class Tape:
         """Completed forwards that no loss has read."""
         self.generation = 0
         self.forward: Forward | None = None
+        self.copies = False
+        """Whether the student works in place on its inputs, so that copies go to the teacher."""
         self.ahead: Any = None
         """What ``kd.teach`` learnt before the student runs."""
         self.ranks: Any = None
@@ -129,7 +140,13 @@ class Tape:
             )
         _check_recorded(forward, wanted)
         _check_unchanged(forward, given=logits is not None)
-        found = forward.logits if logits is None else first_tensor(logits)
+        output = forward.output if logits is None else logits
+        found = output
+        if not isinstance(output, Tensor):
+            unclear = why_unclear(output) if wanted.logits else None
+            if unclear is not None:
+                raise CaptureError(f"a loss reads the student's logits, but {unclear}")
+            found = main_output(output)
         if found is None:
             raise CaptureError(
                 "with kd.batch(x) the logits are not seen: call kd.loss(y, logits=...)"
@@ -207,9 +224,9 @@ def check_taught(forward: Forward, ahead: Any) -> None:
     Raises:
         StaleCaptureError: if not.
     """
-    ours = [*forward.args, *forward.kwargs.items()]
-    theirs = [*ahead.args, *ahead.kwargs.items()]
-    if not _same(ours, theirs) or versions_of(ahead.args, ahead.kwargs) != ahead.versions:
+    same = _same(forward.given, (ahead.args, ahead.kwargs))
+    changed = versions_of(ahead.args, ahead.kwargs) != ahead.versions and not forward.copied
+    if not same or changed:
         raise StaleCaptureError(
             "kd.teach(x) and student(x) were given different batches; call kd.teach with the very "
             "tensors that the student gets next, or leave kd.teach out"

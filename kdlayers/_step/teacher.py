@@ -8,12 +8,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.trace import Call, Trace, placement, trace
+from kdlayers._models.outputs import main_output, why_unclear
+from kdlayers._models.trace import Trace, image_size, placement, trace
 from kdlayers._models.wrappers import check_pair, unwrap
 from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
 from kdlayers._utils.locks import lock_of
-from kdlayers._utils.tree import first_tensor, leaves, mapped, pick
+from kdlayers._utils.tree import leaves, mapped, pick
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
@@ -81,20 +82,38 @@ class Teacher:
             output, taps = self._forward(args, kwargs, names, logits)
             if [tap for tap in taps if tap.is_lost()]:
                 output, taps = self._forward(args, kwargs, names, logits)  # now with copies
-        found = first_tensor(output)
-        if found is None and logits:
+        features = self._on_grids(taps, args, kwargs)
+        if isinstance(output, Tensor) or not logits:
+            return output if isinstance(output, Tensor) else None, features
+        unclear = why_unclear(output)
+        if unclear is not None:
+            raise CaptureError(f"a loss reads the teacher's logits, but {unclear}")
+        found = main_output(output)
+        if found is None:
             raise CaptureError("the teacher returned no tensor, though it did at attach")
-        return found, {tap.call.name: tap.features for tap in taps if tap.features is not None}
+        return found, features
+
+    def _on_grids(
+        self, taps: Sequence["_Tap"], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The taps, with tokens on the grid that they form for images of this size."""
+        features = {}
+        for tap in taps:
+            if tap.features is not None:
+                features[tap.call.name] = tap.features
+            if tap.features is not None and tap.layout.kind == "tokens":
+                image = image_size((args, kwargs))
+                features[tap.call.name] = tap.layout.on_grid(tap.features, image)
+        return features
 
     def _forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], logits: bool
     ) -> tuple[Any, list["_Tap"]]:
         """The output, None where the forward ended early, and the taps after they have run."""
         ends, missing = not logits and self._stoppable(), set(names)
-        taps = []
-        for name in names:
-            call = self.traced.call(name)
-            taps.append(_Tap(call, call.changed or not self.eval_mode, missing, ends))
+        taps = [_Tap(self, name, missing, ends) for name in names]
+        if self.traced.changes_input:
+            args, kwargs = mapped((args, kwargs), lambda tensor: tensor.clone())
         hooks = [hook_site(self.model, t.call.name).register_forward_hook(t) for t in taps]
         training = [m for m in self.model.modules() if self.eval_mode and m.training]
         for module in training:
@@ -115,8 +134,8 @@ class Teacher:
         if missing:
             raise CaptureError(
                 f"the teacher's modules {sorted(missing)} did not run in its forward, though they "
-                "did at attach; a teacher compiled and called before attach_kd skips new hooks: pass the "
-                "teacher uncompiled, or attach before its first call"
+                "did at attach; a teacher compiled and called before attach_kd skips new hooks: "
+                "pass the teacher uncompiled, or attach before its first call"
             )
         return output, taps
 
@@ -133,9 +152,11 @@ class _Enough(BaseException):
 class _Tap:
     """Forward hook that records features, and may end the forward once nothing is missing."""
 
-    def __init__(self, call: Call, copies: bool, missing: set[str], ends: bool) -> None:
-        self.call = call
-        self.copies = copies
+    def __init__(self, teacher: Teacher, name: str, missing: set[str], ends: bool) -> None:
+        self.call = teacher.traced.call(name)
+        self.layout = teacher.traced.layout(name)
+        # A peer in training mode may change features that an eval-mode forward leaves alone.
+        self.copies = self.call.changed or not teacher.eval_mode
         self.missing = missing
         self.ends = ends
         self.features: Tensor | None = None
@@ -234,7 +255,8 @@ def make_teachers(
     for model, weight in zip(models, weights, strict=True):
         inner, called = unwrap(model, "teacher")
         check_pair(student, inner)
-        traced = trace(inner, example, "teacher")
+        with lock_of(inner):
+            traced = trace(inner, example, "teacher")
         teachers.append(Teacher(inner, traced, called, weight / sum(weights), transform))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
 from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
 from kdlayers._targets.distances import affine
-from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad
+from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad, rows_of
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.rows import RowFitter, check_features, expand_labels
 from kdlayers._utils.chunks import work_dtype
@@ -167,7 +167,7 @@ class DecisionTargets(TemplateTargets):
             ShapeError: if the last axis is not D wide, or labels do not fit the positions.
         """
         own, decisions = self._own(features, labels)
-        return decisions[own].reshape(*features.shape[:-1], -1)
+        return rows_of(decisions, own).reshape(*features.shape[:-1], len(decisions))
 
     @override
     def divergence(
@@ -195,24 +195,13 @@ class DecisionTargets(TemplateTargets):
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
         labels = expand_labels(features, labels).to(features.device).reshape(-1)
-        self._check_range(labels)
+        check.in_range("labels", labels, self._num_classes or 0)
         dtype = torch.promote_types(work_dtype(features), work_dtype(projection))
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
             own = own_subclass(z, labels, centers.to(dtype), self.subclasses)
         return own, decisions.to(dtype)
-
-    def _check_range(self, labels: Tensor) -> None:
-        # On an accelerator this would wait for the device at every step.
-        if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= (self._num_classes or 0):
-            raise ArgumentError(
-                f"labels must lie in 0..{(self._num_classes or 0) - 1}, the classes of fit, got "
-                f"labels from {low} to {high}"
-            )
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:

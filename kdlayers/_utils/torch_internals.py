@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,3 +61,13 @@ def joined() -> bool:
 def _active_ddp() -> nn.Module | None:
     found: nn.Module | None = getattr(DistributedDataParallel, "_active_ddp_module", None)
     return found
+
+
+def is_functional(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers by name, with those set to None; changing it changes the module."""
+    return module._buffers

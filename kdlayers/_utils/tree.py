@@ -46,22 +46,6 @@ def put(tree: Any, path: Path, value: Tensor) -> Any:
     return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
 
 
-def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of ``tree`` with ``function`` of every tensor; containers keep their types."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        copied = tree.copy()
-        copied.update({key: mapped(branch, function) for key, branch in tree.items()})
-        return copied
-    if not isinstance(tree, (tuple, list)):
-        return tree
-    items = [mapped(branch, function) for branch in tree]
-    if isinstance(tree, list):
-        return items
-    return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-
-
 def first_tensor(tree: Any) -> Tensor | None:
     """The first tensor, which for the output of a classifier is the logits."""
     found = leaves(tree)
@@ -72,3 +56,10 @@ def main_tensor(tree: Any) -> tuple[Path, Tensor] | None:
     """The largest floating-point tensor, the earlier of equals: the features of a stage."""
     found = [(path, t) for path, t in leaves(tree) if t.is_floating_point() and t.dim() > 1]
     return max(found, key=lambda item: item[1].numel()) if found else None
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of ``tree`` with every tensor changed; containers keep their types."""
+    for path, tensor in leaves(tree):
+        tree = put(tree, path, change(tensor))
+    return tree
