@@ -41,10 +41,10 @@ def decouple(
 
 
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
-    """``factor`` times KL(teacher || student) of log-probabilities ``[B, n]``, reduced."""
+    """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
     elements = teacher.exp() * (teacher - student)
     if reduction == "mean":  # one sum over everything, then one product
-        return elements.sum() * (factor / student.shape[0])
+        return elements.sum() * (factor * student.shape[1] / student.numel())
     return check.reduce(elements.sum(dim=1) * factor, reduction)
 
 
