@@ -197,7 +197,7 @@ class KDLayer(nn.Module):
         self.head = TemplateHead(in_channels, num_templates, channel_dim=channel_dim)
         self.norm = nn.BatchNorm1d(num_templates)
         self.value = CosineProjection(num_templates, in_channels, scale=1.0)
-        self.alpha = alpha
+        self.alpha = float(alpha)  # also a NumPy number, which files without code cannot hold
 
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""

@@ -77,10 +77,11 @@ def fold(student: nn.Module) -> nn.Module:
     copy is in eval mode and its layers cannot be trained; the student is not changed.
 
     Args:
-        student: a model with KD layers, attached or detached.
+        student: a model with KD layers, attached or detached. What ``torch.compile``, DDP or a
+            moving average wrap round it is left out of the copy.
 
     Raises:
-        AttachError: if the model has no KD layers.
+        AttachError: if the model has no KD layers, or FSDP has split its parameters.
 
     Example:
         >>> import torch
@@ -93,5 +94,5 @@ def fold(student: nn.Module) -> nn.Module:
         True
     """
     with torch.no_grad():
-        folded = replace_layers(student, FoldedKDLayer)
+        folded = replace_layers(student, FoldedKDLayer, "fold")
     return folded.eval()
