@@ -33,6 +33,7 @@ class Schedule(ABC):
         >>> @dataclass(frozen=True)
         ... class Halving(Schedule):
         ...     def __call__(self, step: int) -> float:
+        """The weight at ``step``."""
         ...         return 0.5**step
         >>> (Halving() * 8.0)(2)
         2.0
@@ -69,6 +70,7 @@ class Constant(Schedule):
         check.not_negative("value", self.value)
 
     def __call__(self, step: int) -> float:  # noqa: ARG002
+        """The value."""
         return self.value
 
 
@@ -110,6 +112,7 @@ class LinearWarmup(Schedule):
         object.__setattr__(self, "then", _schedule(self.then))
 
     def __call__(self, step: int) -> float:
+        """The weight at ``step``."""
         then = _schedule(self.then)
         time = _time(step, self.steps_per_epoch)
         if time >= self.length:
@@ -152,6 +155,7 @@ class Cosine(Schedule):
         _epoch_length(self.steps_per_epoch)
 
     def __call__(self, step: int) -> float:
+        """The weight at ``step``."""
         done = min(_time(step, self.steps_per_epoch) / self.length, 1.0)
         return self.end + (self.value - self.end) * (1 + cos(pi * done)) / 2
 
@@ -188,6 +192,7 @@ class Step(Schedule):
         _epoch_length(self.steps_per_epoch)
 
     def __call__(self, step: int) -> float:
+        """The weight at ``step``."""
         return float(self.value * self.gamma ** (_time(step, self.steps_per_epoch) // self.every))
 
 
@@ -233,6 +238,7 @@ class MultiStep(Schedule):
         _epoch_length(self.steps_per_epoch)
 
     def __call__(self, step: int) -> float:
+        """The weight at ``step``."""
         time = _time(step, self.steps_per_epoch)
         return float(self.value * self.gamma ** sum(m <= time for m in self.milestones))
 
@@ -255,6 +261,7 @@ class Product(Schedule):
         object.__setattr__(self, "factors", tuple(_schedule(factor) for factor in factors))
 
     def __call__(self, step: int) -> float:
+        """The weight at ``step``."""
         return float(prod(factor(step) for factor in self.factors))
 
 

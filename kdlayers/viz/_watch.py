@@ -54,13 +54,13 @@ def find_layer(student: nn.Module, at: str | None) -> tuple[str, KDLayer]:
 
 def check_images(images: Any) -> Tensor:
     """``images``; raise ArgumentTypeError or ShapeError unless they are a batch."""
-    check.tensor("images", images)
-    if images.dim() != 4:
+    found = check.tensor("images", images)
+    if found.dim() != 4:
         raise ShapeError(
-            f"images must be [B, channels, height, width], got {tuple(images.shape)}; "
+            f"images must be [B, channels, height, width], got {tuple(found.shape)}; "
             "use image.unsqueeze(0) for a batch of one"
         )
-    return images
+    return found
 
 
 def watched(student: nn.Module, layer: KDLayer, images: Tensor) -> list[tuple[Tensor, Tensor]]:
