@@ -33,7 +33,6 @@ class Schedule(ABC):
         >>> @dataclass(frozen=True)
         ... class Halving(Schedule):
         ...     def __call__(self, step: int) -> float:
-        """The weight at ``step``."""
         ...         return 0.5**step
         >>> (Halving() * 8.0)(2)
         2.0
