@@ -250,7 +250,9 @@ def _terms(
     terms = []
     for point in points:
         tap = point.teacher or point.student
-        loss = TemplateLoss(point.targets, weight=point.weight, at=(point.student, tap))
+        loss = TemplateLoss(
+            template_targets=point.targets, weight=point.weight, at=(point.student, tap)
+        )
         name = f"TemplateLoss.{point.student}"
         terms.append(feature_term(name, loss, traced, teachers, point.student, tap))
     terms.extend(_loss_term(loss, traced, teachers) for loss in losses)
@@ -270,16 +272,17 @@ def _read_by(term: Term, teachers: Sequence[Teacher]) -> list[Trace]:
 
 def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) -> Term:
     name = loss.name or type(loss).__name__
-    if loss.teacher is not None and loss.teacher >= len(teachers):
+    if loss.teacher_index is not None and loss.teacher_index >= len(teachers):
         raise ArgumentError(
-            f"{name} reads teacher {loss.teacher}, but there are {len(teachers)}, counted from 0"
+            f"{name} reads teacher {loss.teacher_index}, but there are {len(teachers)}, counted "
+            "from 0"
         )
     if loss.at is None:
-        return Term(name, loss, teacher_index=loss.teacher)
+        return Term(name, loss, teacher_index=loss.teacher_index)
     ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
     advice = f"; where its name is another, give both: at=({ours!r}, 'its name')"
     advice = "" if isinstance(loss.at, tuple) else advice
-    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher or 0].traced, advice)
+    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher_index or 0].traced, advice)
     return feature_term(loss.name or f"{name}.{point}", loss, traced, teachers, point, tap)
 
 

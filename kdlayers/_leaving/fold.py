@@ -10,10 +10,11 @@ from kdlayers._layer.batch_norm import as_affine
 from kdlayers._layer.layer import product_dtype
 from kdlayers._layer.recognise import recognise_frozen
 from kdlayers._leaving.bake import replace_layers
+from kdlayers._leaving.wrapped import student_inside
 from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import slots
 from kdlayers._utils.chunks import DEVICES
-from kdlayers._utils.norms import inverse_norm, safe_norm
+from kdlayers._utils.norms import inverse_norm
 from kdlayers.errors import AttachError
 
 # A single node in graphs of torch.fx, which tools for quantisation leave in float.
@@ -62,7 +63,7 @@ class FoldedKDLayer(nn.Module):
     def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:
         """What is added to ``x``."""
         dtype = product_dtype(x)
-        units = (features / safe_norm(features)).to(dtype).flatten(0, -2)
+        units = (features * inverse_norm(features)).to(dtype).flatten(0, -2)
         matching, values = self.matching.to(dtype), self.values.to(dtype)
         value = recognise_frozen(units, matching, self.threshold, values).view_as(features)
         return value.movedim(-1, self.channel_dim).to(x.dtype)
@@ -91,11 +92,12 @@ def fold(student: nn.Module) -> nn.Module:
     copy is in eval mode and its layers cannot be trained; the student is not changed.
 
     Args:
-        student: a model with KD layers, attached or detached.
+        student: a model with KD layers, attached or detached. What ``torch.compile``, DDP or a
+            moving average wrap round it is left out of the copy.
 
     Raises:
-        AttachError: if the model has no KD layers, or one is pruned, reparametrised by hooks or
-            wrapped.
+        AttachError: if the model has no KD layers, FSDP has split its parameters, or a layer is
+            pruned, reparametrised by hooks or wrapped.
 
     Example:
         >>> import torch
@@ -107,7 +109,7 @@ def fold(student: nn.Module) -> nn.Module:
         >>> torch.allclose(fold(student)(images), student(images), atol=1e-5)
         True
     """
-    for name, slot in slots(student).items():
+    for name, slot in slots(student_inside(student)).items():
         wrapped = slot.wrapped()
         if wrapped is not None:
             raise AttachError(
@@ -116,5 +118,5 @@ def fold(student: nn.Module) -> nn.Module:
                 "with torch.nn.utils.prune.remove or by merging the adapter, or use bake(student)"
             )
     with torch.no_grad():
-        copied = replace_layers(student, FoldedKDLayer)
+        copied = replace_layers(student, FoldedKDLayer, "fold")
     return copied.eval()

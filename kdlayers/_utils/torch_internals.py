@@ -53,6 +53,11 @@ def in_backward() -> bool:
     return current is not None and current() != -1
 
 
+def is_functional(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers by name, with those set to None; changing it changes the module."""
     return module._buffers
