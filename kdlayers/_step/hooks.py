@@ -23,6 +23,7 @@ from kdlayers._models.outputs import main_output
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import current_backward, drop_hooks
 from kdlayers._utils.tree import Path, pick, put
+from kdlayers.errors import AttachError
 
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
@@ -68,8 +69,19 @@ class InsertLayer:
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
-        """The layer that belongs to ``module``."""
-        return descend(module, self.store)._modules[SLOT]  # type: ignore[return-value]
+        """The layer that belongs to ``module``.
+
+        Raises:
+            AttachError: if another tool has moved the hook to a module without the layer.
+        """
+        layer = descend(module, self.store)._modules.get(SLOT)
+        if layer is None:
+            raise AttachError(
+                f"the KD layer at {self.name!r} is gone: its module was replaced by a "
+                f"{type(module).__name__}, as fuse_modules does; fuse before attach_kd, or take a "
+                "copy with plain submodules, bake(student), and fuse that"
+            )
+        return layer  # type: ignore[return-value]
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """The output with the layer's features in the place of the module's."""
@@ -209,7 +221,7 @@ def guard_hooks(*, reset: bool = False) -> None:
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
     """The descendant of ``module`` that the child names lead to."""
     for name in store:
-        module = module._modules[name]  # type: ignore[assignment]
+        module = module._modules.get(name, module)  # type: ignore[assignment]
     return module
 
 
