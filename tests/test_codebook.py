@@ -361,7 +361,7 @@ def test_unfitted_state_into_fitted_targets_is_an_error():
         ({"counts": torch.ones(4)}, r"counts has shape \[4\], the other tensors ask for \[5\]"),
         ({"centers": torch.full((5, 3), math.nan)}, "centers has NaN or infinite values"),
         ({"counts": None}, "is incomplete: it has centers, inertia, but not counts"),
-        ({"inertia": "much"}, "inertia is no tensor but a str"),
+        ({"inertia": "much"}, "inertia is a str, not a tensor"),
     ],
 )
 def test_damaged_states(change, sentence):
