@@ -107,15 +107,18 @@ def _check(term: Term, state: object, sealed: bool) -> None:
         if isinstance(ours, Tensor) or isinstance(value, Tensor):
             why = why_not_plain(value)
         if why is None and isinstance(ours, Tensor) and _kind(ours) != _kind(value):
-            why = f"holds {value.dtype}, not {ours.dtype}"
+            shapes = list(value.shape), list(ours.shape)
+            why = f"is {value.dtype} {shapes[0]}, not {ours.dtype} {shapes[1]}"
         if why is None and isinstance(value, Tensor) and not (sealed and key not in learnt):
             why = None if finite(value) else "has NaN or infinite values"
         if why is not None:
             raise CheckpointError(f"the state of {term.name} is damaged: {key!r} {why}")
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+def _kind(tensor: Tensor) -> tuple[bool, ...]:
+    """What torch would convert without a word: kinds of numbers, and one number to a scalar."""
+    kind = tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+    return (*kind, tensor.dim() == 0)
 
 
 def _load(term: Term, state: dict[str, Any]) -> None:
