@@ -20,6 +20,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.layer import KDLayer
 from kdlayers._models.outputs import main_output
+from kdlayers._step.plain_state import may_keep_values
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import current_backward, drop_hooks
 from kdlayers._utils.tree import Path, pick, put
@@ -44,14 +45,19 @@ class Slot(KDLayer):
         self,
         state_dict: dict[str, Any],
         prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
         *args: Any,
-        **kwargs: Any,
     ) -> None:
-        # A checkpoint of the plain student has no keys of this layer: it loads strictly, and the
-        # layer keeps its values. load_state_dict works on its own copy of the dict.
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
+        # layers keep their values. load_state_dict works on its own copy of the dict.
+        own = self.state_dict()
+        if may_keep_values(state_dict, prefix, list(own), missing_keys):
+            state_dict.update({prefix + key: value for key, value in own.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
 
 
 class InsertLayer:
