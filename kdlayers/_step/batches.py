@@ -6,35 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdlayers.errors import ArgumentError, ArgumentTypeError, StaleCaptureError
-from kdlayers.functional import _checks as check
-
-
-def labels_for(targets: Tensor | None, logits: Tensor) -> Tensor | None:
-    """The labels on the device of ``logits``, checked to be those of the same batch.
-
-    Raises:
-        ArgumentTypeError: if they are no tensor, or one with a gradient, as logits have.
-        StaleCaptureError: if their number is another.
-    """
-    if targets is None:
-        return None
-    if not isinstance(targets, Tensor):
-        raise ArgumentTypeError(
-            f"kd.loss(targets) takes the labels as a tensor, got {type(targets).__name__}"
-        )
-    if targets.requires_grad:
-        raise ArgumentTypeError(
-            f"kd.loss(targets) takes the labels, got a {targets.dtype} tensor of shape "
-            f"{check.shape(targets)} with a gradient, as the student's logits have: these are "
-            "recorded when the student runs; call kd.loss(y) after student(x)"
-        )
-    if targets.dim() == 0 or targets.shape[0] != logits.shape[0]:
-        raise StaleCaptureError(
-            f"{tuple(targets.shape)} labels for a forward of {logits.shape[0]} images: these are "
-            "the labels of another batch; call kd.loss(y) with the y of the last student(x)"
-        )
-    return targets.to(logits.device)
+from kdlayers.errors import ArgumentError, ArgumentTypeError
 
 
 def check_loader(loader: object) -> None:
@@ -51,6 +23,9 @@ def check_loader(loader: object) -> None:
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Images and labels of a loader's batch: a pair, or images alone.
 
+    Several inputs stand as a tuple or list of tensors in the place of the images, ``((a, b),
+    labels)``, as the default collation makes them; they are returned as a tuple.
+
     Raises:
         ArgumentError: if the batch is neither.
     """
@@ -59,12 +34,19 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, (tuple, list)):
         images, labels = (*batch, None, None)[:2]
         sample = isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0)
-        if isinstance(images, Tensor) and isinstance(labels, (Tensor, NoneType)) and not sample:
+        second = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 2
+        if isinstance(images, (tuple, list)) and images:
+            images = tuple(images) if all(isinstance(i, Tensor) for i in images) else None
+        given = isinstance(images, (Tensor, tuple))
+        if given and isinstance(labels, (Tensor, NoneType)) and not (sample or second):
             return images, labels
         kinds = ", ".join(type(item).__name__ for item in batch)
         found = f"a {type(batch).__name__} ({kinds})"
         if sample:
             found += ", one sample of a data set: pass DataLoader(dataset, batch_size=64)"
+        elif second:
+            found += f", of which the second has shape {list(labels.shape)}, like images: give a "
+            found += "model of two inputs batches ((first, second), labels)"
     elif isinstance(batch, Mapping):
         found = f"a {type(batch).__name__} with the keys {_pairs_of(batch)}"
     else:

@@ -1,48 +1,15 @@
 """Template supervision: the loss of the KD layers."""
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdlayers._targets import divergence_from, scores_of
+from kdlayers._targets import TemplateTargets, divergence_from, scores_of
 from kdlayers._targets.fitter import Fitter
 from kdlayers.errors import ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
 from kdlayers.losses._base import DistillLoss, Weight
-
-
-class SoftTargets(Protocol):
-    """What `TemplateLoss` asks of template targets, besides being an ``nn.Module``."""
-
-    @property
-    def num_templates(self) -> int | None:
-        """K, or None before ``fit`` where K depends on the data."""
-        ...
-
-    @property
-    def fitted(self) -> bool:
-        """Whether ``fit`` has been done."""
-        ...
-
-    def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``[..., D]`` to ``[..., K]``."""
-        ...
-
-    def fitter(self, *, seed: int = 0) -> Fitter:
-        """What learns the targets from passes over the teacher's features."""
-        ...
-
-    def divergence(
-        self,
-        student: Tensor,
-        features: Tensor,
-        labels: Tensor | None = None,
-        *,
-        templates: Tensor | None = None,
-    ) -> Tensor:
-        """The mean divergence, where it can be had without the whole assignment; optional."""
-        ...
 
 
 class TemplateLoss(DistillLoss):
@@ -52,28 +19,27 @@ class TemplateLoss(DistillLoss):
         L = \frac{1}{BHW} \sum_{i} \mathrm{KL}\big( q_i \,\|\, \mathrm{softmax}(a_i) \big)
 
     with the scores :math:`a` of a KD layer before its batch norm and :math:`q` from
-    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. Summed over templates,
-    averaged over images and positions; see :func:`kdlayers.functional.template_kl`. This is what
-    :func:`kdlayers.attach_kd` uses at its KD points. No gradient reaches the teacher.
+    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. The sum over
+    templates, averaged over images and positions; see :func:`kdlayers.functional.template_kl`.
+    :func:`kdlayers.attach_kd` uses this loss at its KD points. The teacher gets no gradient.
 
-    Both tensors have their channels last and the same positions: ``[B, H, W, K]`` against
-    ``[B, H, W, D]``, or ``[N, K]`` against ``[N, D]``.
+    Both tensors have their channels last and the same positions: ``[B, H, W, K]`` and
+    ``[B, H, W, D]``, or ``[N, K]`` and ``[N, D]``.
 
     Args:
         template_targets: what turns the teacher's features into an assignment. ``None`` (default):
             the second argument of the call already is the assignment.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1, the authors'.
-        at: the KD point; :func:`kdlayers.attach_kd` sets it.
-        name: key in ``kd.terms``.
+        weight, at, name: as for :class:`~kdlayers.DistillLoss`; :func:`kdlayers.attach_kd` sets
+            them.
 
     Raises:
-        ArgumentTypeError: if ``template_targets`` has no ``soft_assignment``.
+        ArgumentTypeError: if ``template_targets`` has no method ``soft_assignment``.
         NotFittedError: at the call, before the targets have been fitted.
         ShapeError: at the call, if positions or the number of templates differ.
 
     References:
         A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
-        Decide", BMVC 2023; checked against the authors' code.
+        Decide", BMVC 2023. Checked against the authors' code.
 
     Example:
         >>> import torch
@@ -87,8 +53,8 @@ class TemplateLoss(DistillLoss):
 
     def __init__(
         self,
-        template_targets: nn.Module | None = None,
         *,
+        template_targets: nn.Module | None = None,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
@@ -102,8 +68,8 @@ class TemplateLoss(DistillLoss):
         self.template_targets = template_targets
 
     @property
-    def _soft_targets(self) -> SoftTargets | None:
-        return self.template_targets  # type: ignore[return-value]  # checked in __init__
+    def _soft_targets(self) -> TemplateTargets | None:
+        return self.template_targets  # type: ignore[return-value]  # or alike: see __init__
 
     def forward(
         self,
@@ -115,8 +81,8 @@ class TemplateLoss(DistillLoss):
     ) -> Tensor:
         """The divergence: scores ``[..., K]``, features ``[..., D]`` at the same positions.
 
-        With ``templates`` ``[K, C]``, ``student`` holds unit vectors ``[..., C]`` whose products
-        with them are the scores; then no tensor of all positions and templates is made.
+        With ``templates`` ``[K, C]``, ``student`` holds unit vectors ``[..., C]``. Their products
+        with the templates are the scores, which are then never kept for all positions.
         """
         check.floats("student", student)
         check.floats("teacher", teacher)
@@ -129,7 +95,7 @@ class TemplateLoss(DistillLoss):
         teacher, soft = teacher.detach(), self._soft_targets
         if soft is None:
             return template_kl(scores_of(student, templates), teacher)
-        if hasattr(soft, "divergence"):
+        if hasattr(soft, "divergence"):  # the user's own targets need only ``soft_assignment``
             return soft.divergence(student, teacher, targets, templates=templates)
         return divergence_from(soft.soft_assignment(teacher, targets), student, templates)
 
