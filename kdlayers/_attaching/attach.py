@@ -25,6 +25,7 @@ from kdlayers._step.hooks import (
     drop_recording,
     guard_hooks,
 )
+from kdlayers._step.recorded_teacher import RecordedTeacher
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
 from kdlayers._step.tape import Forward, Tape
 from kdlayers._step.teacher import Teacher, Transform, make_teachers
@@ -37,7 +38,7 @@ from kdlayers.losses import DistillLoss, TemplateLoss
 
 def attach_kd(
     student: nn.Module,
-    teacher: nn.Module | Sequence[nn.Module] | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | RecordedTeacher | None = None,
     at: At = (),
     *,
     losses: Iterable[DistillLoss] = (),
@@ -59,7 +60,8 @@ def attach_kd(
         teacher: the model to learn from. It is run in eval mode without gradients and left as it
             was found. ``None``: layers only, with ``num_templates`` given at the points. A list:
             losses on logits compare with the teachers' mean logits, KD layers and losses on
-            features with the first teacher, unless a loss names one by its ``teacher`` index.
+            features with the first teacher, unless a loss names one by its ``teacher_index``. A
+            :class:`RecordedTeacher`: what a teacher said in an earlier :meth:`KDHandle.record`.
         at: where the KD layers go: names of modules (the teacher's point has the same name; a name
             may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
             ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point

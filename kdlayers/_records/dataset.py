@@ -26,6 +26,21 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
 
     Call :meth:`set_epoch` at the start of each epoch. ``views`` epochs show each view of each
     sample once.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch.utils.data import TensorDataset
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import KDLoss, attach_kd
+        >>> student, teacher = resnet18(num_classes=10), resnet18(num_classes=10)
+        >>> data = TensorDataset(torch.randn(4, 3, 64, 64), torch.arange(4))
+        >>> kd = attach_kd(student, teacher, losses=[KDLoss()])
+        >>> with TemporaryDirectory() as folder:
+        ...     x, y, key = next(iter(torch.utils.data.DataLoader(
+        ...         kd.record(data, folder, views=1), batch_size=4)))
+        ...     loss = torch.nn.functional.cross_entropy(student(x), y)
+        ...     loss = loss + kd.loss(y, recorded=key)
     """
 
     def __init__(self, dataset: Any, reader: Reader) -> None:
@@ -60,6 +75,20 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
                 f"set_epoch takes the number of the epoch, 0 or more, got {epoch!r}"
             )
         self._epoch.fill_(epoch)
+
+    @property
+    def check_inputs(self) -> bool:
+        """Whether ``kd.loss`` compares images of the batch with the recorded ones; default True.
+
+        Set it to False if your loop changes the images in a way that the teacher should not see.
+        """
+        return self._reader is None or self._reader.check_inputs
+
+    @check_inputs.setter
+    def check_inputs(self, value: bool) -> None:
+        if self._reader is None:
+            raise RecordError("set check_inputs in the process that trains, not in a worker")
+        self._reader.check_inputs = value
 
     def __len__(self) -> int:
         return self.samples
@@ -151,6 +180,13 @@ def rows_of(key: Tensor) -> tuple[Reader, list[int]]:
     if not all(0 <= row < reader.description.rows for row in rows):
         raise RecordError("a key of this batch names a view that the record does not have")
     return reader, rows
+
+
+def is_key(item: object) -> bool:
+    """Whether this is a batch of keys of an open record."""
+    if not isinstance(item, Tensor) or item.dtype != torch.int64 or item.dim() != 2:
+        return False
+    return item.shape[1] == 2 and len(item) > 0 and int(item[0, 0]) in _OPEN
 
 
 def transform_of(dataset: Any) -> str:

@@ -165,6 +165,8 @@ class Reader:
         checks = np.fromfile(self.path / CHECKS, "<i4").reshape(rows, 2)
         self.image_checks = torch.from_numpy(checks[:, 0].copy())
         self._row_checks = checks[:, 1].copy()
+        self.check_inputs = True
+        """Whether images that the student gets are compared with the recorded ones."""
 
     def _check_size(self, file: Path, row_bytes: int) -> None:
         size = file.stat().st_size if file.exists() else -1

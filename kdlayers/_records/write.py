@@ -22,7 +22,7 @@ from kdlayers._records.files import (
     row_checks,
 )
 from kdlayers._records.views import draw, image_check
-from kdlayers._utils.progress import progress as show_progress
+from kdlayers._utils.progress import shown
 from kdlayers.errors import RecordError
 
 PLAN, DONE = "unfinished.json", "unfinished.rows"
@@ -72,7 +72,7 @@ def write_record(
     with ExitStack() as stack:
         names = [field_path(path, i) for i in range(len(plan.fields))]
         files = [stack.enter_context(name.open("r+b")) for name in (*names, path / CHECKS)]
-        for images, checks in show_progress(loader, title, shown=progress):
+        for images, checks in shown(loader, title, progress):
             _write(files, plan, done, list(_arrays(run(images), plan)), checks)
             done += len(checks)
             (path / DONE).write_text(f"{done:020d}")

@@ -2,27 +2,28 @@
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.undisturbed import cuda_devices
-from kdlayers._step.batches import check_loader, split_batch
+from kdlayers._records.dataset import RecordedDataset
+from kdlayers._step.batches import check_loader
+from kdlayers._step.fitting import fit_terms
 from kdlayers._step.hooks import drop_recording
-from kdlayers._step.optimizer_check import OptimiserWatch
+from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
 from kdlayers._step.plan import Plan
-from kdlayers._step.ranks import Ranks
+from kdlayers._step.ranks import ranks_of
+from kdlayers._step.recording import read_batch, record
 from kdlayers._step.sites import slots, take_out
 from kdlayers._step.state import load_state, state_of
 from kdlayers._step.summary import summarise
-from kdlayers._step.tape import Forward, Tape, check_labels, check_taught, versions_of
-from kdlayers._step.teacher import Taught, Teacher
+from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
+from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Pair, Term, weighted_sum
-from kdlayers._targets.fitter import Fitter, pass_seed, run_passes
-from kdlayers._targets.passes import Passes
 from kdlayers.errors import (
     AttachError,
     CaptureError,
@@ -77,9 +78,9 @@ class KDHandle:
         _keep_out_of_graphs()
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
-        own, added = _parameter_groups(self.student, self._terms)
+        own, added = parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(own, added)
-        self._ranks = _ranks(self._terms)
+        self._ranks = ranks_of(self._terms)
         self._tape.armed, self._tape.ranks = bool(self._terms), self._ranks
         if self._ranks is not None:
             self._ranks.start()
@@ -137,29 +138,61 @@ class KDHandle:
         check_loader(loader)
         if self._ranks is not None:
             self._ranks.start()
-        wanted = [term for term in self._terms if refit or not term.loss.fitted]
-        pairs = [(term, term.loss.fitter(seed=seed)) for term in wanted]
-        fitters = {id(fitter): (term, fitter) for term, fitter in pairs if fitter is not None}
-        devices = {d for teacher in self._teachers for d in cuda_devices(teacher.model)}
-
-        def batches(active: Sequence[Fitter], index: int) -> Iterator[Any]:
-            plan = Plan([fitters[id(fitter)][0] for fitter in active], self._teachers)
-            title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
-            start = pass_seed(seed, active, index)
-            for batch in passes.batches(start, title, progress=progress):
-                images, labels = split_batch(batch)
-                args = images if isinstance(images, tuple) else (images,)
-                tensors = plan.of_teachers(plan.teach(args, {}))
-                found = zip(plan.terms, tensors, strict=True)
-                yield [term.teacher_alone(tensor) for term, tensor in found], labels
-
-        with Passes(loader, devices) as passes:
-            run_passes([fitter for _, fitter in fitters.values()], batches)
-        for term, _ in fitters.values():
-            term.remember(self._teachers)
+        fit_terms(self._terms, self._teachers, loader, seed=seed, progress=progress, refit=refit)
         self._look_again()
 
-    def loss(self, targets: Tensor | None = None, *, logits: Any = None) -> Tensor:
+    def record(
+        self,
+        dataset: Any,
+        path: str | PathLike[str],
+        *,
+        views: int = 8,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        dtype: str = "float16",
+        topk: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> RecordedDataset:
+        """Run the teachers once over seeded views of a data set, and write what the losses read.
+
+        Train with the data set that this returns and with ``kd.loss(y, recorded=key)``: the
+        teachers do not run, and the student sees the views that they saw. A call that was stopped
+        goes on where it was; where the record is finished, it is opened.
+
+        Args:
+            dataset: a map-style data set of (image, label), with its random transform. Equal seeds
+                of Python's, NumPy's and torch's generators must give equal images.
+            path: the folder to write.
+            views: number of augmented views of each sample; default 8.
+            batch_size: images in a forward of the teachers; default 256.
+            num_workers: processes that load images; default 0, none.
+            dtype: of what is written: ``"float16"`` (default) or ``"float32"``, which gives the
+                live teacher's numbers exactly.
+            topk: of logits keep this many of the largest, and the rest's mass; default: all.
+            seed: of the views; default 0.
+            progress: show a bar on a terminal, where tqdm is installed; default True.
+
+        Returns:
+            A data set of (image, label, key); see :class:`kdlayers.RecordedDataset`.
+
+        Raises:
+            RecordError: if the folder holds something else, the disk is too small, or a transform
+                cannot be seeded.
+            ArgumentError: if an option cannot be used.
+        """
+        self._need_teacher("record")
+        options = {"views": views, "batch_size": batch_size, "dtype": dtype, "topk": topk}
+        workers = {"num_workers": num_workers, "seed": seed, "progress": progress}
+        return record(self._plan, dataset, Path(path), **options, **workers)  # type: ignore[arg-type]
+
+    def loss(
+        self,
+        targets: Tensor | None = None,
+        *,
+        logits: Any = None,
+        recorded: Tensor | None = None,
+    ) -> Tensor:
         r"""Sum of the weighted terms for the student's last training forward.
 
         .. math:: L = \sum_i w_i(\text{step}) \, L_i
@@ -171,6 +204,8 @@ class KDHandle:
             targets: labels ``[B]``, as the losses need them. Labels of mixup ``[B, K]`` go
                 through where no loss reads them; those that do, such as ``DKDLoss``, refuse them.
             logits: the student's logits, if it was run inside :meth:`batch`.
+            recorded: the keys of the batch, if a record takes the place of the teachers; see
+                :meth:`record`.
 
         Returns:
             A scalar tensor with gradients into the student and the train-only parameters.
@@ -183,10 +218,11 @@ class KDHandle:
                 changed in place since.
             NotFittedError: if :meth:`fit` has not been called.
             ShapeError: if the batch was empty.
+            RecordError: if the record is damaged, or of other teachers, losses or images.
         """
         compiling = torch.compiler.is_compiling()
-        pairs, labels = self._read(targets, logits, compiling)
-        total, logged = weighted_sum(self._terms, pairs, labels)
+        plan, pairs, labels = self._read(targets, logits, recorded, compiling)
+        total, logged = weighted_sum(plan.terms, pairs, labels)
         self._done(total, logged)
         return total
 
@@ -306,8 +342,8 @@ class KDHandle:
         self._fitted = True
 
     def _read(
-        self, targets: Tensor | None, logits: Any, compiling: bool
-    ) -> tuple[list[Pair], Tensor | None]:
+        self, targets: Tensor | None, logits: Any, recorded: Tensor | None, compiling: bool
+    ) -> tuple[Plan, list[Pair], Tensor | None]:
         """What the terms of the last forward compare, and the labels; the teacher runs here."""
         if not self._teachers:
             self._need_teacher("loss")
@@ -324,36 +360,29 @@ class KDHandle:
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
         labels = check_labels(targets, found)
-        if ahead is None:
+        plan = self._plan
+        if recorded is not None:
+            plan, tensors = read_batch(plan, recorded, forward, found, self.step)
+        elif ahead is None:
             autocast = forward.autocast_dtype(self.student, found)
-            taught = self._plan.teach(forward.args, forward.kwargs, autocast)
+            tensors = plan.of_teachers(plan.teach(forward.args, forward.kwargs, autocast))
         else:
             check_taught(forward, ahead)
-            taught = ahead.taught
-        pairs = self._plan.pairs(forward, found, taught, self.step)
+            tensors = plan.of_teachers(ahead.taught)
+        pairs = plan.pairs(forward, found, tensors, self.step)
         if self._watch.unjudged:
             weighted = zip(self._terms, pairs, strict=True)
             self._watch.look([term.name for term, pair in weighted if pair.weight])
         if compiling:  # tensors: a compiled sum does not depend on their values
             for pair in pairs:
                 pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
-        return pairs, labels
+        return plan, pairs, labels
 
     def _done(self, total: Tensor, logged: dict[str, Tensor]) -> None:
         if self._ranks is not None:
             self._ranks.average_after(total)
         self.terms = logged
         self.step += 1
-
-
-@dataclass
-class Ahead:
-    """What ``kd.teach`` learnt before the student runs, and of which inputs."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[int | None]
-    taught: list[Taught]
 
 
 def _keep_out_of_graphs() -> None:
@@ -367,33 +396,9 @@ def _keep_out_of_graphs() -> None:
             setattr(KDHandle, name, torch.compiler.disable(method))
 
 
-def _ranks(terms: Sequence[Term]) -> Ranks | None:
-    """What keeps the train-only parameters equal over the ranks; None if there are none."""
-    owners = {term.name: list(term.loss.parameters()) for term in terms}
-    parameters = list(dict.fromkeys(p for group in owners.values() for p in group))
-    names = [name for name, group in owners.items() if group]
-    return Ranks(parameters, names) if parameters else None
-
-
 def _release(student: nn.Module, tape: Tape) -> None:
     """End the recording; called by `detach`, and when the handle is garbage."""
     tape.fail()
     tape.consume()
     tape.armed, tape.ranks = False, None
     drop_recording(student, tape)
-
-
-def _parameter_groups(
-    student: nn.Module, terms: Iterable[Term]
-) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
-    """The student's own parameters, and by term those that attach_kd added."""
-    layers = slots(student)
-    new = {id(p) for slot in layers.values() for p in slot.parameters()}
-    own = [p for p in student.parameters() if id(p) not in new]
-    added: dict[str, list[nn.Parameter]] = {}
-    for term in terms:
-        added[term.name] = list(term.loss.parameters())
-        if term.scores and term.point in layers:
-            # The loss alone reaches the templates whatever alpha is.
-            added[term.name].append(layers[term.point].head.weight)
-    return own, added

@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from kdlayers._step.sites import slots
+from kdlayers._step.terms import Term
 from kdlayers._utils.warn import warn
 
 
@@ -55,3 +57,19 @@ def _probe(parameters: Iterable[nn.Parameter]) -> Tensor:
 def _local(parameter: nn.Parameter) -> Tensor:
     to_local = getattr(parameter, "to_local", None)  # FSDP's shards
     return parameter.detach() if to_local is None else to_local().detach()
+
+
+def parameter_groups(
+    student: nn.Module, terms: Iterable[Term]
+) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
+    """The student's own parameters, and by term those that attach_kd added."""
+    layers = slots(student)
+    new = {id(p) for slot in layers.values() for p in slot.parameters()}
+    own = [p for p in student.parameters() if id(p) not in new]
+    added: dict[str, list[nn.Parameter]] = {}
+    for term in terms:
+        added[term.name] = list(term.loss.parameters())
+        if term.scores and term.point in layers:
+            # The loss alone reaches the templates whatever alpha is.
+            added[term.name].append(layers[term.point].head.weight)
+    return own, added

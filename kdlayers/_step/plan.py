@@ -18,6 +18,8 @@ class Plan:
     def __init__(self, terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
         self.terms = list(terms)
         self.teachers = list(teachers)
+        self.recorded: dict[int, Plan] = {}
+        """The same terms as they read a record, by the record's tag."""
         self.taps: list[list[str]] = [[] for _ in teachers]
         self.logits = [False] * len(teachers)
         for term in terms:
@@ -60,11 +62,14 @@ class Plan:
         return found
 
     def pairs(
-        self, forward: Forward, logits: Tensor, taught: Sequence[Taught], step: int
+        self, forward: Forward, logits: Tensor, teachers: Sequence[Tensor], step: int
     ) -> list[Pair]:
-        """What each term compares, with its weight; the losses follow the student's device."""
+        """What each term compares, with its weight; the losses follow the student's device.
+
+        ``teachers`` holds the teacher's tensor of each term, as `of_teachers` gives them.
+        """
         pairs = []
-        for term, teacher in zip(self.terms, self.of_teachers(taught), strict=True):
+        for term, teacher in zip(self.terms, teachers, strict=True):
             student, templates = logits, None
             if term.point is not None and term.scores:
                 student, templates = forward.scores[term.point]

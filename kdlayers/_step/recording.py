@@ -11,16 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.layouts import Layout
-from kdlayers._records.dataset import RecordedDataset, from_reader, rows_of, transform_of
+from kdlayers._records.dataset import (
+    RecordedDataset,
+    from_reader,
+    is_key,
+    rows_of,
+    transform_of,
+)
 from kdlayers._records.files import Description, Field, Reader
 from kdlayers._records.topk import compress, expand
-from kdlayers._records.views import check_repeatable, draw
+from kdlayers._records.views import check_repeatable, draw, image_check
 from kdlayers._records.write import write_record
+from kdlayers._step.batches import split_batch
 from kdlayers._step.plan import Plan
+from kdlayers._step.recorded_teacher import AbsentModel
+from kdlayers._step.tape import Forward
 from kdlayers._step.terms import Term
 from kdlayers._utils.distributed import world_size
+from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, RecordError
+
+FIRST_STEPS, EVERY = 20, 100
+"""In which steps an image of the batch is compared with its checksum: the first, and each 100th."""
 
 
 def record(
@@ -65,6 +78,7 @@ def record(
         ],
         "teacher_transform": [_stable(t.transform) for t in plan.teachers],
         "layouts": {name: _kind(term) for name, term in _names(plan.terms)},
+        "taps": {n: [t.teacher_index or 0, t.tap] for n, t in _names(plan.terms) if t.tap},
         "classes": [int(t.traced.logits.shape[-1]) for t in plan.teachers],
         "topk": topk,
     }
@@ -78,7 +92,9 @@ def _check_arguments(
     dataset: Any, *, views: int, batch_size: int, dtype: str, topk: int | None
 ) -> None:
     for name, value in (("views", views), ("batch_size", batch_size), ("topk", topk)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
             raise ArgumentError(f"{name} must be a whole number of 1 or more, got {value!r}")
     if dtype not in ("float16", "float32"):
         raise ArgumentError(f"dtype must be 'float16' or 'float32', got {dtype!r}")
@@ -148,6 +164,64 @@ def _stored(term: Term, tensor: Tensor) -> Tensor:
     return alone.movedim(-1, 1) if kind == "NHWC" else alone.movedim(1, -1)
 
 
+def teacher_tensors(plan: Plan, batch: Any) -> tuple[list[Tensor], Tensor | None]:
+    """The teacher's tensor of each term for `KDHandle.fit`, and the labels.
+
+    The teachers run on the images, or a record is read where the batch has its keys.
+    """
+    images, labels = split_batch(batch)
+    key = batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
+    if key is not None and is_key(key):
+        plan, tensors = _read(plan, key)
+    else:
+        args = images if isinstance(images, tuple) else (images,)
+        tensors = plan.of_teachers(plan.teach(args, {}))
+    found = zip(plan.terms, tensors, strict=True)
+    return [term.teacher_alone(tensor) for term, tensor in found], labels
+
+
+def read_batch(
+    plan: Plan, key: Tensor, forward: Forward, logits: Tensor, step: int
+) -> tuple[Plan, list[Tensor]]:
+    """The terms as they read the record that ``key`` belongs to, and the tensor of each.
+
+    Raises:
+        RecordError: if the record is of other teachers or losses, or the keys are not those of the
+            images that the student got.
+    """
+    reader, rows = rows_of(key)
+    if len(rows) != logits.shape[0]:
+        raise RecordError(
+            f"recorded= holds {len(rows)} keys for a forward of {logits.shape[0]} images; pass the "
+            "keys of the very batch that the student got"
+        )
+    if reader.check_inputs and (step < FIRST_STEPS or step % EVERY == 0):
+        _check_image(reader, rows, forward, step % len(rows))
+    return _read(plan, key)
+
+
+def _check_image(reader: Reader, rows: Sequence[int], forward: Forward, index: int) -> None:
+    inputs = [tensor for _, tensor in leaves((forward.args, forward.kwargs)) if tensor.dim() > 1]
+    row = rows[index]
+    if inputs and image_check(inputs[0][index]) != int(reader.image_checks[row]):
+        view, sample = divmod(row, reader.description.samples)
+        raise RecordError(
+            f"image {index} of the batch is not the image that the record has for its key (view "
+            f"{view} of sample {sample}): the batch was mixed, normalised or converted after the "
+            "data set gave it; do so inside the data set's transform, or, if the teacher's output "
+            "for the recorded images is what you want, set recorded.check_inputs = False"
+        )
+
+
+def _read(plan: Plan, key: Tensor) -> tuple[Plan, list[Tensor]]:
+    reader = rows_of(key)[0]
+    if reader.tag not in plan.recorded:
+        terms = recorded_terms(plan.terms, reader)
+        check_teachers(plan, reader)
+        plan.recorded[reader.tag] = Plan(terms, plan.teachers)
+    return plan.recorded[reader.tag], read(plan.terms, key)
+
+
 def recorded_terms(terms: Sequence[Term], reader: Reader) -> list[Term]:
     """The terms as they read the teacher's tensor from the record.
 
@@ -168,7 +242,7 @@ def recorded_terms(terms: Sequence[Term], reader: Reader) -> list[Term]:
     return found
 
 
-def read(terms: Sequence[Term], key: Tensor, plan: Plan) -> tuple[Reader, list[Tensor]]:
+def read(terms: Sequence[Term], key: Tensor) -> list[Tensor]:
     """The teachers' tensor of each term for a batch of keys."""
     reader, rows = rows_of(key)
     about, data = reader.description.about, reader.read(rows)
@@ -181,7 +255,7 @@ def read(terms: Sequence[Term], key: Tensor, plan: Plan) -> tuple[Reader, list[T
         else:
             classes = about["classes"][term.teacher_index or 0]
             found[name] = expand(data[f"{name}.top"], data[f"{name}.kept"], classes)
-    return reader, [found[name] for name, _ in _names(terms)]
+    return [found[name] for name, _ in _names(terms)]
 
 
 def check_teachers(plan: Plan, reader: Reader) -> None:
@@ -208,6 +282,8 @@ def check_teachers(plan: Plan, reader: Reader) -> None:
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of the names, shapes and values of a model's parameters and buffers."""
+    if isinstance(model, AbsentModel):
+        return model.weights
     total = sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):

@@ -86,6 +86,16 @@ class Forward:
         return dtypes[0]
 
 
+@dataclass
+class Ahead:
+    """What ``kd.teach`` learnt before the student runs, and of which inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int | None]
+    taught: list[Any]
+
+
 class Tape:
     """Whether to record, and the last forward that was recorded."""
 

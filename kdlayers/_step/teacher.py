@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._models.trace import Trace, image_size, placement, trace
 from kdlayers._models.wrappers import check_pair, unwrap
+from kdlayers._step.recorded_teacher import RecordedTeacher, traces_of
 from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
 from kdlayers._utils.locks import lock_of
@@ -230,7 +231,7 @@ def logits_of(taught: Taught) -> Tensor:
 
 def make_teachers(
     student: nn.Module,
-    given: nn.Module | Sequence[nn.Module] | None,
+    given: nn.Module | Sequence[nn.Module] | RecordedTeacher | None,
     example: tuple[Any, ...],
     weights: Sequence[float] | None,
     transform: Transform | None,
@@ -241,6 +242,8 @@ def make_teachers(
         AttachError: if one is the student, or shares parameters with it.
         ArgumentError: if the weights, or the teachers' classes, do not fit together.
     """
+    if isinstance(given, RecordedTeacher):
+        return _recorded_teachers(given, weights, transform)
     models: list[nn.Module] = []
     if given is not None:
         models = [given] if isinstance(given, nn.Module) else list(given)
@@ -265,3 +268,16 @@ def make_teachers(
             "teachers of the same classes"
         )
     return teachers
+
+
+def _recorded_teachers(
+    given: RecordedTeacher, weights: Sequence[float] | None, transform: Transform | None
+) -> list[Teacher]:
+    if weights is not None or transform is not None:
+        raise ArgumentError(
+            "teacher_weights and teacher_transform were applied when the teacher was recorded; "
+            "leave them out with RecordedTeacher(path)"
+        )
+    shares = [known["weight"] for known in given.reader.description.about["teachers"]]
+    traces = traces_of(given.reader)
+    return [Teacher(t.model, t, t.model, w) for t, w in zip(traces, shares, strict=True)]

@@ -16,6 +16,7 @@ from kdlayers import (
     FitNetLoss,
     KDLoss,
     KDPoint,
+    RecordedTeacher,
     attach_kd,
     open_record,
 )
@@ -217,7 +218,9 @@ def test_a_second_call_opens_the_record_without_running(tmp_path, monkeypatch):
     (_, kd), recorded, teacher = setup("logits", "same grid", tmp_path)
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(1))
-    again = kd.record(recorded.dataset, tmp_path / "record", views=3, dtype="float32", batch_size=16)
+    again = kd.record(
+        recorded.dataset, tmp_path / "record", views=3, dtype="float32", batch_size=16
+    )
     assert len(calls) <= 1  # one image, for the shapes
     assert torch.equal(again[3][0], recorded[3][0])
     opened = open_record(tmp_path / "record", recorded.dataset)
@@ -236,7 +239,7 @@ def test_a_second_call_opens_the_record_without_running(tmp_path, monkeypatch):
 def test_arguments_are_checked(options, message, tmp_path):
     kd = attach_kd(Net(6), Net(8), losses=[KDLoss()], example=EXAMPLE)
     with pytest.raises(ValueError, match=message):
-        kd.record(Squares(8, size=8), tmp_path / "record", **options)
+        kd.record(Squares(8, transform=FlipAndCrop()), tmp_path / "record", **options)
 
 
 def test_a_detached_handle_cannot_record(tmp_path):
@@ -244,3 +247,49 @@ def test_a_detached_handle_cannot_record(tmp_path):
     kd.detach()
     with pytest.raises(AttachError, match="needs a teacher"):
         kd.record(Squares(8, size=8), tmp_path / "record")
+
+
+def test_a_record_takes_the_place_of_the_teacher(tmp_path):
+    (live, kd), recorded, teacher = setup("all", "smaller maps", tmp_path)
+    student = copy.deepcopy(kd.student)
+    kd.remove()
+    fresh = Net(6)
+    fresh.load_state_dict(kd.student.state_dict())
+    torch.manual_seed(1)
+    absent = attach_kd(
+        fresh, RecordedTeacher(tmp_path / "record"), **LOSSES["all"](), example=EXAMPLE
+    )
+    fresh.load_state_dict(student.state_dict())
+    absent.load_state_dict(live.state_dict())
+    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
+    loss, grads = step(live, x, y)
+    again, regrads = step(absent, x, y, recorded=key)
+    assert torch.equal(loss, again)
+    assert all(map(torch.equal, grads, regrads))
+    fresh(x)
+    with pytest.raises(AttachError, match="is a record and cannot run"):
+        absent.loss(y)
+
+
+def test_a_recorded_teacher_fits_from_its_record(tmp_path):
+    (_, kd), recorded, teacher = setup("codebook", "same grid", tmp_path)
+    student = Net(6)
+    absent = attach_kd(
+        student, RecordedTeacher(tmp_path / "record"), **LOSSES["codebook"](), example=EXAMPLE
+    )
+    absent.fit(DataLoader(recorded, batch_size=16))
+    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
+    assert step(absent, x, y, recorded=key)[0].isfinite()
+
+
+@pytest.mark.parametrize("options", [{"teacher_weights": [1.0]}, {"teacher_transform": abs}])
+def test_what_was_applied_while_recording_is_refused_later(options, tmp_path):
+    setup("logits", "same grid", tmp_path)
+    with pytest.raises(ValueError, match="when the teacher was recorded"):
+        attach_kd(
+            Net(6),
+            RecordedTeacher(tmp_path / "record"),
+            losses=[KDLoss()],
+            example=EXAMPLE,
+            **options,
+        )
