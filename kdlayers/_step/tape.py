@@ -79,11 +79,14 @@ class Forward:
 
     def autocast_dtype(self, student: nn.Module, logits: Tensor) -> torch.dtype | None:
         """The dtype of the autocast that the forward ran under, as far as its tensors show it."""
-        scores = [scores for scores, _ in self.scores.values()]
-        dtypes = [t.dtype for t in (*scores, *self.features.values(), logits) if t.dtype in LOW]
-        if not dtypes or any(p.dtype in LOW for p in student.parameters()):
-            return None
-        return dtypes[0]
+        tensors = [*self.features.values(), logits]
+        for scores, _ in self.scores.values():
+            tensors.insert(0, scores)
+        for tensor in tensors:
+            if tensor.dtype in LOW:
+                half = any(p.dtype in LOW for p in student.parameters())
+                return None if half else tensor.dtype
+        return None
 
 
 class Tape:
@@ -256,8 +259,12 @@ def _no_forward(student: nn.Module) -> str:
 
 
 def _check_recorded(forward: Forward, wanted: Wanted) -> None:
-    cut = []
-    missing = [n for n in wanted.features if n not in forward.features]
+    missing, cut = [], []
+    for name in wanted.features:
+        if name not in forward.features:
+            missing.append(name)
+        elif not forward.features[name].requires_grad:
+            cut.append(name)
     for name in wanted.scores:
         scores, templates = forward.scores.get(name, (None, None))
         if scores is None:
@@ -270,7 +277,6 @@ def _check_recorded(forward: Forward, wanted: Wanted) -> None:
             "so the hooks were bypassed: the model was compiled before attach_kd, or the module "
             "was replaced since (convert_sync_batchnorm, fuse); attach after such changes"
         )
-    cut += [name for name in wanted.features if not forward.features[name].requires_grad]
     if cut:
         raise CaptureError(
             f"{', '.join(cut)}: recorded without a gradient, as reentrant gradient checkpointing "
