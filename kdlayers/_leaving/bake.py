@@ -95,7 +95,7 @@ def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
 
 def _plain(slot: Slot) -> KDLayer:
     with torch.random.fork_rng(devices=[]):
-        layer = KDLayer(1, 1, channel_dim=slot.head.channel_dim, memory=slot.memory)
+        layer = KDLayer(1, 1, channel_dim=slot.channel_dim, memory=slot.memory)
     layer.alpha = float(slot.alpha)
     layer.head, layer.norm, layer.value = slot.head, slot.norm, slot.value
     layer.training = slot.training

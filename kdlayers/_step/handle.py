@@ -16,6 +16,7 @@ from kdlayers._step.optimizer_check import OptimiserWatch
 from kdlayers._step.plan import Plan
 from kdlayers._step.ranks import Ranks
 from kdlayers._step.sites import slots, take_out
+from kdlayers._step.state import load_state, state_of
 from kdlayers._step.summary import summarise
 from kdlayers._step.tape import Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Taught, Teacher
@@ -25,11 +26,8 @@ from kdlayers._targets.passes import Passes
 from kdlayers.errors import (
     AttachError,
     CaptureError,
-    CheckpointError,
     NotFittedError,
 )
-
-STATE_VERSION = 1
 
 
 class KDHandle:
@@ -245,38 +243,21 @@ class KDHandle:
     def state_dict(self) -> dict[str, Any]:
         """Targets, train-only parameters and the step: tensors and numbers, safe to save.
 
-        Together with the student's and the optimiser's state a resumed run goes on exactly.
+        Together with the student's and the optimiser's state a resumed run goes on exactly. The
+        tensors are copies, and a checksum of them is part of the state.
         """
-        losses = {term.name: term.loss.state_dict() for term in self._terms}
-        return {"version": STATE_VERSION, "step": self.step, "losses": losses}
+        return state_of(self._terms, self.step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
 
+        All or nothing: if it fails, every loss is as it was before.
+
         Raises:
-            CheckpointError: if the state is of other losses, damaged, or of an unknown version.
+            CheckpointError: if the state is of other losses, of KD layers or a teacher of other
+                sizes, damaged, changed, or of an unknown version.
         """
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, dict) else type(state).__name__
-            raise CheckpointError(
-                f"this is no state of a KDHandle of version {STATE_VERSION} (found {found!r}); "
-                "pass what kd.state_dict() returned"
-            )
-        losses, step = state.get("losses"), state.get("step")
-        if not isinstance(losses, dict) or not isinstance(step, int):
-            raise CheckpointError(
-                "the state of a KDHandle is damaged: it has no losses or no step; pass what "
-                "kd.state_dict() returned"
-            )
-        ours, theirs = [term.name for term in self._terms], list(losses)
-        if set(ours) != set(theirs):
-            raise CheckpointError(
-                f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
-                "same points and losses as when it was saved"
-            )
-        for term in self._terms:
-            _load(term, losses[term.name])
-        self.step = step
+        self.step = load_state(self._terms, self._teachers, slots(self.student), state)
         self._look_again()
 
     def summary(self) -> str:
@@ -400,13 +381,6 @@ def _release(student: nn.Module, tape: Tape) -> None:
     tape.consume()
     tape.armed, tape.ranks = False, None
     drop_recording(student, tape)
-
-
-def _load(term: Term, state: dict[str, Any]) -> None:
-    try:
-        term.loss.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
 
 
 def _parameter_groups(

@@ -20,9 +20,11 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.layer import KDLayer
 from kdlayers._models.outputs import main_output
+from kdlayers._step.plain_state import may_keep_values
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import current_backward, drop_hooks
 from kdlayers._utils.tree import Path, pick, put
+from kdlayers.errors import AttachError
 
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
@@ -43,14 +45,19 @@ class Slot(KDLayer):
         self,
         state_dict: dict[str, Any],
         prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
         *args: Any,
-        **kwargs: Any,
     ) -> None:
-        # A checkpoint of the plain student has no keys of this layer: it loads strictly, and the
-        # layer keeps its values. load_state_dict works on its own copy of the dict.
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
+        # layers keep their values. load_state_dict works on its own copy of the dict.
+        own = self.state_dict()
+        if may_keep_values(state_dict, prefix, list(own), missing_keys):
+            state_dict.update({prefix + key: value for key, value in own.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
 
 
 class InsertLayer:
@@ -68,8 +75,19 @@ class InsertLayer:
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
-        """The layer that belongs to ``module``."""
-        return descend(module, self.store)._modules[SLOT]  # type: ignore[return-value]
+        """The layer that belongs to ``module``.
+
+        Raises:
+            AttachError: if another tool has moved the hook to a module without the layer.
+        """
+        layer = descend(module, self.store)._modules.get(SLOT)
+        if layer is None:
+            raise AttachError(
+                f"the KD layer at {self.name!r} is gone: its module was replaced by a "
+                f"{type(module).__name__}, as fuse_modules does; fuse before attach_kd, or take a "
+                "copy with plain submodules, bake(student), and fuse that"
+            )
+        return layer  # type: ignore[return-value]
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """The output with the layer's features in the place of the module's."""
@@ -209,7 +227,7 @@ def guard_hooks(*, reset: bool = False) -> None:
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
     """The descendant of ``module`` that the child names lead to."""
     for name in store:
-        module = module._modules[name]  # type: ignore[assignment]
+        module = module._modules.get(name, module)  # type: ignore[assignment]
     return module
 
 

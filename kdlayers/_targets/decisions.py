@@ -20,11 +20,10 @@ from kdlayers.functional import _checks as check
 class DecisionTargets(TemplateTargets):
     r"""The teacher's decisions among sub-classes, given the sub-class a position belongs to.
 
-    Features are projected by linear discriminant analysis, :math:`z = A f + b`, and every class
-    :math:`c` is split by k-means into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
+    Linear discriminant analysis projects the features, :math:`z = A f + b`, and k-means splits each
+    class :math:`c` into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
     \rho_{Sc+S-1}` and means :math:`\mu`. A position of class :math:`y` belongs to the nearest
-    centre of its own class; the decision is the nearest mean of all :math:`K = CS`, whatever the
-    class:
+    centre of its own class. The decision is the nearest of all :math:`K = CS` means, of any class:
 
     .. math::
         h_1(z, y) = \operatorname*{argmin}_{s \in \{Sy, \dots, Sy+S-1\}} \| z - \rho_s \|^2,
@@ -35,22 +34,22 @@ class DecisionTargets(TemplateTargets):
         {\#\{ i : h_1(z_i, y_i) = s \}},
         \qquad q_i = P_{h_1(z_i, y_i),\,\cdot}
 
-    :math:`P` is a count table: no softmax and no temperature; exact zeros are common.
+    :math:`P` is a table of counts, without softmax and temperature; exact zeros are common.
 
-    :meth:`fit` needs integer labels and reads the data two to four times: class statistics for the
-    discriminant analysis (in float64; class frequencies as priors, covariance within classes with
-    divisor :math:`N - C`, tolerance 1e-4); a uniform sample of 256 rows a sub-class, at least
-    2048 a class (fewer for very many classes), for k-means; the means :math:`\mu`; the table. The
-    last two work on the sample in memory where it holds all rows. A sub-class that stays empty
-    keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all ranks end
-    with the same result.
+    :meth:`fit` needs integer labels and reads the data two to four times: for the class statistics
+    of the discriminant analysis (in float64; class frequencies as priors, covariance within classes
+    with divisor :math:`N - C`, tolerance 1e-4); for the sample that k-means clusters, of 256 rows
+    for each sub-class and at least 2048 for each class (fewer with very many classes); for the
+    means :math:`\mu`; for the table. If the sample holds all rows, the last two use it. An empty
+    sub-class keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all
+    ranks get the same result.
 
     Args:
         subclasses: S, sub-classes of each class. Default 8, the authors'; 1 is allowed.
-        components: number of discriminant directions kept, of which there are at most C - 1 and at
-            most D. Default 60, the authors' for CIFAR-100, or all where there are fewer; another
-            number is cut to what there is with a warning.
-        num_classes: C; default: what ``attach_kd`` sees, or the largest label of :meth:`fit` + 1.
+        components: number of discriminant directions. There are at most C - 1, and at most D.
+            Default 60, the authors' for CIFAR-100, or all if there are fewer. Another number is cut
+            to those that exist, with a warning.
+        num_classes: C; default: the classes that ``attach_kd`` finds, or the largest label + 1.
 
     Attributes:
         projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
@@ -66,14 +65,14 @@ class DecisionTargets(TemplateTargets):
 
     Raises:
         ArgumentError: if an argument is too small.
-        ArgumentTypeError: if an argument is no integer.
+        ArgumentTypeError: if an argument is not an integer.
 
     References:
         A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
-        Decide", BMVC 2023. Checked against the authors' code. There, with one sub-class a class, a
-        position far from its centre can be given sub-class 0; the count table leaves out the last
-        rows unless their number is a multiple of 10000; and an empty sub-class shifts the indices
-        of later ones. Here none of this happens.
+        Decide", BMVC 2023. Checked against the authors' code, except for three faults of that code.
+        With one sub-class for each class, a position far from its centre can get sub-class 0. The
+        table leaves out the last rows unless their number is a multiple of 10000. An empty
+        sub-class shifts the indices of later ones.
 
     Example:
         >>> import torch
@@ -113,7 +112,7 @@ class DecisionTargets(TemplateTargets):
 
     @property
     def num_classes(self) -> int | None:
-        """C; ``None`` before :meth:`fit` where it is to be read off the labels."""
+        """C; ``None`` before :meth:`fit` if the labels will tell it."""
         return self._num_classes
 
     @num_classes.setter
@@ -130,8 +129,14 @@ class DecisionTargets(TemplateTargets):
     @property
     @override
     def num_templates(self) -> int | None:
-        """K, classes times sub-classes; ``None`` while the number of classes is not known."""
+        """K, classes times sub-classes; ``None`` while the number of classes is unknown."""
         return None if self._num_classes is None else self._num_classes * self.subclasses
+
+    @property
+    @override
+    def num_features(self) -> int | None:
+        """D, what the projection reads; ``None`` before :meth:`fit`."""
+        return None if self.projection is None else self.projection.shape[1]
 
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
@@ -148,23 +153,24 @@ class DecisionTargets(TemplateTargets):
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         r"""The teacher's decisions, given the sub-class of every position.
 
-        Computed outside autocast, in float64 if the features or the projection are float64 and in
-        float32 otherwise.
+        Computed outside autocast, in float64 if the features or the projection are float64, else in
+        float32.
 
         Args:
             features: ``[..., D]``, the channels last.
             labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
-                for features ``[B, H, W, D]``: every position has its image's label.
+                for features ``[B, H, W, D]``, where every position has its image's label.
 
         Returns:
-            ``[..., K]``, rows of :attr:`decisions`, without gradient.
+            ``[..., K]``, rows of :attr:`decisions`, without gradient. A row for features without
+            finite distances begins with NaN.
 
         Raises:
             NotFittedError: before :meth:`fit`.
-            ArgumentError: without labels, or with labels out of range (found on the CPU only; an
-                accelerator reports them as an indexing error).
-            ArgumentTypeError: if labels are no integers, as after mixup.
-            ShapeError: if the last axis is not D wide, or labels do not fit the positions.
+            ArgumentError: without labels, or if a label is out of range (checked on the CPU; an
+                accelerator reports an indexing error).
+            ArgumentTypeError: if labels are not integers, as after mixup.
+            ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
         own, decisions = self._own(features, labels)
         return rows_of(decisions, own).reshape(*features.shape[:-1], len(decisions))
@@ -190,13 +196,13 @@ class DecisionTargets(TemplateTargets):
 
     @torch.no_grad()
     def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sub-class of each position, ``[N]``, and the table in the precision of the features."""
+        """Sub-class of each position, ``[N]``, and the table in the type to compute in."""
         projection, shift = self._need(self.projection), self._need(self.shift)
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
         labels = expand_labels(features, labels).to(features.device).reshape(-1)
         check.in_range("labels", labels, self._num_classes or 0)
-        dtype = torch.promote_types(work_dtype(features), work_dtype(projection))
+        dtype = work_dtype(features, projection)
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
@@ -215,7 +221,14 @@ class DecisionTargets(TemplateTargets):
         k, size = counts.numel(), len(projection)
         shapes = {"shift": (size,), "centers": (k, size), "prototypes": (k, size)}
         check_shapes(self, state, {**shapes, "decisions": (k, k)})
-        _check_shares(state["decisions"])
+        decisions = state["decisions"]
+        if not decisions.is_meta:
+            sums = decisions.float().sum(dim=1)
+            if (decisions < 0).any() or ((sums - 1).abs() > 1e-2).any():
+                raise CheckpointError(
+                    "the state of DecisionTargets is damaged: the rows of decisions must be "
+                    "probabilities"
+                )
         self._num_classes, self.subclasses = map(int, counts.shape)
 
     @override
@@ -223,14 +236,4 @@ class DecisionTargets(TemplateTargets):
         return (
             f"{self.subclasses}, components={self.components}, num_classes={self.num_classes}, "
             f"fitted={self.fitted}"
-        )
-
-
-def _check_shares(decisions: Tensor) -> None:
-    if decisions.is_meta:
-        return
-    sums = decisions.float().sum(dim=1)
-    if (decisions < 0).any() or ((sums - 1).abs() > 1e-2).any():
-        raise CheckpointError(
-            "the state of DecisionTargets is damaged: the rows of decisions must be probabilities"
         )

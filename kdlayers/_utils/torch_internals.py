@@ -31,6 +31,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs the forward of ``kind``, neither a wrapper's nor a patch."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)
+
+
 def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
     """Take away the forward hooks and pre-hooks for which ``unwanted`` is true."""
     tables: tuple[dict[int, Callable[..., Any]], ...] = (
