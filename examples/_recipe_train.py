@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 import kdlayers
-from kdlayers import KDHandle, KDLayer, save_student
+from kdlayers import KDHandle, save_student
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Recipe = dict[str, Any]
@@ -255,7 +255,7 @@ def finish(training: Training, test: Batches, published: Recipe, *, take_out: bo
 
 def save(student: nn.Module, path: Path) -> None:
     """With its layers by `save_student`; without any, as a plain checkpoint."""
-    if any(isinstance(module, KDLayer) for module in student.modules()):
+    if any(".kd." in name for name, _ in student.named_parameters()):
         save_student(student, path)
     else:
         torch.save({"model": student.state_dict()}, path)

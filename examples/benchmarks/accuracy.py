@@ -55,7 +55,7 @@ from _accuracy_train import (
 from torch import nn
 
 import kdlayers
-from kdlayers import KDHandle, KDLayer
+from kdlayers import KDHandle
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,7 +100,7 @@ def run(
     spent = train(student, kd, split, recipe, seed, recipe["ce_weight"])
     terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
     let_go(kd, recipe)
-    if args.save and any(isinstance(module, KDLayer) for module in student.modules()):
+    if args.save and any(".kd." in name for name, _ in student.named_parameters()):
         kdlayers.save_student(student, saved_at(args.save, name, seed))
     shown = splits.validation if args.tuning else splits.test
     return {

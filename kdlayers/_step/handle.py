@@ -9,6 +9,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
+from kdlayers._layer.layer import KDLayer
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step.batches import check_loader, split_batch
 from kdlayers._step.hooks import drop_recording
@@ -237,6 +238,16 @@ class KDHandle:
                 if parameter.requires_grad and parameter not in seen:
                     seen.add(parameter)
                     yield parameter
+
+    @property
+    def layers(self) -> dict[str, KDLayer]:
+        """The student's KD layers by the names of their points, to be called or looked at.
+
+        They share the student's parameters and batch norms; their ``alpha`` and ``memory`` are the
+        values of now. In the student the layers act through hooks, and ``<point>...kd`` holds their
+        parts.
+        """
+        return {name: slot.as_layer() for name, slot in slots(self.student).items()}
 
     # ---------------------------------------------------------------- state
 
