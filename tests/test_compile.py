@@ -97,7 +97,6 @@ CASES = {
     "FitNetLoss": (FitNetLoss, maps),
     "AttentionTransferLoss": (AttentionTransferLoss, maps),
     "KDLoss, standardised": (lambda: KDLoss(standardize=True), logits),
-    "KDLoss on maps": (KDLoss, lambda step: (maps(step)[0], maps(step + 9)[0])),
     "DISTLoss": (DISTLoss, logits),
     "RKDLoss": (RKDLoss, maps),
     "SimilarityPreservingLoss": (SimilarityPreservingLoss, maps),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdlayers._models.layouts import Layout, common_size, pool
 from kdlayers._models.trace import Trace
+from kdlayers._models.vectors import Vectors, vectors
 from kdlayers._step.hooks import score_key, templates_of
 from kdlayers._step.teacher import Taught, Teacher, logits_of, mean_logits
 from kdlayers.errors import ArgumentError
@@ -34,6 +35,8 @@ class Term:
     teacher_layout: Layout | None = None
     shrink: tuple[float, float] = (1.0, 1.0)
     """The pooled teacher grid over the teacher's own, height and width, seen at attach."""
+    readers: tuple[Vectors, Vectors] | None = None
+    """How the student's and the teacher's vectors are read, where the loss compares no maps."""
     positions: int = 1
     """Positions of the student at this point, for images of the size of the example."""
 
@@ -69,6 +72,8 @@ class Term:
             return student, teacher  # the loss or the handle says what is wrong
         if self._classifiers:
             return student, teacher
+        if self.readers is not None:
+            return self.readers[0](student), self.readers[1](teacher)
         ours, theirs = self.student_layout.to_grid(student), self.teacher_layout.to_grid(teacher)
         size = common_size(_size(ours), _size(theirs))
         return self._form(pool(ours, size)), self._form(pool(theirs, size))
@@ -98,6 +103,8 @@ class Term:
         """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
         if self.teacher_layout is None or self._classifiers:
             return teacher
+        if self.readers is not None:
+            return self.readers[1](teacher)
         grid = self.teacher_layout.to_grid(teacher)
         height, width = _size(grid)
         size = (max(1, round(height * self.shrink[0])), max(1, round(width * self.shrink[1])))
@@ -123,6 +130,8 @@ def feature_term(
     term = Term(name, loss, loss.teacher, point, tap, scores=isinstance(loss, TemplateLoss))
     teacher = teachers[term.teacher_index or 0].traced
     term.student_layout, term.teacher_layout = student.layout(point), teacher.layout(tap)
+    if loss.tokens != "patch":
+        term.readers = vectors(loss.tokens, student, point, teacher, tap)
     ours = _size(term.student_layout.to_grid(_empty(student, point)))
     theirs = _size(term.teacher_layout.to_grid(_empty(teacher, tap)))
     term.positions = ours[0] * ours[1] + term.student_layout.prefix

@@ -25,7 +25,8 @@ def kd(
 
     Summed over classes, averaged over samples (and pixels), times the squared temperature, so that
     the size of the gradient does not depend on the temperature. Computed in log space, in float32
-    or better. The gradient flows to both arguments; give the teacher's logits from ``torch.no_grad()``.
+    or better. The gradient flows to both arguments; give the teacher's logits from
+    ``torch.no_grad()``.
 
     Args:
         student: logits, ``[B, K]``, or class maps, ``[B, K, H, W]``, of any real floating-point

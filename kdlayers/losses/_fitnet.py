@@ -2,29 +2,25 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kdlayers.errors import ShapeError
-from kdlayers.functional import _checks as check
-from kdlayers.functional._precision import full_precision
-from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._base import Weight
+from kdlayers.losses._feature import FeatureLoss
 from kdlayers.losses._maps import check_maps, on_one_grid
 
 
-class FitNetLoss(DistillLoss):
+class FitNetLoss(FeatureLoss):
     r"""FitNet hints (Romero, Ballas, Kahou, Chassang, Gatta, Bengio, ICLR 2015).
 
     .. math::
         L = \frac{1}{B C_T H W} \sum \big( r(f^S) - f^T \big)^2
 
     with a learnt 1x1 convolution :math:`r` (with bias, PyTorch's initialisation) from the student's
-    to the teacher's channels. Averaged over everything, without the paper's factor 1/2. Maps of
-    different size are compared on the smaller grid, the larger one average-pooled. The teacher is
-    detached. The regressor is in :meth:`parameters` for the optimiser and never in the exported
-    student. The paper trains on hints first and distils afterwards; here the term is added to the
-    loss, as is usual since.
+    to the teacher's channels: :class:`FeatureLoss` with ``distance="mse"``, on maps. Averaged over
+    everything, without the paper's factor 1/2. Maps of different size are compared on the smaller
+    grid, the larger one average-pooled. The teacher is detached. The regressor is in
+    :meth:`parameters` for the optimiser and never in the exported student. The paper trains on
+    hints first and distils afterwards; here the term is added to the loss, as is usual since.
 
     Args:
         weight: factor in ``kd.loss``, a number or a function of the step. Default 1; 100 is usual
@@ -45,7 +41,7 @@ class FitNetLoss(DistillLoss):
         torch.Size([16, 8, 1, 1])
     """
 
-    detaches_teacher: ClassVar[bool] = True
+    slot: ClassVar[str] = "regressor"
     regressor: nn.Conv2d | None
 
     def __init__(
@@ -56,41 +52,12 @@ class FitNetLoss(DistillLoss):
         name: str | None = None,
         teacher: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
-        self.register_module("regressor", None)
+        super().__init__(distance="mse", weight=weight, at=at, name=name, teacher=teacher)
 
-    def build(self, student: Tensor, teacher: Tensor) -> None:
-        """Make the regressor for the channels of both maps."""
+    def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         check_maps(student, teacher)
-        if self.regressor is None:
-            dtype = torch.promote_types(student.dtype, torch.float32)
-            regressor = nn.Conv2d(student.shape[1], teacher.shape[1], 1)
-            self.regressor = regressor.to(student.device, dtype)
+        return on_one_grid(student, teacher)
 
-    def _build_from(self, state: dict[str, Tensor]) -> None:
-        saved = state.get("regressor.weight")
-        if self.regressor is None and saved is not None:
-            regressor = nn.Conv2d(saved.shape[1], saved.shape[0], 1)
-            self.regressor = regressor.to(saved.device, saved.dtype)
-
-    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """The mean squared difference for maps ``[B, C, H, W]``; the labels are not used."""
-        self.build(student, teacher)
-        made = self.regressor
-        if made is None or (made.in_channels, made.out_channels) != (
-            student.shape[1],
-            teacher.shape[1],
-        ):
-            raise ShapeError(
-                f"this FitNetLoss maps {made.in_channels if made else 0} to "
-                f"{made.out_channels if made else 0} channels, got {check.shape(student)} and "
-                f"{check.shape(teacher)}; use one FitNetLoss for each point"
-            )
-        student, teacher = on_one_grid(student, teacher.detach())
-        return _hint(student, teacher, made.weight, made.bias)
-
-
-@full_precision
-def _hint(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Not F.mse_loss, whose backward on torch 2.9 refuses a teacher in float64.
-    return (F.conv2d(student, weight, bias) - teacher).square().mean()
+    def extra_repr(self) -> str:
+        """Shows weight and at."""
+        return f"weight={self.weight!r}, at={self.at!r}"
