@@ -101,10 +101,9 @@ class FeatureLoss(DistillLoss):
         """Make what depends on the widths, and try a projector of the user's own."""
         student, teacher = self._read(student, teacher)
         self._make(student, teacher)
-        projector = self._projector
-        if projector is not None and self.projector_kind is None:
-            projector.to(student.device)
-            with undisturbed(projector), torch.no_grad():
+        if self.projector_kind is None:
+            self.to(student.device)
+            with undisturbed(self), torch.no_grad():
                 self._project(student, teacher)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
