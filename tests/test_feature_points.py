@@ -142,10 +142,14 @@ def test_two_teachers_weigh_alike_when_standardised():
         for parameter in teachers[1].last.parameters():
             parameter.mul_(30)
     losses = [
-        FeatureLoss(at="last", distance="mse", normalize_teacher=True, teacher=i, name=f"t{i}")
+        FeatureLoss(
+            at="last", distance="mse", normalize_teacher=True, teacher_index=i, name=f"t{i}"
+        )
         for i in range(2)
     ]
-    plain = [FeatureLoss(at="last", distance="mse", teacher=i, name=f"p{i}") for i in range(2)]
+    plain = [
+        FeatureLoss(at="last", distance="mse", teacher_index=i, name=f"p{i}") for i in range(2)
+    ]
     kd = attach_kd(student, teachers, losses=[*losses, *plain], example=IMAGES)
     student.train()(IMAGES)
     kd.loss()

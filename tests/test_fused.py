@@ -16,6 +16,7 @@ from kdlayers import (
     attach_kd,
     fold,
 )
+from kdlayers._layer import layer as layer_module
 from kdlayers._layer.recognise import recognise
 from kdlayers._targets.divergence import codebook_divergence, decision_divergence
 from kdlayers._utils import chunks
@@ -38,7 +39,7 @@ def path(request, monkeypatch):
 
 
 def use(path, monkeypatch):
-    monkeypatch.setattr(layer, "CHEAP_CHANNELS", 0 if path == "kept" else 128)
+    monkeypatch.setattr(layer_module, "CHEAP_CHANNELS", 0 if path == "kept" else 128)
     if path == "plain":
         monkeypatch.setattr(KDLayer, "fuses", lambda *_: False)
 
@@ -208,7 +209,7 @@ def test_low_memory_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
     monkeypatch.setitem(chunks._ENTRIES, "cpu", 2**12)
     n, k = 2 * 24 * 24, 512
     targets = CodebookTargets(k).fit([(torch.randn(4096, 16), None)])
-    layer, loss = KDLayer(8, k, memory="low"), TemplateLoss(targets)
+    layer, loss = KDLayer(8, k, memory="low"), TemplateLoss(template_targets=targets)
     x, teacher = torch.randn(2, 8, 24, 24, requires_grad=True), torch.randn(2, 24, 24, 16)
 
     def run():

@@ -1,10 +1,14 @@
-"""The lengths that cosines divide by."""
+"""Safe norms: zero vectors map to zero and get no gradient."""
+
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from kdlayers._utils.norms import inverse, inverse_norm, safe_norm
+from kdlayers import AttentionTransferLoss, InheritExploreLoss
+from kdlayers._utils.norms import inverse, inverse_norm
+from kdlayers.functional import exploration, inheritance
 
 
 def vectors_of_all_lengths():
@@ -18,7 +22,9 @@ def vectors_of_all_lengths():
 def test_units_are_those_of_torch():
     vectors = vectors_of_all_lengths()
     wanted = F.normalize(vectors, dim=-1, eps=1e-12)
-    for found in (vectors * inverse_norm(vectors), vectors / safe_norm(vectors)):
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = vectors * inverse_norm(vectors)
         torch.testing.assert_close(found, wanted, rtol=1e-15, atol=0)
     norms = vectors.norm(dim=-1)
     torch.testing.assert_close(vectors * inverse(norms)[:, None], wanted, rtol=1e-14, atol=0)
@@ -36,9 +42,52 @@ def test_zeros_pass_no_gradient_on(dtype):
     torch.testing.assert_close(vectors.grad[1], wanted.to(dtype))
 
 
+def numbers_of(call):
+    student, teacher = torch.zeros(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
+    student[0] = torch.randn(6, 3, 3)
+    student.requires_grad_()
+    value = call(student, teacher)
+    value.backward()
+    return value, student.grad
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        AttentionTransferLoss(),
+        InheritExploreLoss(host="attention"),
+        *(
+            partial(function, measure=measure)
+            for function in (inheritance, exploration)
+            for measure in ("norm", "cosine", "cka")
+        ),
+    ],
+    ids=str,
+)
+def test_dead_features_do_not_explode(call):
+    value, grad = numbers_of(call)
+    assert value.isfinite()
+    assert grad.abs().max() < 100
+    assert not grad[1:].any() or getattr(call, "keywords", {}).get("measure") == "cka"
+
+
+def test_a_dead_half_of_the_channels_does_not_explode():
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 8, 3, 3)
+    student = torch.randn(4, 8, 3, 3).relu()
+    student[:, :4] = 0
+    student.requires_grad_()
+    loss = InheritExploreLoss(factor_channels=4, epochs=1)
+    loss.build(student, teacher)
+    loss.fit([(teacher, None)])
+    loss(student, teacher).backward()
+    for tensor in (student, *loss.parameters()):
+        assert tensor.grad.abs().max() < 1e3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_lengths_of_half_precision_are_float32(dtype):
     vectors = torch.full((2, 300), 300.0, dtype=dtype)  # the squares overflow in float16
     found = inverse_norm(vectors)
-    assert found.dtype == safe_norm(vectors).dtype == torch.float32
+    assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.full((2, 1), 1 / (300 * 300**0.5)), rtol=1e-6, atol=0)

@@ -10,7 +10,7 @@ from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 from kdlayers._layer.batch_norm import as_affine, update_statistics, why_plain
 from kdlayers._layer.recognise import recognise, recognise_frozen
 from kdlayers._utils.chunks import worthwhile
-from kdlayers._utils.norms import inverse_norm, safe_norm
+from kdlayers._utils.norms import inverse_norm
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
 
@@ -197,7 +197,7 @@ class KDLayer(nn.Module):
         self.head = TemplateHead(in_channels, num_templates, channel_dim=channel_dim)
         self.norm = nn.BatchNorm1d(num_templates)
         self.value = CosineProjection(num_templates, in_channels, scale=1.0)
-        self.alpha = alpha
+        self.alpha = float(alpha)  # also a NumPy number, which files without code cannot hold
 
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
@@ -243,7 +243,7 @@ class KDLayer(nn.Module):
     def _at_inference(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `enhance`, with the running statistics, without tensors [positions, K]."""
         norm, dtype = self.norm, product_dtype(x)
-        units = (features / safe_norm(features)).to(dtype)
+        units = (features * inverse_norm(features)).to(dtype)
         templates = self.head.kernels()
         gain, threshold = as_affine(norm)
         matching = (templates * gain.unsqueeze(1)).to(dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdlayers._utils.chunks import add_product, chunks, work_dtype
-from kdlayers._utils.norms import inverse, safe_norm
+from kdlayers._utils.norms import inverse, inverse_norm
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -186,7 +186,7 @@ def recognise_frozen(units: Tensor, matching: Tensor, threshold: Tensor, values:
         for part in chunks(len(units), len(matching), units.device):
             assigned = torch.addmm(bias, units[part], matching.T).relu_()
             rows = torch.mm(assigned, values.T, out=value[part])
-            rows.div_(safe_norm(assigned))  # 0 / 1e-12 where nothing was recognised
+            rows.mul_(inverse_norm(assigned))  # 0 * 1e12 where nothing was recognised
     return value
 
 

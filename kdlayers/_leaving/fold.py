@@ -11,7 +11,7 @@ from kdlayers._layer.recognise import recognise_frozen
 from kdlayers._leaving.bake import replace_layers
 from kdlayers._step.hooks import Slot
 from kdlayers._utils.chunks import DEVICES
-from kdlayers._utils.norms import inverse_norm, safe_norm
+from kdlayers._utils.norms import inverse_norm
 
 
 class FoldedKDLayer(nn.Module):
@@ -60,7 +60,7 @@ class FoldedKDLayer(nn.Module):
     def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:
         """What is added to ``x``."""
         dtype = product_dtype(x)
-        units = (features / safe_norm(features)).to(dtype).flatten(0, -2)
+        units = (features * inverse_norm(features)).to(dtype).flatten(0, -2)
         matching, values = self.matching.to(dtype), self.values.to(dtype)
         value = recognise_frozen(units, matching, self.threshold, values).view_as(features)
         return value.movedim(-1, self.channel_dim).to(x.dtype)
@@ -77,10 +77,11 @@ def fold(student: nn.Module) -> nn.Module:
     copy is in eval mode and its layers cannot be trained; the student is not changed.
 
     Args:
-        student: a model with KD layers, attached or detached.
+        student: a model with KD layers, attached or detached. What ``torch.compile``, DDP or a
+            moving average wrap round it is left out of the copy.
 
     Raises:
-        AttachError: if the model has no KD layers.
+        AttachError: if the model has no KD layers, or FSDP has split its parameters.
 
     Example:
         >>> import torch
@@ -93,5 +94,5 @@ def fold(student: nn.Module) -> nn.Module:
         True
     """
     with torch.no_grad():
-        folded = replace_layers(student, FoldedKDLayer)
+        folded = replace_layers(student, FoldedKDLayer, "fold")
     return folded.eval()

@@ -1,10 +1,11 @@
 """Features of a whole image as one vector: the class token, or the mean over positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kdlayers._models.layouts import Layout
+from kdlayers._models.layouts import Layout, Size
 from kdlayers._models.trace import Trace
 from kdlayers.errors import ArgumentError
 
@@ -17,11 +18,32 @@ class Vectors:
     class_token: bool = False
     """Whether it is the first token, and not the mean over the grid."""
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """``[B, C]``."""
+    def __call__(self, tensor: Tensor, image: Size | None = None) -> Tensor:
+        """``[B, C]`` of the module's output; ``image`` is the size of the images."""
         if self.class_token:
             return tensor[:, 0]
-        return self.layout.to_grid(tensor).mean(dim=(1, 2))
+        return self.layout.to_grid(tensor, image).mean(dim=(1, 2))
+
+    def of_taps(self, taps: dict[str, Tensor], name: str) -> Tensor:
+        """``[B, C]`` of a teacher's taps as `on_grids` leaves them."""
+        return taps[_class_key(name)] if self.class_token else self(taps[name])
+
+
+def on_grids(
+    taps: dict[str, Tensor], layouts: Callable[[str], Layout], image: Size | None
+) -> dict[str, Tensor]:
+    """The taps, with tokens on the grid of images of this size, and their first tokens beside."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in taps.items():
+        layout = layouts(name)
+        found[name] = layout.on_grid(tensor, image)
+        if layout.kind == "tokens" and layout.prefix:
+            found[_class_key(name)] = tensor[:, 0]
+    return found
+
+
+def _class_key(name: str) -> str:
+    return f"class token of {name}"  # no name of a module: these have no spaces
 
 
 def vectors(

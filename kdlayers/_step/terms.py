@@ -56,9 +56,12 @@ class Term:
         return self.tap is None and self.teacher_index in (None, teacher)
 
     def teacher_tensor(self, teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
-        """The teacher's tensor in its own layout, from what the teachers returned."""
+        """The teacher's tensor in its own layout, or vectors, from what the teachers returned."""
         if self.tap is not None:
-            return taught[self.teacher_index or 0][1][self.tap]
+            taps = taught[self.teacher_index or 0][1]
+            return (
+                taps[self.tap] if self.readers is None else self.readers[1].of_taps(taps, self.tap)
+            )
         if self.teacher_index is not None:
             return logits_of(taught[self.teacher_index])
         return mean_logits(teachers, taught)
@@ -70,10 +73,8 @@ class Term:
             return student, teacher
         if student.shape[0] != teacher.shape[0]:
             return student, teacher  # the loss or the handle says what is wrong
-        if self._classifiers:
+        if self._classifiers or self.readers is not None:
             return student, teacher
-        if self.readers is not None:
-            return self.readers[0](student), self.readers[1](teacher)
         ours, theirs = self.student_layout.to_grid(student), self.teacher_layout.to_grid(teacher)
         size = common_size(_size(ours), _size(theirs))
         return self._form(pool(ours, size)), self._form(pool(theirs, size))
@@ -101,10 +102,8 @@ class Term:
 
     def teacher_alone(self, teacher: Tensor) -> Tensor:
         """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
-        if self.teacher_layout is None or self._classifiers:
+        if self.teacher_layout is None or self._classifiers or self.readers is not None:
             return teacher
-        if self.readers is not None:
-            return self.readers[1](teacher)
         grid = self.teacher_layout.to_grid(teacher)
         height, width = _size(grid)
         size = (max(1, round(height * self.shrink[0])), max(1, round(width * self.shrink[1])))
@@ -127,7 +126,7 @@ def feature_term(
     tap: str,
 ) -> Term:
     """Term of a loss that compares the features at ``point`` and ``tap``."""
-    term = Term(name, loss, loss.teacher, point, tap, scores=isinstance(loss, TemplateLoss))
+    term = Term(name, loss, loss.teacher_index, point, tap, scores=isinstance(loss, TemplateLoss))
     teacher = teachers[term.teacher_index or 0].traced
     term.student_layout, term.teacher_layout = student.layout(point), teacher.layout(tap)
     if loss.tokens != "patch":
@@ -145,7 +144,10 @@ def example_pair(term: Term, student: Trace, teachers: Sequence[Teacher]) -> tup
     teacher = teachers[term.teacher_index or 0].traced
     if term.point is None or term.tap is None:
         return student.logits, teacher.logits
-    return term.pair(_empty(student, term.point), _empty(teacher, term.tap))
+    ours, theirs = _empty(student, term.point), _empty(teacher, term.tap)
+    if term.readers is not None:
+        ours, theirs = term.readers[0](ours), term.readers[1](theirs)
+    return term.pair(ours, theirs)
 
 
 def _empty(traced: Trace, name: str) -> Tensor:

@@ -43,11 +43,14 @@ class Plan:
 
 
 def own_subclass(z: Tensor, labels: Tensor, centers: Tensor, subclasses: int) -> Tensor:
-    """Index of the nearest of the own class's centres: z [n, d], labels [n], centers [K, d]."""
+    """Index of the nearest of the own class's centres: z [n, d], labels [n], centers [K, d].
+
+    -1 where no distance is finite, as for NaN features.
+    """
     # Gathers the few centres of each row's class; a mask over all K distances costs K times more.
     own = centers.reshape(-1, subclasses, centers.shape[1])[labels]
-    distances = (z.unsqueeze(1) - own).square().sum(dim=2)
-    return labels * subclasses + distances.argmin(dim=1)
+    least, index = (z.unsqueeze(1) - own).square().sum(dim=2).min(dim=1)
+    return torch.where(least.isfinite(), labels * subclasses + index, -1)
 
 
 class ScatterPass:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
 from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
 from kdlayers._targets.distances import affine
-from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad
+from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad, rows_of
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.rows import RowFitter, check_features, expand_labels
 from kdlayers._utils.chunks import work_dtype
@@ -167,7 +167,7 @@ class DecisionTargets(TemplateTargets):
             ShapeError: if the last axis is not D wide, or labels do not fit the positions.
         """
         own, decisions = self._own(features, labels)
-        return decisions[own].reshape(*features.shape[:-1], -1)
+        return rows_of(decisions, own).reshape(*features.shape[:-1], len(decisions))
 
     @override
     def divergence(
@@ -204,8 +204,7 @@ class DecisionTargets(TemplateTargets):
         return own, decisions.to(dtype)
 
     def _check_range(self, labels: Tensor) -> None:
-        # On an accelerator this would wait for the device at every step.
-        if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
+        if not check.readable(labels):
             return
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= (self._num_classes or 0):

@@ -80,6 +80,16 @@ class Search:
         return padded.view(shape).transpose(0, 1).reshape(padded.shape)
 
 
+def one_hot_of_largest(scores: Tensor) -> Tensor:
+    """1 at the largest entry of each row ``[n, K]`` (the first on ties), else 0.
+
+    A row without a finite largest entry, as NaN or infinite features give, holds a NaN instead of
+    the 1, so that a loss computed from it is NaN too.
+    """
+    value, index = scores.max(dim=-1, keepdim=True)
+    return torch.zeros_like(scores).scatter_(-1, index, value * 0 + 1)
+
+
 def nearest_index(rows: Tensor, centers: Tensor) -> Tensor:
     """Index of the nearest centre of each row, [n]; the first one of equals."""
     search = Search(centers)

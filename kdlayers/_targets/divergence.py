@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlayers._targets.distances import affine, balanced
+from kdlayers._targets.distances import affine, balanced, one_hot_of_largest
 from kdlayers._utils.chunks import DEVICES, add_product, chunks, work_dtype, worthwhile
 
 Assign = Callable[[slice], tuple[Tensor, Tensor]]
@@ -25,7 +25,7 @@ def codebook_divergence(
     templates: Tensor | None,
     features: Tensor,
     centers: Tensor,
-    temperature: float | None,
+    sharpness: float | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean divergence of template scores from the soft assignment of features to centres.
@@ -35,7 +35,7 @@ def codebook_divergence(
         templates: ``[K, C]``, whose products with the unit vectors are the scores.
         features: the teacher's ``[N, D]``, float32 or better.
         centers: ``[K, D]``, of the dtype of ``features``.
-        temperature: factor of the squared distances; ``None`` for one-hot assignments.
+        sharpness: factor of the squared distances; ``None`` for one-hot assignments.
         need_grad: whether to prepare the backward pass.
 
     Returns:
@@ -44,13 +44,13 @@ def codebook_divergence(
     """
     with torch.autocast(student.device.type, enabled=False):
         features, centers, bias = balanced(features, centers)
-        scale = 1.0 if temperature is None else 2 * temperature
+        scale = 1.0 if sharpness is None else 2 * sharpness
         centers, bias = centers * scale, bias * scale
 
         def assign(part: slice) -> tuple[Tensor, Tensor]:
             logits = affine(features[part], centers, bias)
-            if temperature is None:
-                hot = torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+            if sharpness is None:
+                hot = one_hot_of_largest(logits)
                 return hot, hot.new_zeros(len(hot))
             shifted = logits.sub_(logits.amax(dim=1, keepdim=True))
             shares = shifted.softmax(dim=1)
@@ -64,11 +64,11 @@ def codebook_divergence(
 def decision_divergence(
     student: Tensor, templates: Tensor | None, own: Tensor, decisions: Tensor, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `codebook_divergence`, where row ``own[i]`` of ``decisions`` is the assignment of i."""
+    """As `codebook_divergence`, with `rows_of` the decisions as the assignment."""
     sums = torch.xlogy(decisions, decisions).sum(dim=1)
 
     def assign(part: slice) -> tuple[Tensor, Tensor]:
-        return decisions.index_select(0, own[part]), sums.index_select(0, own[part])
+        return rows_of(decisions, own[part]), sums.index_select(0, own[part].clamp(min=0))
 
     with torch.autocast(student.device.type, enabled=False):
         return _divergence(student, templates, assign, need_grad)
@@ -78,6 +78,13 @@ def decision_divergence(
 def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * factor``; an operator without derivative, so that a second one is an error."""
     return (grad * factor).to(dtype, copy=True)
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` ``[n]`` of a table ``[K, K]``; with index -1 a row that begins with NaN."""
+    rows = table.index_select(0, index.clamp(min=0))
+    rows[:, 0].masked_fill_(index < 0, torch.nan)  # one entry: the whole row would take longer
+    return rows
 
 
 def _divergence(
@@ -114,7 +121,8 @@ def _empty_grads(
 
 def fuses(student: Tensor, templates: Tensor | None) -> bool:
     """Whether the fused operators take these tensors."""
-    if not student.is_floating_point() or student.device.type not in DEVICES:
+    usable = student.is_floating_point() and student.numel() > 0
+    if not usable or student.device.type not in DEVICES:
         return False
     if templates is None:
         return worthwhile(student.numel(), 0, 1)
@@ -132,7 +140,7 @@ def _codebook_fake(
     templates: Tensor | None,
     features: Tensor,
     _centers: Tensor,
-    _temperature: float | None,
+    _sharpness: float | None,
     need_grad: bool,
 ) -> Three:
     return features.new_empty(()), *_empty_grads(student, templates, need_grad)

@@ -1,6 +1,6 @@
-"""The closed forms: functions of the student's tensor, the teacher's and the labels.
+"""The closed forms of the losses: functions of the student's and the teacher's tensors.
 
-They import `_utils` and `errors`, and know nothing of models, layers or hooks.
+This folder imports `_utils` and `errors`. It knows no models, layers or hooks.
 """
 
 from kdlayers.functional._aekt import aekt as aekt

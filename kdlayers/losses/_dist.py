@@ -21,10 +21,7 @@ class DISTLoss(LogitLoss):
         beta: weight of the inter-class relation. Default 1, as in the authors' code.
         gamma: weight of the intra-class relation. Default 1, as in the authors' code.
         temperature: above 0. Default 1, as in the authors' code.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
         ArgumentError: if a number is out of range.
@@ -48,9 +45,9 @@ class DISTLoss(LogitLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.not_negative("beta", beta)
         check.not_negative("gamma", gamma)
         check.positive("temperature", temperature)

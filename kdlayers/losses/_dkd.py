@@ -12,29 +12,26 @@ class DKDLoss(LogitLoss):
 
     .. math:: L = T^2 \big( \alpha \, \mathrm{TCKD} + \beta \, \mathrm{NCKD} \big)
 
-    See :func:`kdlayers.functional.dkd` for the two terms. The authors add it to the cross-entropy
-    and ramp it up over the first 20 epochs of CIFAR-100: give ``weight`` a
-    :class:`kdlayers.schedules.LinearWarmup`. Needs hard labels.
+    See :func:`kdlayers.functional.dkd` for the two terms. The authors add the loss to the
+    cross-entropy and ramp its weight up over the first 20 epochs of CIFAR-100, as a
+    :class:`kdlayers.schedules.LinearWarmup` does. It needs hard labels.
 
     Args:
         alpha: weight of the target-class term. Default 1.
-        beta: weight of the non-target-class term. Default 8, the authors' value for one pair;
-            theirs run from 0.5 (ImageNet) to 8. Start lower on other data.
+        beta: weight of the non-target-class term. Default 8, the authors' value for one pair of
+            networks; their values run from 0.5 (ImageNet) to 8. Start lower on other data.
         temperature: above 0. Default 4; the authors use 1 on ImageNet.
         standardize: standardise the logits of both first, by
             :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
-        ArgumentError: if a number is out of range, or at the call a label is.
+        ArgumentError: if a number is out of range; at the call, if a label is.
         ArgumentTypeError: at the call, if the labels are missing, soft or not integers.
         ShapeError: at the call, if the tensors are not logits of one shape with a label a sample.
 
     Warns:
-        KDLayersWarning: at the call, with two classes: the non-target term is then always 0.
+        KDLayersWarning: at the call, with two classes, where the non-target term is always 0.
 
     Example:
         >>> import torch
@@ -46,17 +43,17 @@ class DKDLoss(LogitLoss):
 
     def __init__(
         self,
+        *,
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
-        *,
         standardize: bool = False,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.not_negative("alpha", alpha)
         check.not_negative("beta", beta)
         check.positive("temperature", temperature)
@@ -81,7 +78,7 @@ class DKDLoss(LogitLoss):
         )
 
     def extra_repr(self) -> str:
-        """Shows the three numbers besides weight and at."""
+        """Shows the three numbers before weight and at."""
         numbers = f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
         extra = ", standardize=True" if self.standardize else ""
         return f"{numbers}{extra}, {super().extra_repr()}"

@@ -1,17 +1,18 @@
 """Regression of a teacher's features, between models of any kind."""
 
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kdlayers._models.trace import undisturbed
-from kdlayers.errors import ArgumentError, ShapeError
+from kdlayers._utils.chunks import work_dtype
+from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._features import Distance, feature_distance
 from kdlayers.functional._precision import full_precision
 from kdlayers.losses._base import DistillLoss, Weight
-from kdlayers.losses._projector import make_projector, projector_like, wide, widths
+from kdlayers.losses._projector import make_projector, projector_like, widths
 from kdlayers.losses._reading import read_maps, read_vectors
 from kdlayers.losses._teacher_norm import TeacherNorm
 
@@ -43,10 +44,8 @@ class FeatureLoss(DistillLoss):
         normalize_teacher: give every channel of the teacher's features mean 0 and variance 1, by
             the statistics of all batches so far, so that several teachers or points weigh alike.
             Default False.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: a name or a pair (student's, teacher's); ``None`` (default): the models' outputs.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
+            the models' outputs.
 
     Raises:
         ArgumentError: if an option is unknown; in ``attach_kd``, if class tokens are asked for and
@@ -82,14 +81,13 @@ class FeatureLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
-        _one_of("distance", distance, get_args(Distance))
-        _one_of("tokens", tokens, get_args(Tokens))
-        own = isinstance(projector, nn.Module)
-        if projector is not None and not own:
-            _one_of("projector", projector, ("linear", "mlp"), " or None or a module")
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
+        check.one_of("distance", distance, get_args(Distance))
+        check.one_of("tokens", tokens, get_args(Tokens))
+        if projector is not None and not isinstance(projector, nn.Module):
+            check.one_of("projector", projector, ("linear", "mlp", "None", "a module"))
         self.distance: Distance = distance
         self.tokens = tokens
         self.normalize_teacher = normalize_teacher
@@ -132,9 +130,9 @@ class FeatureLoss(DistillLoss):
         ours, theirs = (t.shape[_channel_dim(t)] for t in (student, teacher))
         if self._projector is None and self.projector_kind is not None:
             made = make_projector(self.projector_kind, ours, theirs, maps=student.dim() == 4)
-            setattr(self, self.slot, made.to(student.device, wide(student.dtype)))
+            setattr(self, self.slot, made.to(student.device, work_dtype(student)))
         if self.normalize_teacher and self.teacher_norm is None:
-            self.teacher_norm = TeacherNorm(theirs, wide(teacher.dtype), teacher.device)
+            self.teacher_norm = TeacherNorm(theirs, work_dtype(teacher), teacher.device)
 
     def _build_from(self, state: dict[str, Tensor]) -> None:
         if self._projector is None and self.projector_kind is not None:
@@ -173,8 +171,3 @@ class FeatureLoss(DistillLoss):
 
 def _channel_dim(features: Tensor) -> int:
     return -1 if features.dim() == 3 else 1
-
-
-def _one_of(name: str, value: Any, options: tuple[str, ...], more: str = "") -> None:
-    if value not in options:
-        raise ArgumentError(f"{name} must be one of {', '.join(options)}{more}, got {value!r}")

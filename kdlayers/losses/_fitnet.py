@@ -16,18 +16,16 @@ class FitNetLoss(FeatureLoss):
         L = \frac{1}{B C_T H W} \sum \big( r(f^S) - f^T \big)^2
 
     with a learnt 1x1 convolution :math:`r` (with bias, PyTorch's initialisation) from the student's
-    to the teacher's channels: :class:`FeatureLoss` with ``distance="mse"``, on maps. Averaged over
-    everything, without the paper's factor 1/2. Maps of different size are compared on the smaller
-    grid, the larger one average-pooled. The teacher is detached. The regressor is in
-    :meth:`parameters` for the optimiser and never in the exported student. The paper trains on
-    hints first and distils afterwards; here the term is added to the loss, as is usual since.
+    to the teacher's channels. It is :class:`FeatureLoss` with ``distance="mse"``, on maps. The mean
+    over everything, without the paper's factor 1/2. Maps of different size are compared on the
+    smaller grid, to which the larger one is average-pooled. The teacher is detached.
+    :meth:`parameters` has the regressor for the optimiser; the exported student does not have it.
+    The paper trains on hints first and distils afterwards; here the term is part of the loss, as in
+    later work.
 
     Args:
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1; 100 is usual
-            on CIFAR-100.
-        at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`;
+            :func:`kdlayers.attach_kd` needs ``at``. A weight of 100 is usual on CIFAR-100.
 
     Raises:
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch or the
@@ -50,9 +48,11 @@ class FitNetLoss(FeatureLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(distance="mse", weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(
+            distance="mse", weight=weight, at=at, name=name, teacher_index=teacher_index
+        )
 
     def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         check_maps(student, teacher)

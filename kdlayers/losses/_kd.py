@@ -17,13 +17,13 @@ class KDLoss(LogitLoss):
     .. math::
         L = T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z^T / T) \,\|\, \mathrm{softmax}(z^S / T)\big)
 
-    Summed over classes, averaged over samples; see :func:`kdlayers.functional.kd`. Class maps
+    The sum over classes, averaged over samples; see :func:`kdlayers.functional.kd`. Class maps
     ``[B, K, H, W]``, as segmentation models return them, are compared at every pixel and averaged
     over the pixels: the teacher's map is interpolated to the size of the student's, and pixels with
-    the label ``ignore_index`` do not count where labels are given. The teacher is
-    not detached here, so that a learnable teacher side gets its gradient
-    (:class:`~kdlayers.losses.StudentFriendlyKDLoss`); :func:`kdlayers.attach_kd` runs the teacher
-    without one.
+    the label ``ignore_index`` do not count where labels are given. The loss does not detach the
+    teacher, so that a trainable teacher side gets its gradient, as in
+    :class:`~kdlayers.losses.StudentFriendlyKDLoss`; :func:`kdlayers.attach_kd` runs the teacher
+    without gradients.
 
     Args:
         temperature: above 0. Default 4, usual for CIFAR-100; 1 is usual for ImageNet.
@@ -33,11 +33,8 @@ class KDLoss(LogitLoss):
         ignore_index: label of the pixels that do not count, as in
             :func:`torch.nn.functional.cross_entropy`; only read with class maps. Default -100; 255
             is usual for segmentation data.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1; a usual
-            choice on CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. A usual weight on
+            CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -53,16 +50,16 @@ class KDLoss(LogitLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
         *,
+        temperature: float = 4.0,
         standardize: bool = False,
         ignore_index: int = -100,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.positive("temperature", temperature)
         self.temperature = temperature
         self.standardize = standardize
@@ -95,6 +92,6 @@ class KDLoss(LogitLoss):
         return temperature**2 * kd(ours, theirs, temperature=1.0, reduction=reduction)
 
     def extra_repr(self) -> str:
-        """Shows the temperature besides weight and at."""
+        """Shows the temperature before weight and at."""
         extra = ", standardize=True" if self.standardize else ""
         return f"temperature={self.temperature}{extra}, {super().extra_repr()}"

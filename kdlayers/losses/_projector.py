@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 Layer: TypeAlias = nn.Conv2d | nn.Linear
@@ -49,8 +48,3 @@ def widths(projector: nn.Module) -> tuple[int, int] | None:
     if not isinstance(first, Tensor) or not isinstance(last, Tensor):
         return None
     return first.shape[1], last.shape[0]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of train-only parameters for features of ``dtype``: float32 or better."""
-    return torch.promote_types(dtype, torch.float32)

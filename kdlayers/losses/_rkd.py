@@ -25,10 +25,8 @@ class RKDLoss(DistillLoss):
     Args:
         distance: weight of the distances, 0 or more. Default 25, usual on CIFAR-100.
         angle: weight of the angles, 0 or more. Default 50, usual on CIFAR-100.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: a name or a pair (student's, teacher's); ``None`` (default): the models' outputs.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
+            the models' outputs.
 
     Raises:
         ArgumentError: if a weight is negative, or both are 0.
@@ -52,9 +50,9 @@ class RKDLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.not_negative("distance", distance)
         check.not_negative("angle", angle)
         if distance == angle == 0:

@@ -21,12 +21,9 @@ class SimilarityPreservingLoss(DistillLoss):
     teacher is detached.
 
     Args:
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 3000, usual on
-            CIFAR-100; the value itself is at most 4 / B.
-        at: a name or a pair (student's, teacher's), usually of the last feature maps; ``None``
-            (default): the models' outputs.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; the default weight
+            is 3000, usual on CIFAR-100, as the value is at most 4 / B. ``at`` is usually the point
+            of the last feature maps; ``at=None`` compares the models' outputs.
 
     Raises:
         ShapeError: at the call, if the tensors are not features of the same 2 samples or more.
@@ -47,9 +44,9 @@ class SimilarityPreservingLoss(DistillLoss):
         weight: Weight = 3000.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Check that both are features of the same samples."""

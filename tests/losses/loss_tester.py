@@ -102,6 +102,13 @@ class LossTester:
         for tensor in (student, *loss.parameters()):
             assert tensor.grad.isfinite().all()
 
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_teacher_without_finite_numbers_is_not_hidden(self, value):
+        student, teacher, targets = self.inputs()
+        loss = self.ready(student, teacher)
+        teacher.view(-1)[:: teacher.numel() // 3] = value
+        assert not loss(student, teacher, targets).isfinite()
+
     def test_autocast_changes_nothing(self):
         student, teacher, targets = self.inputs(dtype=torch.float32)
         loss = self.ready(student, teacher)

@@ -205,7 +205,7 @@ def test_a_module_of_ones_own_is_tried_without_a_trace():
     [
         (lambda: FeatureLoss(distance="l2"), ArgumentError, "distance must be one of cosine, mse"),
         (lambda: FeatureLoss(tokens="class"), ArgumentError, "tokens must be one of patch, cls"),
-        (lambda: FeatureLoss(projector="conv"), ArgumentError, "linear, mlp or None or a module"),
+        (lambda: FeatureLoss(projector="conv"), ArgumentError, "linear, mlp, None, a module"),
         (
             lambda: FeatureLoss(projector=None)(torch.rand(2, 3), torch.rand(2, 4)),
             ShapeError,
