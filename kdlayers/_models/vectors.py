@@ -1,6 +1,5 @@
 """Features of a whole image as one vector: the class token, or the mean over positions."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -25,24 +24,12 @@ class Vectors:
         return self.layout.to_grid(tensor, image).mean(dim=(1, 2))
 
     def of_taps(self, taps: dict[str, Tensor], name: str) -> Tensor:
-        """``[B, C]`` of a teacher's taps as `on_grids` leaves them."""
-        return taps[_class_key(name)] if self.class_token else self(taps[name])
+        """``[B, C]`` of a teacher's taps, which have tokens on their grid."""
+        return taps[class_key(name)] if self.class_token else self(taps[name])
 
 
-def on_grids(
-    taps: dict[str, Tensor], layouts: Callable[[str], Layout], image: Size | None
-) -> dict[str, Tensor]:
-    """The taps, with tokens on the grid of images of this size, and their first tokens beside."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in taps.items():
-        layout = layouts(name)
-        found[name] = layout.on_grid(tensor, image)
-        if layout.kind == "tokens" and layout.prefix:
-            found[_class_key(name)] = tensor[:, 0]
-    return found
-
-
-def _class_key(name: str) -> str:
+def class_key(name: str) -> str:
+    """Where the first token of a module's output is kept, beside its grid."""
     return f"class token of {name}"  # no name of a module: these have no spaces
 
 

@@ -195,23 +195,13 @@ class DecisionTargets(TemplateTargets):
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
         labels = expand_labels(features, labels).to(features.device).reshape(-1)
-        self._check_range(labels)
+        check.in_range("labels", labels, self._num_classes or 0)
         dtype = torch.promote_types(work_dtype(features), work_dtype(projection))
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
             own = own_subclass(z, labels, centers.to(dtype), self.subclasses)
         return own, decisions.to(dtype)
-
-    def _check_range(self, labels: Tensor) -> None:
-        if not check.readable(labels):
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= (self._num_classes or 0):
-            raise ArgumentError(
-                f"labels must lie in 0..{(self._num_classes or 0) - 1}, the classes of fit, got "
-                f"labels from {low} to {high}"
-            )
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:
