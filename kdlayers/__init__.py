@@ -38,6 +38,7 @@ from kdlayers.losses import ChannelWiseLoss as ChannelWiseLoss
 from kdlayers.losses import DistillLoss as DistillLoss
 from kdlayers.losses import DISTLoss as DISTLoss
 from kdlayers.losses import DKDLoss as DKDLoss
+from kdlayers.losses import FeatureLoss as FeatureLoss
 from kdlayers.losses import FitNetLoss as FitNetLoss
 from kdlayers.losses import InheritExploreLoss as InheritExploreLoss
 from kdlayers.losses import KDLoss as KDLoss

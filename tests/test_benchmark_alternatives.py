@@ -7,14 +7,19 @@ from torch import nn
 
 from kdlayers import (
     AEKTLoss,
+    ChannelWiseLoss,
     CodebookTargets,
-    DecisionTargets,
+    DISTLoss,
     DKDLoss,
+    DecisionTargets,
     KDLayer,
     KDLoss,
     MutualLoss,
+    RKDLoss,
+    SimilarityPreservingLoss,
     StudentFriendlyKDLoss,
     TemplateLoss,
+)
 )
 from tests.benchmark_modules import load
 
@@ -127,6 +132,7 @@ TEXTBOOK = {
     "kd": (lambda: KDLoss(), lambda t: t.kd),
     "mutual": (lambda: MutualLoss(), lambda t: t.mutual),
     "dkd": (lambda: DKDLoss(), lambda t: t.dkd),
+    "standardised": (lambda: KDLoss(standardize=True), lambda t: t.standardized_kd),
     "student-friendly": (lambda: StudentFriendlyKDLoss(), lambda t: t.StudentFriendly(7)),
     **{f"aekt {f}": (lambda f=f: AEKTLoss(form=f, alpha=1.0, beta=8.0, gamma=1.0),
                      lambda t, f=f: t.AEKT(7, f)) for f in FORMS},
@@ -148,6 +154,29 @@ def test_the_textbook_losses_are_the_librarys(name):
         theirs.load_state_dict(source.state_dict())
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     first, second = ours(a, teacher, labels), theirs(b, teacher, labels)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    first.backward()
+    second.backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+RELATIONS = {
+    "dist": (DISTLoss, (5, 7)),
+    "rkd": (RKDLoss, (5, 7)),
+    "similarity": (SimilarityPreservingLoss, (5, 7, 3, 2)),
+    "channelwise": (ChannelWiseLoss, (5, 7, 3, 2)),
+    "pixels": (KDLoss, (5, 7, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_the_textbook_relations_are_the_librarys(name):
+    torch.manual_seed(0)
+    make, shape = RELATIONS[name]
+    student, teacher = 2 * torch.randn(shape), 3 * torch.randn(shape)
+    a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
+    first = make()(a, teacher)
+    second = getattr(load("_textbook_relations"), name)(b, teacher, None)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
     first.backward()
     second.backward()

@@ -45,13 +45,16 @@ class Plan:
         return taught
 
     def of_teachers(self, taught: Sequence[Taught]) -> list[Tensor]:
-        """The teacher's tensor of each term, in its own layout."""
+        """The teacher's tensor of each term, in its own layout, or as vectors."""
         found: list[Tensor] = []
         mean: Tensor | None = None
         for term in self.terms:
             logits, features = taught[term.teacher_index or 0]
             if term.tap is not None:
-                found.append(features[term.tap])
+                reader = None if term.readers is None else term.readers[1]
+                found.append(
+                    features[term.tap] if reader is None else reader.of_taps(features, term.tap)
+                )
             elif term.teacher_index is not None or len(taught) == 1:
                 found.append(logits)  # type: ignore[arg-type]  # asked for in `teach`
             else:
@@ -70,7 +73,9 @@ class Plan:
                 student, templates = forward.scores[term.point]
             elif term.point is not None:
                 student = forward.features[term.point]
-            if term.student_layout is not None and term.student_layout.kind == "tokens":
+            if term.readers is not None:
+                student = term.readers[0](student, image_size((forward.args, forward.kwargs)))
+            elif term.student_layout is not None and term.student_layout.kind == "tokens":
                 image = image_size((forward.args, forward.kwargs))
                 student = term.student_layout.on_grid(student, image)
             if term.device != student.device:

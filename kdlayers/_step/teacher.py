@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, image_size, trace
+from kdlayers._models.vectors import class_key
 from kdlayers._models.wrappers import check_pair, unwrap
 from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
@@ -152,6 +153,7 @@ class Teacher:
             features[point.call.name] = tap.features
             if point.layout.kind == "tokens":
                 features[point.call.name] = point.layout.on_grid(tap.features, image_size(given))
+                features[class_key(point.call.name)] = tap.features[:, 0]
         return output, features
 
     def _point(self, name: str) -> "_Point":
