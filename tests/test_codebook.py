@@ -386,7 +386,7 @@ def test_unfitted_state_into_fitted_targets_is_an_error():
         ({"counts": torch.ones(4)}, r"counts has shape \[4\], but the other tensors need \[5\]"),
         ({"centers": torch.full((5, 3), math.nan)}, "centers has NaN or infinite values"),
         ({"counts": None}, "is incomplete: it has centers, inertia, but not counts"),
-        ({"inertia": "much"}, "inertia is not a tensor but a str"),
+        ({"inertia": "much"}, "inertia is a str, not a tensor"),
     ],
 )
 def test_damaged_states(change, sentence):

@@ -10,16 +10,11 @@ from torch import nn
 from kdlayers._attaching.points import KDPoint
 from kdlayers._attaching.resolve import At, resolve_points
 from kdlayers._layer.layer import check_memory
+from kdlayers._models.examples import example_for
 from kdlayers._models.names import match
-from kdlayers._models.trace import (
-    Trace,
-    depend,
-    example_for,
-    run_example,
-    to_model,
-    trace,
-    undisturbed,
-)
+from kdlayers._models.outputs import main_output
+from kdlayers._models.trace import Trace, depend, fresh, run_example, to_model, trace
+from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import unwrap
 from kdlayers._step.handle import KDHandle
 from kdlayers._step.hooks import (
@@ -27,15 +22,14 @@ from kdlayers._step.hooks import (
     CloseForward,
     OpenForward,
     Slot,
-    Tape,
+    drop_recording,
     guard_hooks,
-    score_key,
 )
-from kdlayers._step.other_teacher import warn_of_others
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
+from kdlayers._step.tape import Forward, Tape
 from kdlayers._step.teacher import Teacher, Transform, make_teachers
 from kdlayers._step.terms import Term, example_pair, feature_term, unique_names
-from kdlayers._utils.tree import first_tensor, leaves
+from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
 from kdlayers.losses import DistillLoss, TemplateLoss
@@ -116,20 +110,24 @@ def attach_kd(
             "lists usable points"
         )
     tape = Tape()
+    tape.copies = traced.changes_input
     with ExitStack() as undo, undisturbed(student):
         undo.callback(take_out, student, tape)
         _insert_layers(student, points, traced, tape, memory)
         _check_layers(student, traced, args, tape, [point.student for point in points])
         terms = _terms(points, losses, traced, teachers)
-        hooks = _record_hooks(student, terms, traced, tape, undo)
+        _record_hooks(student, terms, traced, tape, undo)
         undo.pop_all()
     for module, _, hook in inserts(student):
         if hook.tape is tape:
             hook.slot(module).train(module.training)
     guard_hooks(reset=True)
+    for each in (traced, *(teacher.traced for teacher in teachers)):
+        each.release()
     _warn_of_earlier(student, tape)
-    warn_of_others(terms, teachers)
-    return KDHandle(student, teachers, terms, tape, hooks)
+    _warn_of_other_teachers(terms, teachers)
+    _warn_of_buffers(teachers)
+    return KDHandle(student, teachers, terms, tape)
 
 
 def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
@@ -139,6 +137,31 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
         warn(
             f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
             "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
+        )
+
+
+def _warn_of_other_teachers(terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
+    """Say which terms were fitted to something else, and ``kd.fit`` will leave as they are."""
+    for term in terms:
+        source = term.learnt_elsewhere(teachers)
+        if source is not None:
+            warn(
+                f"{term.name} keeps what it learnt from {source} in an earlier kd.fit, because "
+                "kd.fit(loader) only learns what is missing: make new targets for this attach_kd, "
+                "or call kd.fit(loader, refit=True)"
+            )
+
+
+def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
+    """Say which buffers of the teachers do not stay as they are."""
+    changed = [name for teacher in teachers for name in teacher.traced.changed_buffers]
+    if changed:
+        names = ", ".join(map(repr, changed[:3])) + (", ..." if len(changed) > 3 else "")
+        warn(
+            f"a forward of the teacher changes its buffers {names} even in eval mode, as observers "
+            "for quantisation do; kd.fit and kd.loss run the teacher on every batch, so these "
+            "buffers will change in training: switch the observers off before, for instance with "
+            "teacher.apply(torch.ao.quantization.disable_observer)"
         )
 
 
@@ -169,6 +192,7 @@ def _insert_layers(
         # resolve_points has given every point its number of templates.
         templates = point.num_templates or 0
         slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim, memory=memory)
+        slot.eval()  # the dry runs leave no mark on its batch norm
         place(student, point.student, slot.to(call.device, call.dtype), call.path, tape)
 
 
@@ -186,10 +210,10 @@ def _check_layers(
     try:
         for name in names:
             layers[name].alpha = 0.0
-        tape.active = True
-        with torch.no_grad():
-            plain = first_tensor(run_example(student, example, "student"))
-        missing = [name for name in names if score_key(name) not in tape.features]
+        tape.forward, tape.active = Forward((), {}), True
+        with undisturbed(student), torch.no_grad():  # from the same buffers as the first dry run
+            plain = main_output(run_example(student, fresh(example), "student"))
+        missing = [name for name in names if name not in tape.forward.scores]
     finally:
         tape.active = False
         tape.consume()
@@ -214,7 +238,7 @@ def _check_reach(student: nn.Module, example: tuple[Any, ...], layers: dict[str,
     if not layers:
         return
     with torch.enable_grad():
-        outputs = [tensor for _, tensor in leaves(student(*example))]
+        outputs = [tensor for _, tensor in leaves(student(*fresh(example)))]
     reached = depend(outputs, [layer.value.weight for layer in layers.values()])
     dead = [name for name, yes in zip(layers, reached, strict=True) if not yes]
     if dead:
@@ -245,6 +269,11 @@ def _terms(
     terms.extend(_loss_term(loss, traced, teachers) for loss in losses)
     unique_names(terms)
     for term in terms:
+        if term.point is None:
+            one = term.teacher_index
+            read = teachers if one is None else [teachers[one]]
+            for each in (traced, *(teacher.traced for teacher in read)):
+                each.need_logits(term.name)
         term.loss.build(*example_pair(term, traced, teachers))
         term.loss.to(traced.logits.device)
     return terms
@@ -277,20 +306,15 @@ def _one(name: str, traced: Trace, advice: str = "") -> str:
 
 def _record_hooks(
     student: nn.Module, terms: Sequence[Term], traced: Trace, tape: Tape, undo: ExitStack
-) -> list[Any]:
+) -> None:
     """Hooks that only recording needs; they go when the handle goes."""
     if not terms:
-        tape.armed = False
-        return []
-    hooks = [
-        student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True),
-        student.register_forward_hook(CloseForward(tape), always_call=True),
-    ]
+        return
+    undo.callback(drop_recording, student, tape)
+    student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True)
+    student.register_forward_hook(CloseForward(tape), always_call=True)
     points = {term.point for term in terms if term.point is not None and not term.scores}
     for name in sorted(points):
         call = traced.call(name)
-        tap = Capture(name, call.path, tape, clone=call.changed)
-        hooks.append(hook_site(student, name).register_forward_hook(tap))
-    for hook in hooks:
-        undo.callback(hook.remove)
-    return hooks
+        tap = Capture(name, call.path, tape, copies=True if call.changed else None)
+        hook_site(student, name).register_forward_hook(tap)

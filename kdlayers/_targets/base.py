@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
+from kdlayers._utils.plain_tensors import finite, why_not_plain
 from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import template_kl
 
@@ -40,6 +41,11 @@ class TemplateTargets(nn.Module):
     def num_templates(self) -> int | None:
         """K, or None if it depends on data that :meth:`fit` has not seen yet."""
         raise NotImplementedError
+
+    @property
+    def num_features(self) -> int | None:
+        """D, the channels of the teacher's features that :meth:`fit` has seen, or None before."""
+        return None
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, seed: int = 0) -> Self:
         """Learn from ``batches`` in a few passes, without keeping the features.
@@ -134,15 +140,17 @@ class TemplateTargets(nn.Module):
                 f"{', '.join(missing)}; save state_dict() as a whole"
             )
         for name, value in state.items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"the state of {owner} is damaged: {name} is not a tensor but a "
-                    f"{type(value).__name__}"
-                )
-            if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
-                raise CheckpointError(
-                    f"the state of {owner} is damaged: {name} has NaN or infinite values"
-                )
+            why = why_not_plain(value)
+            if why is None and value.is_complex():
+                why = "has complex values"
+            if why is None and name != "counts" and not value.is_floating_point():
+                why = f"must be a float tensor, got {value.dtype}"
+            if why is None and not finite(value):
+                why = "has NaN or infinite values"
+            if why is None and name in ("counts", "inertia") and (value < 0).any():
+                why = "has negative values"
+            if why is not None:
+                raise CheckpointError(f"the state of {owner} is damaged: {name} {why}")
 
 
 def scores_of(student: Tensor, templates: Tensor | None) -> Tensor:

@@ -93,6 +93,12 @@ class CodebookTargets(TemplateTargets):
         """K, the number of centres."""
         return self._num_templates
 
+    @property
+    @override
+    def num_features(self) -> int | None:
+        """D, the width of the centres; ``None`` before :meth:`fit`."""
+        return None if self.centers is None else self.centers.shape[1]
+
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
         return RowFitter(SamplePass(self.num_templates, seed, self._install))

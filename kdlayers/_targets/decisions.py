@@ -132,6 +132,12 @@ class DecisionTargets(TemplateTargets):
         """K, classes times sub-classes; ``None`` while the number of classes is unknown."""
         return None if self._num_classes is None else self._num_classes * self.subclasses
 
+    @property
+    @override
+    def num_features(self) -> int | None:
+        """D, what the projection reads; ``None`` before :meth:`fit`."""
+        return None if self.projection is None else self.projection.shape[1]
+
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
         plan = Plan(self.subclasses, self.components, self.num_classes, seed, self._install)
