@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.outputs import main_output, why_unclear
-from kdlayers._step.hooks import Tape, templates_of, version_of
+from kdlayers._step.hooks import Tape, point_of, templates_of, version_of
 from kdlayers.errors import AttachError, CaptureError, StaleCaptureError
 
 
@@ -58,7 +58,7 @@ def read(
             f"the module at {repeated!r} ran more than once in this forward; choose a point that "
             "runs once, find_points(model) lists them"
         )
-    _check_features(features, keys)
+    _check_features(features, keys, student)
     if version_of(inputs[0]) != version:
         raise StaleCaptureError(
             "the input batch was changed in place after the student's forward, so the teacher "
@@ -106,7 +106,13 @@ def _parts_require_grad(features: dict[str, Tensor], key: str) -> bool:
     return features[key].requires_grad or (templates is not None and templates.requires_grad)
 
 
-def _check_features(features: dict[str, Tensor], keys: Collection[str]) -> None:
+def _frozen(student: nn.Module, key: str) -> bool:
+    """Whether the module whose output or scores are recorded under ``key`` trains nothing."""
+    parameters = list(student.get_submodule(point_of(key)).parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _check_features(features: dict[str, Tensor], keys: Collection[str], student: nn.Module) -> None:
     missing = [key for key in keys if key not in features]
     if missing:
         raise CaptureError(
@@ -115,6 +121,13 @@ def _check_features(features: dict[str, Tensor], keys: Collection[str]) -> None:
             "was replaced since (convert_sync_batchnorm, fuse); attach after such changes"
         )
     cut = [key for key in keys if not _parts_require_grad(features, key)]
+    frozen = [key for key in cut if _frozen(student, key)]
+    if frozen:
+        raise CaptureError(
+            f"{', '.join(frozen)}: nothing there or before it can learn, because requires_grad is "
+            "False for all these parameters of the student, its KD layers included, so the loss "
+            "would have no gradient; unfreeze them, or attach at a later point"
+        )
     if cut:
         raise CaptureError(
             f"{', '.join(cut)}: recorded without a gradient, as reentrant gradient checkpointing "

@@ -12,7 +12,7 @@ from kdlayers._models.trace import image_size
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step import captures
 from kdlayers._step.batches import check_loader, labels_for, split_batch
-from kdlayers._step.hooks import Ahead, Tape, version_of
+from kdlayers._step.hooks import Ahead, Tape, unguard_hooks, version_of
 from kdlayers._step.optimizer_check import OptimiserWatch
 from kdlayers._step.other_teacher import remember
 from kdlayers._step.sites import slots, take_out
@@ -270,6 +270,7 @@ class KDHandle:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
         self.detach()
         take_out(self.student, self._tape)
+        unguard_hooks()
 
     # ---------------------------------------------------------------- inside
 
@@ -338,7 +339,7 @@ class KDHandle:
             student = record.logits if term.key is None else record.features[term.key]
             if term.student_layout is not None:
                 student = term.student_layout.on_grid(student, image)
-            _follow(term.loss, student.device)
+            _follow(term.loss, student)
             pairs.append((student, term.teacher_tensor(self._teachers, taught)))
         # Tensors: a compiled sum does not depend on their values.
         weights = {term.name: term.loss.weight_at(self.step) for term in self._terms}
@@ -384,8 +385,16 @@ def _parameter_groups(
     return own, added
 
 
-def _follow(loss: nn.Module, device: torch.device) -> None:
-    """Move the loss to the student's device; parameters keep their identity for the optimiser."""
+def _follow(loss: nn.Module, student: Tensor) -> None:
+    """Move the loss to the student's device, and to float64 with a student in float64.
+
+    Losses compute in float32 for all other dtypes. Parameters keep their identity for the
+    optimiser.
+    """
     tensors = (*loss.parameters(), *loss.buffers())
-    if any(tensor.device != device for tensor in tensors):
-        loss.to(device)
+    double = student.dtype == torch.float64
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if any(tensor.device != student.device for tensor in tensors):
+        loss.to(student.device)
+    if double and any(tensor.dtype != torch.float64 for tensor in floats):
+        loss.to(torch.float64)

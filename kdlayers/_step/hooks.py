@@ -13,6 +13,7 @@ an empty tape that never records.
 import sys
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,12 @@ from kdlayers.errors import AttachError
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
 _CONFUSES_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+
+_LIVE: "WeakSet[InsertLayer]" = WeakSet()
+"""Every hook of a KD layer in this process, also those of copies."""
+_FOUND: list[bool] = []
+"""torch.compile's setting before the first of them."""
 
 
 class Slot(KDLayer):
@@ -131,10 +138,12 @@ class InsertLayer:
         self.store = store
         self.path = path
         self.tape = tape
+        _LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled or copied students are compiled too."""
         self.__dict__.update(state)
+        _LIVE.add(self)
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
@@ -250,14 +259,29 @@ def guard_hooks(*, reset: bool = False) -> None:
     if reset or "torch._dynamo" in sys.modules:
         from torch import _dynamo
 
+        if not _FOUND:
+            _FOUND.append(_dynamo.config.skip_nnmodule_hook_guards)
         _dynamo.config.skip_nnmodule_hook_guards = False
         if reset:
             _dynamo.reset()
 
 
+def unguard_hooks() -> None:
+    """Give torch.compile's setting back as it was found, once no KD layer is left in any model."""
+    if _FOUND and not _LIVE:
+        from torch import _dynamo
+
+        _dynamo.config.skip_nnmodule_hook_guards = _FOUND.pop()
+
+
 def score_key(name: str) -> str:
     """Key of a KD layer's scores on the tape, apart from the features of the same module."""
     return f"scores of {name}"
+
+
+def point_of(key: str) -> str:
+    """The module's name in a key of the tape."""
+    return key.removeprefix(score_key(""))
 
 
 def templates_of(key: str) -> str:
