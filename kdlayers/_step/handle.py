@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdlayers._layer.layer import KDLayer
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step.batches import check_loader, split_batch
-from kdlayers._step.hooks import drop_recording
+from kdlayers._step.hooks import drop_recording, unguard_hooks
 from kdlayers._step.optimizer_check import OptimiserWatch
 from kdlayers._step.plan import Plan
 from kdlayers._step.ranks import Ranks
@@ -291,6 +291,7 @@ class KDHandle:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
         self.detach()
         take_out(self.student, self._tape)
+        unguard_hooks()
 
     # ---------------------------------------------------------------- inside
 
@@ -305,7 +306,7 @@ class KDHandle:
         """Ask the losses again whether they are fitted, and where their tensors are."""
         self._fitted = False
         for term in self._terms:
-            term.device = None
+            term.place = None
 
     def _need_fitted(self) -> None:
         unfitted = [term.name for term in self._terms if not term.loss.fitted]

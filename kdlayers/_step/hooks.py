@@ -12,7 +12,7 @@ an empty tape that never records.
 
 import sys
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ from kdlayers.errors import AttachError
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
 _CONFUSES_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+
+_LIVE: "WeakSet[InsertLayer]" = WeakSet()
+"""Every hook of a KD layer in this process, also those of copies."""
+_FOUND: list[bool] = []
+"""torch.compile's setting before the first of them."""
 
 
 class Slot(LayerParts):
@@ -82,10 +88,12 @@ class InsertLayer:
         self.store = store
         self.path = path
         self.tape = tape
+        _LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled or copied students are compiled too."""
         self.__dict__.update(state)
+        _LIVE.add(self)
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
@@ -235,9 +243,19 @@ def guard_hooks(*, reset: bool = False) -> None:
     if reset or "torch._dynamo" in sys.modules:
         from torch import _dynamo
 
+        if not _FOUND:
+            _FOUND.append(_dynamo.config.skip_nnmodule_hook_guards)
         _dynamo.config.skip_nnmodule_hook_guards = False
         if reset:
             _dynamo.reset()
+
+
+def unguard_hooks() -> None:
+    """Give torch.compile's setting back as it was found, once no KD layer is left in any model."""
+    if _FOUND and not _LIVE:
+        from torch import _dynamo
+
+        _dynamo.config.skip_nnmodule_hook_guards = _FOUND.pop()
 
 
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
