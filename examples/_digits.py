@@ -77,7 +77,8 @@ def trained_teacher(images: Images, args: argparse.Namespace) -> nn.Module:
     if not file.exists():
         train(teacher, images, epochs=2 if args.quick else 6)
         args.out.mkdir(parents=True, exist_ok=True)
-        torch.save(teacher.state_dict(), file)
+        torch.save(teacher.state_dict(), file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)  # a stopped run leaves no half of a file
     teacher.load_state_dict(torch.load(file, weights_only=True))
     return teacher
 

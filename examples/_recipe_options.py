@@ -111,7 +111,9 @@ def train_teacher(
     recipe = recipe | own | {"network": name, "method": "labels", "ce_weight": 1.0}
     training = Training(teacher, None, recipe, path.with_suffix("") / "checkpoint.pt")
     run(training, images, args)
-    torch.save({"model": teacher.state_dict(), "recipe": recipe}, path)
+    fresh = path.with_suffix(".new")
+    torch.save({"model": teacher.state_dict(), "recipe": recipe}, fresh)
+    fresh.replace(path)
 
 
 def train_student(

@@ -66,7 +66,9 @@ def main() -> None:
         # The student inside the wrapper: no key begins with "module.", and no teacher is in it.
         save_student(student, args.out / "student.pt")
         state = {"student": student.state_dict(), "kd": kd.state_dict()}
-        torch.save(state | {"optimizer": optimizer.state_dict()}, args.out / "checkpoint.pt")
+        fresh = args.out / "checkpoint.new"  # a stopped run keeps the checkpoint before
+        torch.save(state | {"optimizer": optimizer.state_dict()}, fresh)
+        fresh.replace(args.out / "checkpoint.pt")
     dist.destroy_process_group()
 
 

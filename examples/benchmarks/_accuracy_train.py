@@ -137,7 +137,9 @@ def trained_teacher(
             "seconds_per_epoch": round(spent, 2),
         }
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": teacher.state_dict(), "facts": facts}, path)
+        # A stopped run leaves no half of a file, which the next one would read.
+        torch.save({"model": teacher.state_dict(), "facts": facts}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
     saved = torch.load(path, weights_only=True, map_location=device)
     teacher.load_state_dict(saved["model"])
     return fold_batch_norm(teacher), saved["facts"]
