@@ -21,7 +21,6 @@ from kdlayers import (
 from kdlayers.schedules import Cosine, LinearWarmup, Schedule
 
 Recipe = dict[str, Any]
-CLASSES = 10  # of Fashion-MNIST
 
 
 def option(default: Any, text: str) -> Any:
@@ -154,8 +153,8 @@ def iekd(o: Options) -> Recipe:
     }
 
 
-def recipes(o: Options) -> dict[str, Recipe]:
-    """Every method by name, in the order in which they are run."""
+def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
+    """Every method by name, in the order in which they are run, for data of so many classes."""
     both = [decisions(o), codebook(o)]
     free, falling = {"supervised": False}, {"falling": True}
     parts: dict[str, Recipe] = {
@@ -187,10 +186,10 @@ def recipes(o: Options) -> dict[str, Recipe]:
         "AEKT is": {"losses": [aekt(o, "is")]},
         "SKD + DKD": {"losses": [skd(o, dkd(o))]},
     }
-    return {name: completed(part, o) for name, part in parts.items()}
+    return {name: completed(part, o, classes) for name, part in parts.items()}
 
 
-def completed(part: Recipe, o: Options) -> Recipe:
+def completed(part: Recipe, o: Options, classes: int) -> Recipe:
     """The recipe with everything that it leaves open."""
     losses = part.get("losses", [])
     plain_kd = any(loss["loss"] == "KDLoss" for loss in losses)
@@ -203,7 +202,7 @@ def completed(part: Recipe, o: Options) -> Recipe:
     }
     if layers:
         if not supervised:  # nothing of the targets but their number matters
-            layers = [free_layer(layer) for layer in layers]
+            layers = [free_layer(layer, classes) for layer in layers]
         recipe |= {"layers": layers, "supervised": supervised, "head_scale": o.head_scale}
     if layers and supervised:
         recipe["layer_weight"] = o.layer_weight_beside if losses else o.layer_weight
@@ -212,9 +211,9 @@ def completed(part: Recipe, o: Options) -> Recipe:
     return recipe
 
 
-def free_layer(layer: Recipe) -> Recipe:
+def free_layer(layer: Recipe, classes: int) -> Recipe:
     """A layer of the same size and start, without its targets."""
-    templates = layer["templates"] if "templates" in layer else layer["subclasses"] * CLASSES
+    templates = layer["templates"] if "templates" in layer else layer["subclasses"] * classes
     return {"at": layer["at"], "templates": templates, "alpha": layer["alpha"]}
 
 
