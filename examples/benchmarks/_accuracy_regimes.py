@@ -123,7 +123,7 @@ def prepared(args: argparse.Namespace, teacher_recipe: Recipe) -> Regime:
 
 def data_of(args: argparse.Namespace, name: str, root: str) -> Splits:
     """The splits of a data set."""
-    validation = args.validation if name == args.data else REGIMES[f"{name}-all"]["validation"]
+    options = {"download": args.download, "validation": args.validation}
     if name == "fashion-mnist":
-        return load(root, download=args.download, validation=validation)
-    return load_cifar(name, root, args.cache, download=args.download, validation=validation)
+        return load(root, **options)
+    return load_cifar(name, root, args.cache, **options)
