@@ -221,7 +221,12 @@ def free_layer(layer: Recipe, classes: int) -> Recipe:
 
 
 def attach(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module, example: torch.Tensor, steps: int
+    recipe: Recipe,
+    student: nn.Module,
+    teacher: nn.Module,
+    example: torch.Tensor,
+    steps: int,
+    classes: int | None = None,
 ) -> KDHandle | None:
     """Give ``student`` what its recipe asks for; ``None`` where no teacher takes part.
 
@@ -231,11 +236,12 @@ def attach(
         teacher: the trained one.
         example: two images.
         steps: batches in an epoch, for warm-ups.
+        classes: of the labels, where the teacher has others.
     """
     weight: float | Schedule = recipe.get("layer_weight", 1.0)
     if "layer_epochs" in recipe:
         weight = weight * Cosine(recipe["layer_epochs"], steps_per_epoch=steps)
-    layers = [point(layer, weight) for layer in recipe.get("layers", [])]
+    layers = [point(layer, weight, classes) for layer in recipe.get("layers", [])]
     if layers and not recipe["supervised"]:
         attach_kd(student, at=layers, example=example).detach()
         layers = []
@@ -250,13 +256,15 @@ def attach(
     return kd
 
 
-def point(layer: Recipe, weight: float | Schedule) -> KDPoint:
+def point(layer: Recipe, weight: float | Schedule, classes: int | None = None) -> KDPoint:
     """A layer with its targets, or bare where the recipe has only a number of templates."""
     targets: CodebookTargets | DecisionTargets | None = None
     if layer.get("targets") == "codebook":
         targets = CodebookTargets(layer["templates"], temperature=layer["temperature"])
     elif layer.get("targets") == "decisions":
-        targets = DecisionTargets(layer["subclasses"], components=layer["components"])
+        targets = DecisionTargets(
+            layer["subclasses"], components=layer["components"], num_classes=classes
+        )
     number = layer["templates"] if targets is None else None
     at = names(layer["at"])
     both = (at, None) if isinstance(at, str) else at

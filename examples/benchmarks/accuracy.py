@@ -95,7 +95,8 @@ def run(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress
     split, batches, teacher = regime.given(recipe, seed)
     student = new_model(recipe["student"], splits, seed, width=recipe["width"]).to(args.device)
     device = device_of(student)
-    kd = attach(recipe, student, teacher, splits.blank(2).to(device), batches.steps)
+    example = splits.blank(2).to(device)
+    kd = attach(recipe, student, teacher, example, batches.steps, splits.classes)
     fitted = seconds(device)
     if kd is not None and not progress.started:
         kd.fit(batches.plain(128), seed=seed, progress=False)
