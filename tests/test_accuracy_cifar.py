@@ -15,11 +15,12 @@ from tests.benchmark_modules import load
 accuracy = load("accuracy")
 cifar, records, progress = (load(f"_accuracy_{name}") for name in ("cifar", "record", "progress"))
 data, teachers, train = (load(f"_accuracy_{name}") for name in ("data", "teacher", "train"))
-OPTIONS = (
+WORDS = (
     "--regime cifar100-10000 --teacher resnet8 --validation 100 --images 200 --epochs 3 --views 2 "
     "--student resnet8 --width 8 --templates 8 --subclasses 1 --components 9 --batch-size 50 "
     "--width-parameters 9 --width-macs 8.5 --iekd-epochs 1"
-).split()
+)
+OPTIONS = WORDS.split()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,9 @@ def checkpoint(tmp_path_factory):
     """A teacher's weights under the names of the usual collections."""
     torch.manual_seed(1)
     model = load("models.cifar_resnet").make("resnet8", num_classes=100)
-    state = {f"module.{k.replace('shortcut', 'downsample')}": v for k, v in model.state_dict().items()}
+    state = {
+        f"module.{k.replace('shortcut', 'downsample')}": v for k, v in model.state_dict().items()
+    }
     path = tmp_path_factory.mktemp("teacher") / "resnet8.pth"
     torch.save({"model": state}, path)
     return path
@@ -198,10 +201,12 @@ def test_every_view_of_an_image_comes_in_turn(record):
             assert len(x) == len(y) == 20
             pairs += [tuple(pair) for pair in replay.keys.T.tolist()]
         assert sorted(index for _, index in pairs) == list(range(120))
-        seen.append(dict((index, view) for view, index in pairs))
+        seen.append({index: view for view, index in pairs})
     assert all({seen[0][index], seen[1][index]} == {1, 2} for index in range(120))
     again = records.RecordedBatches(replay, 20, seed=3)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches.epoch(1), again.epoch(1), strict=True))
+    assert all(
+        torch.equal(a[0], b[0]) for a, b in zip(batches.epoch(1), again.epoch(1), strict=True)
+    )
     plain = batches.plain(50)
     assert [len(y) for _, y in plain] == [len(y) for _, y in plain] == [50, 50, 20]
     assert replay.keys[0].eq(0).all()
