@@ -4,12 +4,12 @@ import re
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from scipy import stats
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.examples import EXAMPLES
+
 SCRIPT = EXAMPLES / "quickstart.py"
 
 

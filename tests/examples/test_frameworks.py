@@ -6,15 +6,13 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed as dist
 
 from kdlayers import KDLayer
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.examples import EXAMPLES
 
 pytest.importorskip("mlxtend")
 
