@@ -34,7 +34,7 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Callable]]] = {
     "DKD": (DKDLoss, lambda _: textbook.dkd),
     **{
         f"AEKT {form}": (
-            partial(AEKTLoss, form, alpha=1.0, beta=8.0, gamma=1.0),
+            partial(AEKTLoss, form=form, alpha=1.0, beta=8.0, gamma=1.0),
             partial(textbook.AEKT, form=form),
         )
         for form in FORMS
