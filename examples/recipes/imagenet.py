@@ -1,6 +1,6 @@
 """letKD on ImageNet, ResNet-34 to ResNet-18 or ResNet-50 to a MobileNet, on one or more GPUs.
 
-    torchrun --nproc-per-node 4 examples/imagenet.py --root imagenet --amp --compile
+    torchrun --nproc-per-node 4 examples/recipes/imagenet.py --root imagenet --amp --compile
 
 Published are 100 epochs and the learning rate: 0.1, a tenth of it after 30, 60 and 90. Batch size,
 weight decay, templates, temperature and sub-classes on ImageNet are not: the defaults are ours.
@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
 
 import torch
 import torch.distributed as dist
-from _recipe_imagenet import PAIRS, in_order, load, network, shuffled, teacher_of
-from _recipe_methods import WITHOUT_TEACHER, Sizes, attach, ce_weight
-from _recipe_train import (
+from _imagenet import PAIRS, in_order, load, network, shuffled, teacher_of
+from _methods import WITHOUT_TEACHER, Sizes, attach, ce_weight
+from _train import (
     Training,
     accuracy,
     digest,

@@ -1,28 +1,21 @@
 """The papers' recipes: settings, images, teachers from files."""
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-import torch.nn.functional as F
-from torchvision.transforms import functional as reference
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import _recipe_train
+import _train
 import cifar100
 import iekd_cifar10
 import imagenet
-from _recipe_cifar100 import PAIRS, network
-from _recipe_images import Images, cropped, stand_in
-from _recipe_methods import Pair, Sizes, Taps, attach
-from _recipe_teacher import load_teacher
+import pytest
+import torch
+import torch.nn.functional as F
+from _cifar100 import PAIRS, network
+from _images import Images, cropped, stand_in
+from _methods import Pair, Sizes, Taps, attach
+from models.teachers import load_teacher
+from torchvision.transforms import functional as reference
 
 from kdlayers import CodebookTargets, DecisionTargets
-from tests.recipe_teachers import theirs
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
+from tests.examples import EXAMPLES
+from tests.examples.recipe_teachers import theirs
 
 # ---------------------------------------------------------------- settings
 
@@ -37,8 +30,8 @@ def test_published_hyperparameters(tmp_path):
     assert set(rates.values()) == {0.05, 0.01}
     alphas = {name: pair.alphas for name, pair in PAIRS.items() if pair.alphas != (1.0, 1.0)}
     assert alphas == {"resnet50-mobilenet_v2_half": (0.2, 0.1)}
-    assert _recipe_train.milestones(cifar100.FRACTIONS, 240) == [150, 180, 210]
-    assert _recipe_train.milestones(iekd_cifar10.FRACTIONS, 160) == [80, 120]
+    assert _train.milestones(cifar100.FRACTIONS, 240) == [150, 180, 210]
+    assert _train.milestones(iekd_cifar10.FRACTIONS, 160) == [80, 120]
 
 
 @pytest.mark.parametrize("pairs", [PAIRS, imagenet.PAIRS], ids=["cifar100", "imagenet"])
@@ -80,7 +73,7 @@ def test_layers_of_a_method(method, alphas):
 
 
 def test_unsupervised_layers_are_as_large_as_the_supervised():
-    sizes = [_recipe_train.parameters(attached(method)[0]) for method in ("layers", "letkd-2")]
+    sizes = [_train.parameters(attached(method)[0]) for method in ("layers", "letkd-2")]
     assert sizes[0] == sizes[1]
 
 

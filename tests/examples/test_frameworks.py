@@ -6,15 +6,13 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed as dist
 
 from kdlayers import KDLayer
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.examples import EXAMPLES
 
 pytest.importorskip("mlxtend")
 
@@ -93,15 +91,11 @@ def check_moved(out, kd_state):
     assert not torch.equal(fc, torch.eye(10))
 
 
-def step_of(output):
-    return int(re.findall(r"step (\d+): [\d.]+ %", output)[-1])
-
-
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port()}")
-    output = run("ddp", tmp_path, "--accumulate", 2, launcher=launcher)
-    assert "parameters differ by 0.0 at most" in output
+    output = run("ddp", tmp_path, launcher=launcher)
+    assert re.findall(r"^epoch (\d): loss \d+\.\d+$", output, re.M) == ["0", "1"]
     saved = load(tmp_path / "checkpoint.pt")
     assert saved["kd"]["step"] == 8
     assert not any(key.startswith("module.") for key in saved["student"])
@@ -111,13 +105,13 @@ def test_two_processes(tmp_path):
 
 @needs("lightning")
 def test_lightning_goes_on_where_it_stopped(tmp_path):
-    first = run("lightning_module", tmp_path, "--epochs", 1)
+    run("lightning_module", tmp_path, "--epochs", 1)
     before = load(tmp_path / "last.ckpt")
     options = ("--epochs", 2, "--resume", tmp_path / "last.ckpt")
-    second = run("lightning_module", tmp_path, *options)
+    run("lightning_module", tmp_path, *options)
     after = load(tmp_path / "last.ckpt")
-    assert step_of(first) == before["kd"]["step"] == before["global_step"] == 8
-    assert step_of(second) == after["kd"]["step"] == after["global_step"] == 16
+    assert before["kd"]["step"] == before["global_step"] == 8
+    assert after["kd"]["step"] == after["global_step"] == 16
     check_targets(before["kd"], after["kd"])
     assert all(key.startswith("student.") for key in after["state_dict"])
     check_files(tmp_path, "last.ckpt", "student.pt")
@@ -130,7 +124,9 @@ def test_accelerate_goes_on_where_it_stopped(tmp_path):
     before = load(tmp_path / "state" / "custom_checkpoint_0.pkl")
     second = run("accelerate_loop", tmp_path, "--epochs", 1, "--resume", tmp_path / "state")
     after = load(tmp_path / "state" / "custom_checkpoint_0.pkl")
-    assert (step_of(first), step_of(second)) == (before["step"], after["step"]) == (8, 16)
+    assert (before["step"], after["step"]) == (8, 16)
+    assert "epoch 0, step 8: loss" in first
+    assert "epoch 0, step 16: loss" in second
     check_targets(before, after)
     check_files(tmp_path, "state/model.safetensors", "student.pt")
     check_moved(tmp_path, after)
@@ -139,11 +135,11 @@ def test_accelerate_goes_on_where_it_stopped(tmp_path):
 @needs("transformers")
 @needs("accelerate")
 def test_trainer_goes_on_where_it_stopped(tmp_path):
-    first = run("hf_trainer", tmp_path)
+    run("hf_trainer", tmp_path)
     before, whole = (load(tmp_path / f"checkpoint-{step}" / "kd.pt") for step in (8, 16))
-    second = run("hf_trainer", tmp_path, "--resume", tmp_path / "checkpoint-8")
+    run("hf_trainer", tmp_path, "--resume", tmp_path / "checkpoint-8")
     after = load(tmp_path / "checkpoint-16" / "kd.pt")
-    assert step_of(first) == step_of(second) == whole["step"] == after["step"] == 16
+    assert whole["step"] == after["step"] == 16
     assert before["step"] == 8
     check_targets(before, after)
     check_files(tmp_path, "checkpoint-16/model.safetensors", "student.pt")

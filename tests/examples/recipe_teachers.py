@@ -1,12 +1,7 @@
 """Weights under the names that the usual CIFAR teachers have."""
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from _recipe_cifar100 import network
+from _cifar100 import network
 
 
 def theirs(name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _recipe_methods import Pair, Taps, published
+from _methods import Pair, Taps, published
 from models import small_images
 from models.cifar_resnet import make
 from torch import nn

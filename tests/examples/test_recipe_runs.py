@@ -6,25 +6,22 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-import torch
-from torchvision.transforms.functional import to_pil_image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import _recipe_train
+import _train
 import cifar100
 import iekd_cifar10
 import imagenet
-from _recipe_cifar100 import PAIRS, network
-from _recipe_methods import Pair, Taps
-from _recipe_teacher import load_teacher
+import pytest
+import torch
+from _cifar100 import PAIRS, network
+from _methods import Pair, Taps
+from models.teachers import load_teacher
+from torchvision.transforms.functional import to_pil_image
 
 from kdlayers import load_student
-from tests.recipe_teachers import theirs
+from tests.examples import EXAMPLES
+from tests.examples.recipe_teachers import theirs
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--num-templates", "16", "--subclasses", "2", "--components", "8"]
 
 
@@ -57,7 +54,7 @@ def test_cifar100_runs_every_method(method, tiny, tmp_path, capsys):
     assert 0 <= line["accuracy"] <= line["top5"] <= 100
     assert line["fit_seconds"] >= 0
     layers = {"letkd-1": 1, "letkd-2": 2, "layers": 2}.get(method, 0)
-    assert line["parameters"] - _recipe_train.parameters(network("resnet8")) == (
+    assert line["parameters"] - _train.parameters(network("resnet8")) == (
         (2 * 64 * 16 + 2 * 16 + 2) * (layers > 0) + (2 * 64 * 200 + 402) * (layers > 1)
     )
     saved = tmp_path / f"tiny-{method}-0" / "student.pt"
@@ -70,7 +67,7 @@ def test_cifar100_runs_every_method(method, tiny, tmp_path, capsys):
 def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
     options = [*tiny, *SMALL, "--batch-size", "50"]
     whole = run(cifar100, tmp_path / "whole", *options)
-    one_epoch = _recipe_train.Training._one_epoch
+    one_epoch = _train.Training._one_epoch
 
     def stop(self, batches):
         if self.epoch == 1:
@@ -78,7 +75,7 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
         return one_epoch(self, batches)
 
     with monkeypatch.context() as context:
-        context.setattr(_recipe_train.Training, "_one_epoch", stop)
+        context.setattr(_train.Training, "_one_epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             run(cifar100, tmp_path / "parts", *options)
     parts = run(cifar100, tmp_path / "parts", *options)
@@ -104,11 +101,11 @@ def test_the_script_trains_its_teacher(tiny, tmp_path, capsys):
     line = run(cifar100, tmp_path, *options)  # the teacher and the student are there
     teacher = network("resnet8")
     load_teacher(teacher, "resnet8", tmp_path / "teacher-resnet8.pt")
-    assert line["recipe"]["teacher"]["weights"] == _recipe_train.digest(teacher)
+    assert line["recipe"]["teacher"]["weights"] == _train.digest(teacher)
 
 
 def test_a_diverged_run_says_so(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(_recipe_train.Training, "_one_epoch", lambda *_: math.nan)
+    monkeypatch.setattr(_train.Training, "_one_epoch", lambda *_: math.nan)
     with pytest.raises(SystemExit, match="the loss is nan in epoch 1: training diverged"):
         run(cifar100, tmp_path, *tiny, "--batch-size", "50", "--method", "labels")
 
@@ -135,7 +132,7 @@ def test_iekd_on_cifar10_runs(method, tmp_path, monkeypatch):
     assert line["recipe"]["lr"] == 0.1
     assert line["recipe"]["milestones"] == [1, 2]
     assert line["recipe"]["ce_weight"] == (0.05 if method == "kd" else 1.0)
-    assert line["parameters"] == _recipe_train.parameters(network("resnet8", 10))
+    assert line["parameters"] == _train.parameters(network("resnet8", 10))
 
 
 IMAGENET = ["--stand-in", "24", "--classes", "6", "--size", "32", "--epochs", "2", *SMALL[:4]]
@@ -162,7 +159,13 @@ def test_imagenet_runs(pair, method, tmp_path):
 @pytest.mark.slow
 def test_imagenet_runs_on_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--standalone", str(EXAMPLES / "imagenet.py"), *IMAGENET]
+    command += [
+        "--master-port",
+        "0",
+        "--standalone",
+        str(EXAMPLES / "recipes" / "imagenet.py"),
+        *IMAGENET,
+    ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)],
         capture_output=True,

@@ -3,7 +3,7 @@
 One command trains one student and ends with one line of JSON, which has the accuracy of the last
 epoch. A stopped run goes on where it was when it is started again.
 
-    python examples/cifar100.py --root data --download --train-teacher
+    python examples/recipes/cifar100.py --root data --download --train-teacher
         --pair resnet56-resnet20 --method letkd-2
 """
 
@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 # Idle threads sleep instead of spinning, which matters where a machine has other work too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
 
 import torch
-from _recipe_cifar100 import PAIRS, network
-from _recipe_images import Images
-from _recipe_methods import METHODS, WITHOUT_TEACHER, Pair, Sizes, attach, ce_weight
-from _recipe_options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, train_student
-from _recipe_train import Recipe, finish, parameters, say
+from _cifar100 import PAIRS, network
+from _images import Images
+from _methods import METHODS, WITHOUT_TEACHER, Pair, Sizes, attach, ce_weight
+from _options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, train_student
+from _train import Recipe, finish, parameters, say
 from torch import nn
 
 FRACTIONS = (150 / 240, 180 / 240, 210 / 240)  # of the epochs, where the rate falls

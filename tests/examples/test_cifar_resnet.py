@@ -1,20 +1,15 @@
 """The benchmark's networks: published sizes, points, folding."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from models.cifar_resnet import (
     fold_batch_norm,
     make,
     resnet,
     wide_resnet,
 )
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdlayers import find_points
 

@@ -1,6 +1,6 @@
 """IE-KD on CIFAR-10, ResNet-56 to ResNet-20, by the recipe of the authors' code.
 
-    python examples/iekd_cifar10.py --root data --download --train-teacher
+    python examples/recipes/iekd_cifar10.py --root data --download --train-teacher
 
 The published figures, known second hand only: error 7.78 % alone, 6.53 % with IE-KD.
 """
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 # Idle threads sleep instead of spinning, which matters where a machine has other work too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
 
 import torch
-from _recipe_options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, train_student
-from _recipe_train import finish
+from _options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, train_student
+from _train import finish
 from models.cifar_resnet import make
 
 from kdlayers import InheritExploreLoss, KDLoss, attach_kd

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from _recipe_methods import Pair, Taps, published
-from _recipe_teacher import load_teacher
+from _methods import Pair, Taps, published
 from models.mobilenet_v1 import MobileNetV1
+from models.teachers import load_teacher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets, models

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "fit.py"
+from tests.examples import EXAMPLES
+
+SCRIPT = EXAMPLES / "benchmarks" / "fit.py"
 
 
 @pytest.mark.slow

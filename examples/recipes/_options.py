@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _recipe_images import Images, load, stand_in
-from _recipe_teacher import load_teacher
-from _recipe_train import Recipe, Training, accuracy, digest, milestones, say
+from _images import Images, load, stand_in
+from _train import Recipe, Training, accuracy, digest, milestones, say
+from models.teachers import load_teacher
 from torch import nn
 
 from kdlayers import KDHandle

@@ -1,16 +1,11 @@
 """Networks of the recipes: published sizes, the shapes at the points of every pair."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from _recipe_cifar100 import PAIRS, network
+from _cifar100 import PAIRS, network
 from models.mobilenet_v1 import MobileNetV1
 from models.small_images import shuffle
+from torch.utils.flop_counter import FlopCounterMode
 
 # Parameters for 100 classes, and multiply-adds in millions for 32x32 pixels, as published.
 PUBLISHED = {
