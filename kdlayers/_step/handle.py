@@ -141,8 +141,8 @@ class KDHandle:
         yours. Each training forward is read once.
 
         Args:
-            targets: labels ``[B]``, as the losses need them. Labels of mixup ``[B, K]`` go
-                through where no loss reads them; those that do, such as ``DKDLoss``, refuse them.
+            targets: labels as the losses need them: class indices ``[B]``, or probabilities
+                ``[B, classes]`` after mixup, CutMix or label smoothing.
             logits: the student's logits, if it was run inside :meth:`batch`.
 
         Returns:

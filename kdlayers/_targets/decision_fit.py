@@ -10,9 +10,10 @@ from kdlayers._targets.codebook_fit import from_first_rank
 from kdlayers._targets.distances import affine, nearest_index, sums_by_index
 from kdlayers._targets.hash import derive_seed
 from kdlayers._targets.kmeans import kmeans, mean_centers
+from kdlayers._targets.labels import require_labels
 from kdlayers._targets.lda import Scatter, check_range, discriminants
 from kdlayers._targets.reservoir import Reservoir, sample_size
-from kdlayers._targets.rows import BLOCK, require_labels
+from kdlayers._targets.rows import BLOCK
 from kdlayers._utils.distributed import all_sum
 from kdlayers._utils.warn import warn
 from kdlayers.errors import FitError

@@ -5,8 +5,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdlayers._targets.labels import hard_labels, require_labels
 from kdlayers._utils.chunks import work_dtype
-from kdlayers.errors import ArgumentError, ArgumentTypeError, FitError, ShapeError
+from kdlayers.errors import ArgumentTypeError, FitError, ShapeError
 
 BLOCK = 4096
 """Rows that a pass takes at a time, however the data are batched."""
@@ -46,7 +47,7 @@ class RowFitter:
         """Take features [..., D] and labels: any leading part of ``[...]``, or None."""
         current = self._current()
         check_features(teacher)
-        labels = expand_labels(teacher, require_labels(targets)) if current.labelled else None
+        labels = hard_labels(teacher, require_labels(targets)) if current.labelled else None
         rows = self._checked(teacher.detach().reshape(-1, teacher.shape[-1]))
         labels = labels if labels is None else labels.to(rows.device).reshape(-1)
         self._batch += 1
@@ -148,44 +149,3 @@ def check_features(features: object, width: int | None = None) -> None:
             f"features must be [..., {width}], as at fit, got {list(features.shape)}; the channels "
             "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
         )
-
-
-def require_labels(labels: Tensor | None) -> Tensor:
-    """The labels; raise FitError without them."""
-    if labels is None:
-        raise FitError(
-            "DecisionTargets learns from labels, but fit() was given batches without them; use a "
-            "loader of (images, labels), or CodebookTargets at this point"
-        )
-    return labels
-
-
-def expand_labels(features: Tensor, labels: object) -> Tensor:
-    """Integer labels, int64, for every position [...] of features [..., D].
-
-    Raises:
-        ArgumentError: without labels.
-        ArgumentTypeError: if they are no integers, as those of mixup or one-hot rows.
-        ShapeError: if their shape is no leading part of ``[...]``.
-    """
-    where = list(features.shape[:-1])
-    if labels is None:
-        raise ArgumentError(
-            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
-            "features, labels) with integer labels, or use CodebookTargets at this point"
-        )
-    if not isinstance(labels, Tensor):
-        raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    found = f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ArgumentTypeError(
-            f"DecisionTargets needs integer class labels, got {found}; soft labels (mixup, CutMix, "
-            "one-hot) have no class of their own: apply kd.loss to unmixed batches with integer "
-            "labels, or use CodebookTargets at this point"
-        )
-    if list(labels.shape) != where[: labels.dim()]:
-        raise ShapeError(
-            f"labels must be integer classes, one an image or one a position, so a leading part of "
-            f"the shape {where}, got {found}; use integer labels, not one-hot rows"
-        )
-    return labels.long().reshape(labels.shape + (1,) * (len(where) - labels.dim())).expand(where)

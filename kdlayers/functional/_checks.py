@@ -87,14 +87,13 @@ def labels(targets: object, student: Tensor) -> Tensor:
         raise ArgumentTypeError(f"targets must be a tensor, got {type(targets).__name__}")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ArgumentTypeError(
-            f"targets must be integer class indices of shape [batch], got {targets.dtype} "
-            f"{shape(targets)}; soft labels (mixup, CutMix, label smoothing) have no single target "
-            "class: use kd / KDLoss, which needs no labels, or give the hard labels"
+            f"targets must be class indices [batch] or probabilities [batch, classes], got "
+            f"{targets.dtype} {shape(targets)}; for one-hot rows pass targets.float()"
         )
     if targets.shape != student.shape[:1]:
         raise ShapeError(
             f"targets must be class indices of shape {list(student.shape[:1])}, one a sample, "
-            f"got {shape(targets)}; for one-hot rows pass targets.argmax(dim=1)"
+            f"got {shape(targets)}; for one-hot rows pass targets.float()"
         )
     targets = targets.long()
     # On an accelerator this check would wait for the device; gather reports the label there.

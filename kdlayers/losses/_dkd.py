@@ -14,7 +14,10 @@ class DKDLoss(LogitLoss):
 
     See :func:`kdlayers.functional.dkd` for the two terms. The authors add it to the cross-entropy
     and ramp it up over the first 20 epochs of CIFAR-100: give ``weight`` a
-    :class:`kdlayers.schedules.LinearWarmup`. Needs hard labels.
+    :class:`kdlayers.schedules.LinearWarmup`. Needs the labels: class indices ``[B]``, or
+    probabilities ``[B, K]`` of mixup, CutMix and label smoothing. For these it is the mean over the
+    classes that hold weight, weighted by the labels, which with one-hot rows is exactly the loss
+    for class indices.
 
     Args:
         alpha: weight of the target-class term. Default 1.
@@ -28,7 +31,7 @@ class DKDLoss(LogitLoss):
 
     Raises:
         ArgumentError: if a number is out of range, or at the call a label is.
-        ArgumentTypeError: at the call, if the labels are missing, soft or not integers.
+        ArgumentTypeError: at the call, if the labels are missing, or no tensor of numbers.
         ShapeError: at the call, if the tensors are not logits of one shape with a label a sample.
 
     Warns:
@@ -62,7 +65,7 @@ class DKDLoss(LogitLoss):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The weighted sum for logits ``[B, K]`` and labels ``[B]``."""
+        """The weighted sum for logits ``[B, K]`` and labels ``[B]`` or ``[B, K]``."""
         return dkd(
             student,
             teacher,
