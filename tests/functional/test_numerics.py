@@ -111,7 +111,7 @@ def test_two_classes_are_warned_of_where_the_term_vanishes():
         (
             lambda s, t: kdf.dkd(s, t, t.softmax(1)[:, :4]),
             ShapeError,
-            r"\[batch, 5\], one for each",
+            r"\[batch, 5\], one for",
         ),
         (lambda s, t: kdf.dkd(s, t, Y[:2]), ShapeError, r"of shape \[4\], one a sample, got \[2\]"),
         (lambda s, t: kdf.dkd(s, t, Y - 1), ArgumentError, r"in 0..4 .* labels from -1 to 2"),
