@@ -133,7 +133,7 @@ def _points(method: str, pair: Pair, sizes: Sizes) -> list[KDPoint]:
     ours, theirs = pair.taps
     # QuEST is letKD-1 whose layer adds nothing to the features.
     alpha = 0.0 if method == "quest" else pair.alphas[1]
-    codebook = CodebookTargets(sizes.num_templates, temperature=sizes.temperature)
+    codebook = CodebookTargets(sizes.num_templates, sharpness=sizes.temperature)
     points = [KDPoint(ours.last, theirs.last, targets=codebook, alpha=alpha)]
     if method == "letkd-2":
         decisions = DecisionTargets(sizes.subclasses, components=sizes.components)

@@ -9,10 +9,11 @@ once an epoch, at its first step.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import cos, pi, prod
 
-from kdlayers.errors import ArgumentError
+from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.functional import _checks as check
 
 __all__ = ["Constant", "Cosine", "LinearWarmup", "MultiStep", "Product", "Schedule", "Step"]
@@ -228,6 +229,11 @@ class MultiStep(Schedule):
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.milestones, Iterable):
+            raise ArgumentTypeError(
+                "MultiStep takes a sequence of milestones, such as MultiStep((30, 60)), got "
+                f"{self.milestones!r}; for one milestone write MultiStep(({self.milestones!r},))"
+            )
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             check.not_negative("a milestone", milestone)

@@ -53,12 +53,12 @@ def template_kl(scores: Tensor, targets: Tensor) -> Tensor:
     return total / len(scores)
 
 
-def codebook_assignment(features: Tensor, centers: Tensor, temperature: float = 1.0) -> Tensor:
+def codebook_assignment(features: Tensor, centers: Tensor, sharpness: float = 1.0) -> Tensor:
     """Softmax over minus the squared distances, [N, D] and [K, D] to [N, K]."""
     out = []
     for f in features:
         d = torch.stack([((f - e) ** 2).sum() for e in centers])
-        e = torch.exp(-temperature * (d - d.min()))
+        e = torch.exp(-sharpness * (d - d.min()))
         out.append(e / e.sum())
     return torch.stack(out)
 

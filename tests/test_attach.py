@@ -37,11 +37,34 @@ def attach(at, student=None, teacher=None, **kwargs):
         (["[fl]*t"], ["first", "last"]),
         (["module.last"], ["last"]),
         (["_orig_mod.first"], ["first"]),
+        (["_orig_mod.module.first"], ["first"]),
+        (["module._orig_mod.f*t"], ["first"]),
     ],
 )
 def test_ways_of_naming_points(at, points):
     student, _ = attach(at)
     assert list(slots(student)) == points
+
+
+class Outer(nn.Module):
+    """Holds its network under the name that DDP uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = Net(4)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.mark.parametrize("name", ["module.last", "module.module.last", "_orig_mod.module.la*"])
+def test_a_submodule_called_module(name):
+    student = Outer()
+    attach_kd(student, Net(6), {name.replace("*", "st"): "last"}, example=IMAGES)
+    assert list(slots(student)) == ["module.last"]
+    student = Outer()
+    attach_kd(student, Outer(), [name], example=IMAGES)
+    assert list(slots(student)) == ["module.last"]
 
 
 def test_default_targets_are_codebook_last_and_decisions_before():
@@ -155,14 +178,17 @@ def test_attaching_twice():
 
 
 class Gray(nn.Module):
-    """Square maps with as many channels as rows: nothing tells the axes apart."""
+    """Square maps with as many channels as rows, and no module that states an axis."""
 
-    def __init__(self):
+    def __init__(self, sizes=None):
         super().__init__()
+        self.sizes = sizes
         self.body = Shift()
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
+        if self.sizes is not None and tuple(x.shape[2:]) not in self.sizes:
+            raise ValueError("another size")
         return self.head(self.body(x.mean(1, keepdim=True).expand(-1, 8, -1, -1)).mean((2, 3)))
 
 
@@ -176,10 +202,17 @@ class Shift(nn.Module):
 
 
 def test_ambiguous_layout_is_refused_and_another_example_resolves_it():
+    sizes = [(8, 8), (4, 6)]
     with pytest.raises(LayoutError, match="which axis holds the channels"):
-        attach_kd(Gray(), Net(), {"body": "last"}, example=IMAGES)
-    wide = torch.zeros(2, 3, 8, 12)
-    attach_kd(Gray(), Net(), {"body": "last"}, example=wide)
+        attach_kd(Gray(sizes), Net(), {"body": "last"}, example=IMAGES)
+    wide = torch.zeros(2, 3, 4, 6)
+    attach_kd(Gray(sizes), Net(), {"body": "last"}, example=wide)
+
+
+def test_images_of_other_sizes_tell_equal_axes_apart():
+    student = Gray()
+    attach_kd(student, Net(), {"body": "last"}, example=IMAGES)
+    assert slots(student)["body"].head.channel_dim == 1
 
 
 def test_example_is_made_from_the_model():

@@ -46,7 +46,7 @@ def test_the_plain_layer_computes_what_the_library_does(size, kind):
     f = cases.features(case, 10)[:, 1:] if tokens else cases.features(case, 10)
     rows = f.flatten(0, 1) if tokens else f.movedim(1, -1).flatten(0, 2)
     if kind == "codebook":
-        targets = CodebookTargets(24, temperature=1.0).fit([(rows, None)])
+        targets = CodebookTargets(24, sharpness=1.0).fit([(rows, None)])
     else:
         owners = labels.repeat_interleave(len(rows) // 6)
         owners = torch.cat([owners, torch.tensor([4]).expand(30)])
@@ -61,7 +61,7 @@ def test_the_plain_layer_computes_what_the_library_does(size, kind):
     theirs_f = f
     if not tokens:
         scores, theirs_f = scores.movedim(1, -1), f.movedim(1, -1)
-    ours_loss = TemplateLoss(targets)(scores, theirs_f, labels)
+    ours_loss = TemplateLoss(template_targets=targets)(scores, theirs_f, labels)
 
     theirs, _ = plain(plain_x)
     point = plain_code.PlainPoint(plain, dict(targets.state_dict()))
@@ -128,7 +128,7 @@ TEXTBOOK = {
     "mutual": (lambda: MutualLoss(), lambda t: t.mutual),
     "dkd": (lambda: DKDLoss(), lambda t: t.dkd),
     "student-friendly": (lambda: StudentFriendlyKDLoss(), lambda t: t.StudentFriendly(7)),
-    **{f"aekt {f}": (lambda f=f: AEKTLoss(f, alpha=1.0, beta=8.0, gamma=1.0),
+    **{f"aekt {f}": (lambda f=f: AEKTLoss(form=f, alpha=1.0, beta=8.0, gamma=1.0),
                      lambda t, f=f: t.AEKT(7, f)) for f in FORMS},
 }  # fmt: skip
 

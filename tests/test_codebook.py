@@ -36,12 +36,12 @@ def batches(features, size):
     return [(part, None) for part in features.split(size)]
 
 
-def naive(features, centers, temperature):
-    """Softmax of minus temperature times squared distance, one number at a time, in float64."""
+def naive(features, centers, sharpness):
+    """Softmax of minus sharpness times squared distance, one number at a time, in float64."""
     rows = []
     for f in features.double().tolist():
         scores = [
-            -temperature * sum((a - b) ** 2 for a, b in zip(f, e, strict=True))
+            -sharpness * sum((a - b) ** 2 for a, b in zip(f, e, strict=True))
             for e in centers.double().tolist()
         ]
         weights = [math.exp(s - max(scores)) for s in scores]
@@ -59,24 +59,24 @@ def small_sample(monkeypatch):
 # ---------------------------------------------------------------- soft assignment
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 5.0])
-def test_soft_assignment_agrees_with_loops(temperature):
+@pytest.mark.parametrize("sharpness", [0.01, 0.3, 1.0, 5.0])
+def test_soft_assignment_agrees_with_loops(sharpness):
     features = torch.randn(30, 6, dtype=torch.float64) * 2
     centers = torch.randn(11, 6, dtype=torch.float64) * 2
-    q = with_centers(centers, temperature=temperature).soft_assignment(features)
-    torch.testing.assert_close(q, naive(features, centers, temperature), atol=1e-12, rtol=1e-9)
+    q = with_centers(centers, sharpness=sharpness).soft_assignment(features)
+    torch.testing.assert_close(q, naive(features, centers, sharpness), atol=1e-12, rtol=1e-9)
 
 
-def test_larger_temperature_is_harder():
+def test_larger_sharpness_is_harder():
     features, centers = torch.randn(5, 3), torch.randn(4, 3)
-    soft = with_centers(centers, temperature=0.1).soft_assignment(features)
-    hard = with_centers(centers, temperature=10.0).soft_assignment(features)
+    soft = with_centers(centers, sharpness=0.1).soft_assignment(features)
+    hard = with_centers(centers, sharpness=10.0).soft_assignment(features)
     assert (hard.max(1).values > soft.max(1).values).all()
 
 
-def test_no_temperature_is_one_hot():
+def test_no_sharpness_is_one_hot():
     features, centers = torch.randn(2, 7, 3), torch.randn(4, 3)
-    q = with_centers(centers, temperature=None).soft_assignment(features)
+    q = with_centers(centers, sharpness=None).soft_assignment(features)
     nearest = ((features.unsqueeze(-2) - centers) ** 2).sum(-1).argmin(-1)
     assert torch.equal(q, torch.nn.functional.one_hot(nearest, 4).float())
 
@@ -255,6 +255,11 @@ def test_few_distinct_rows_warn():
             ShapeError,
             "batch 1 has features of width 3, earlier batches had 2",
         ),
+        (
+            [(torch.randn(20, 2) * 1e19, None)],
+            FitError,
+            r"squared distances overflow torch.float32: choose a point behind a normalisation",
+        ),
         ([(torch.ones(20, 2).long(), None)], ArgumentTypeError, "floating-point tensor"),
         ([("features", None)], ArgumentTypeError, "must be a tensor, got str"),
         ([(torch.tensor(1.0), None)], ShapeError, r"must be \[\.\.\., D\]"),
@@ -272,6 +277,26 @@ def test_bad_data_are_errors_and_leave_the_targets_as_they_were(given, error, se
     assert targets.centers is centers
 
 
+def test_the_largest_features_that_fit_give_finite_centres():
+    rows = torch.randn(300, 4).clamp(-4, 4)
+    for scale, dtype in ((1e18, torch.float32), (1e19, torch.float64)):
+        targets = CodebookTargets(3).fit([(rows.to(dtype) * scale, None)])
+        plain = CodebookTargets(3).fit([(rows.to(dtype), None)])
+        assert targets.inertia.isfinite()
+        assert float(targets.inertia) == pytest.approx(scale**2 * float(plain.inertia), rel=0.2)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, None])
+def test_an_empty_batch(sharpness):
+    targets = CodebookTargets(3, sharpness=sharpness)
+    targets.fit([(torch.randn(0, 2), None), (torch.randn(40, 2), None)])
+    assert targets.soft_assignment(torch.randn(0, 5, 2)).shape == (0, 5, 3)
+    templates = torch.randn(3, 4)
+    for student, extra in ((torch.randn(0, 3), {}), (torch.randn(0, 4), {"templates": templates})):
+        with pytest.raises(ShapeError, match="skip empty batches"):
+            targets.divergence(student, torch.randn(0, 2), **extra)
+
+
 def test_a_generator_is_an_error_if_a_second_pass_is_needed(small_sample):
     with pytest.raises(FitError, match="gave no batch the second time"):
         CodebookTargets(2).fit((torch.randn(64, 2), None) for _ in range(3))
@@ -286,10 +311,10 @@ def test_a_generator_is_an_error_if_a_second_pass_is_needed(small_sample):
         ({"num_templates": 0}, ArgumentError, "num_templates must be 1 or more, got 0"),
         ({"num_templates": 2.0}, ArgumentTypeError, "must be an integer, got float"),
         ({"num_templates": True}, ArgumentTypeError, "must be an integer, got bool"),
-        ({"temperature": 0}, ArgumentError, "above 0 and finite, got 0; it multiplies"),
-        ({"temperature": -1.0}, ArgumentError, "None gives one-hot"),
-        ({"temperature": math.inf}, ArgumentError, "above 0 and finite"),
-        ({"temperature": "1"}, ArgumentTypeError, "must be a number or None"),
+        ({"sharpness": 0}, ArgumentError, "above 0 and finite, got 0; it multiplies"),
+        ({"sharpness": -1.0}, ArgumentError, "None gives one-hot"),
+        ({"sharpness": math.inf}, ArgumentError, "above 0 and finite"),
+        ({"sharpness": "1"}, ArgumentTypeError, "must be a number or None"),
     ],
 )
 def test_bad_arguments(arguments, error, sentence):
@@ -302,10 +327,10 @@ def test_before_fit():
     assert isinstance(targets, TemplateTargets)
     assert not targets.fitted
     assert targets.num_templates == 4096
-    assert targets.temperature == 1.0
+    assert targets.sharpness == 1.0
     assert targets.centers is None
     assert targets.state_dict() == {}
-    assert "4096, temperature=1.0, fitted=False" in repr(targets)
+    assert "4096, sharpness=1.0, fitted=False" in repr(targets)
     with pytest.raises(
         NotFittedError, match=r"CodebookTargets has not learnt .* kd\.fit\(loader\)"
     ):

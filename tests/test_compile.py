@@ -69,11 +69,13 @@ def positions(step):
 
 def fitted(targets):
     labels = torch.arange(SIZE) % 4
-    return TemplateLoss(targets.fit([(positions(step)[1], labels) for step in range(9)]))
+    return TemplateLoss(
+        template_targets=targets.fit([(positions(step)[1], labels) for step in range(9)])
+    )
 
 
 def coder():
-    loss = InheritExploreLoss(2, epochs=1)
+    loss = InheritExploreLoss(factor_channels=2, epochs=1)
     loss.build(*maps(0))
     return loss.fit([(maps(0)[1], None)])
 
@@ -83,25 +85,25 @@ CASES = {
     "DKDLoss": (DKDLoss, logits),
     "MutualLoss": (MutualLoss, logits),
     "StudentFriendlyKDLoss": (StudentFriendlyKDLoss, logits),
-    "SKD and DKD": (lambda: StudentFriendlyKDLoss(DKDLoss(beta=1.0)), logits),
-    "SKD and AEKT": (lambda: StudentFriendlyKDLoss(AEKTLoss(), anchor=0.1), logits),
+    "SKD and DKD": (lambda: StudentFriendlyKDLoss(base=DKDLoss(beta=1.0)), logits),
+    "SKD and AEKT": (lambda: StudentFriendlyKDLoss(base=AEKTLoss(), anchor=0.1), logits),
     **{
-        f"AEKT {form}": (lambda form=form: AEKTLoss(form, ratio_clip=5.0), logits)
+        f"AEKT {form}": (lambda form=form: AEKTLoss(form=form, ratio_clip=5.0), logits)
         for form in ("chi2", "ratio_sq", "ratio", "is")
     },
     "AEKT, factor dropped": (lambda: AEKTLoss(drop_one_minus_s=True, beta=0.0), logits),
     "FitNetLoss": (FitNetLoss, maps),
     "AttentionTransferLoss": (AttentionTransferLoss, maps),
-    "IE, attention": (lambda: InheritExploreLoss(2, host="attention"), maps),
+    "IE, attention": (lambda: InheritExploreLoss(factor_channels=2, host="attention"), maps),
     "IE, attention, cosine": (
-        lambda: InheritExploreLoss(2, host="attention", measure="cosine"),
+        lambda: InheritExploreLoss(factor_channels=2, host="attention", measure="cosine"),
         maps,
     ),
-    "IE, online": (lambda: InheritExploreLoss(2, coder="online"), maps),
+    "IE, online": (lambda: InheritExploreLoss(factor_channels=2, coder="online"), maps),
     "IE, fitted": (coder, maps),
     "TemplateLoss": (TemplateLoss, scores),
     "CodebookTargets": (lambda: fitted(CodebookTargets(8)), positions),
-    "one-hot CodebookTargets": (lambda: fitted(CodebookTargets(8, temperature=None)), positions),
+    "one-hot CodebookTargets": (lambda: fitted(CodebookTargets(8, sharpness=None)), positions),
     "DecisionTargets": (lambda: fitted(DecisionTargets(2, components=2)), positions),
 }
 

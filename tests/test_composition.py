@@ -289,7 +289,7 @@ def everything_scheduled(seed):
     student, teacher = Net(8, stride=2), copy.deepcopy(trained())
     losses = [
         AEKTLoss(beta=1.0, weight=LinearWarmup(4)),
-        StudentFriendlyKDLoss(DKDLoss(beta=1.0), weight=Cosine(10)),
+        StudentFriendlyKDLoss(base=DKDLoss(beta=1.0), weight=Cosine(10)),
         FitNetLoss(at="last"),
         InheritExploreLoss(at="last", epochs=2, split="random", seed=seed),
     ]

@@ -39,7 +39,7 @@ def step(student_device, teacher_device, teachers=1, state=None):
         KDLoss(),
         AEKTLoss(beta=1.0),
         FitNetLoss(at="first"),
-        InheritExploreLoss(2, at="last", epochs=1, split="natural"),
+        InheritExploreLoss(factor_channels=2, at="last", epochs=1, split="natural"),
     ]
     kd = attach_kd(student, models, points, losses=losses, example=IMAGES.double())
     kd.fit([(IMAGES.double(), LABELS)])

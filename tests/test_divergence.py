@@ -32,7 +32,7 @@ def test_a_teacher_without_finite_numbers_is_not_hidden(kind, fused, value, monk
         monkeypatch.setattr(chunks, "LEAST_SCORES", 0)
     codebook, decisions, features, labels = assignments(torch.float32)
     if kind == "one-hot":
-        codebook.temperature = None
+        codebook.sharpness = None
     targets = decisions if kind == "decisions" else codebook
     features[7, 2] = value
     finite = targets.soft_assignment(features, labels).isfinite().all(dim=1)
@@ -48,21 +48,21 @@ def test_a_teacher_without_finite_numbers_is_not_hidden(kind, fused, value, monk
 @given(
     positions=st.integers(1, 30),
     channels=st.integers(1, 6),
-    temperature=st.sampled_from([1e-3, 0.1, 1.0, 50.0, None]),
+    sharpness=st.sampled_from([1e-3, 0.1, 1.0, 50.0, None]),
     entries=st.sampled_from([1, 50, 2**20]),
     given_scores=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
 def test_codebook_divergence_is_the_loss_written_out(
-    positions, channels, temperature, entries, given_scores, seed
+    positions, channels, sharpness, entries, given_scores, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    targets = CodebookTargets(5, temperature=temperature).fit([(draw(50, 3), None)])
+    targets = CodebookTargets(5, sharpness=sharpness).fit([(draw(50, 3), None)])
     features = draw(positions, 3) * 2
     units, templates = (
         draw(positions, channels).requires_grad_(),
@@ -135,9 +135,11 @@ def test_an_overridden_soft_assignment_is_honoured():
     features, scores = torch.randn(40, 3), torch.randn(40, 5)
     targets = Sharper(5).fit([(features, None)])
     wanted_assignment = targets.soft_assignment(features)
-    assert TemplateLoss(targets)(scores, features) == template_kl(scores, wanted_assignment)
+    assert TemplateLoss(template_targets=targets)(scores, features) == template_kl(
+        scores, wanted_assignment
+    )
     units, templates = torch.randn(40, 4), torch.randn(5, 4)
-    found = TemplateLoss(targets)(units, features, templates=templates)
+    found = TemplateLoss(template_targets=targets)(units, features, templates=templates)
     torch.testing.assert_close(found, template_kl(units @ templates.T, wanted_assignment))
 
 

@@ -209,7 +209,7 @@ def test_low_memory_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
     monkeypatch.setitem(chunks._ENTRIES, "cpu", 2**12)
     n, k = 2 * 24 * 24, 512
     targets = CodebookTargets(k).fit([(torch.randn(4096, 16), None)])
-    layer, loss = KDLayer(8, k, memory="low"), TemplateLoss(targets)
+    layer, loss = KDLayer(8, k, memory="low"), TemplateLoss(template_targets=targets)
     x, teacher = torch.randn(2, 8, 24, 24, requires_grad=True), torch.randn(2, 24, 24, 16)
 
     def run():

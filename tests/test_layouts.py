@@ -5,11 +5,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kdlayers._models.layouts import Layout, common_size, find_layout, pool
+from kdlayers._models.probe import Growth
 from kdlayers.errors import LayoutError, ShapeError
 
 
-def find(shape, image=(32, 32), module=None, root=None):
-    return find_layout("tap", module or nn.Identity(), root or nn.Identity(), shape, image)
+def find(shape, image=(32, 32), module=None, root=None, growth=None):
+    module, root = module or nn.Identity(), root or nn.Identity()
+    return find_layout("tap", module, root, shape, image, growth=growth)
 
 
 class Root(nn.Module):
@@ -47,7 +49,11 @@ def test_tokens_of_images_that_are_not_square():
 def test_a_stated_prefix_comes_first():
     # 1 + 4 x 4 tokens could also be 17; 4 registers and a class token leave 2 x 2 of 9 - 5.
     assert find((2, 9, 64), root=Root(num_prefix_tokens=5)).prefix == 5
-    assert find((2, 9, 64)).prefix == 0
+    root = Root(cls_token=nn.Parameter(torch.zeros(1, 1, 64)))
+    root.reg_token = nn.Parameter(torch.zeros(1, 4, 64))
+    assert find((2, 9, 64), root=root).prefix == 5
+    with pytest.raises(LayoutError, match=r"3 x 3 after 0 or 2 x 2 after 5 .*num_prefix_tokens"):
+        find((2, 9, 64))
 
 
 def test_equal_axes_are_told_apart_by_what_is_inside_or_stated():
@@ -57,6 +63,55 @@ def test_equal_axes_are_told_apart_by_what_is_inside_or_stated():
     assert find(shape, root=Root(output_fmt="NHWC")).kind == "NHWC"
     with pytest.raises(LayoutError, match="cannot be told which axis"):
         find(shape)
+
+
+def test_proportions_are_no_proof_where_the_channels_are_as_many_as_the_rows():
+    assert find((2, 48, 64, 128), image=(32, 64)).kind == "NCHW"
+    assert find((2, 64, 128, 48), image=(32, 64)).kind == "NHWC"
+    for shape in ((2, 64, 64, 128), (2, 64, 128, 64), (2, 64, 128, 128), (2, 64, 128, 256)):
+        with pytest.raises(LayoutError, match="cannot be told which axis"):
+            find(shape, image=(32, 64))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kind"), [(2, 3, "NCHW"), (1, 2, "NHWC"), (3, 2, None), (1, 3, None)]
+)
+def test_axes_that_grow_with_the_images_come_before_everything_else(height, width, kind):
+    growth = Growth(height, width, (), ())
+    module = nn.LayerNorm(8) if kind == "NCHW" else nn.Conv2d(3, 8, 1)
+    if kind is None:
+        with pytest.raises(LayoutError, match=f"axis {height} grows with the height"):
+            find((2, 8, 8, 8), module=module, growth=growth)
+    else:
+        assert find((2, 8, 8, 8), module=module, growth=growth).kind == kind
+
+
+def test_tokens_on_the_last_axis_are_refused():
+    growth = Growth(2, 2, (2, 16, 32), (2, 16, 32))
+    with pytest.raises(LayoutError, match="holds positions, not channels"):
+        find((2, 16, 16), growth=growth)
+
+
+def test_the_prefix_is_the_one_that_agrees_with_larger_images():
+    # 9 tokens may be 3 x 3, or 2 x 2 after a class token and four registers.
+    assert find((2, 9, 8), growth=Growth(1, 1, (2, 18, 8), (2, 18, 8))).prefix == 0
+    assert find((2, 9, 8), growth=Growth(1, 1, (2, 13, 8), (2, 13, 8))).prefix == 5
+
+
+@pytest.mark.parametrize("image", [(8, 32), (32, 8), (64, 16), (16, 64), (16, 16), (24, 40)])
+def test_tokens_take_the_proportions_of_the_batch(image):
+    rows, columns = image[0] // 4, image[1] // 4
+    grid = torch.randn(2, rows, columns, 3)
+    layout = find((2, 17, 3), image=(16, 16), root=Root(num_prefix_tokens=1))
+    tokens = torch.cat([torch.zeros(2, 1, 3), grid.flatten(1, 2)], 1)
+    assert torch.equal(layout.to_grid(tokens, image), grid)
+    assert torch.equal(layout.to_grid(layout.on_grid(tokens, image)), grid)
+
+
+def test_tokens_that_form_no_grid_of_the_batch_are_refused():
+    layout = find((2, 16, 3), image=(16, 16))
+    with pytest.raises(ShapeError, match="18 tokens of images of 16 x 16 do not form a grid"):
+        layout.to_grid(torch.zeros(2, 18, 3), (16, 16))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def attached():
     student, teacher = Failing(4), Failing(6)
     losses = [
         FitNetLoss(at="first"),
-        InheritExploreLoss(2, at="last", epochs=1),
+        InheritExploreLoss(factor_channels=2, at="last", epochs=1),
         AEKTLoss(),
         StudentFriendlyKDLoss(),
         FailingLoss(),
@@ -281,7 +281,7 @@ def test_a_refused_attach_holds_nothing():
     student, teacher = Net(4), Net(6)
     seen = weakref.ref(teacher)
     with pytest.raises(ValueError, match="reads teacher 1"):
-        attach_kd(student, teacher, losses=[KDLoss(teacher=1)], example=batch()[0])
+        attach_kd(student, teacher, losses=[KDLoss(teacher_index=1)], example=batch()[0])
     assert kd_hooks(student) == kd_hooks(teacher) == []
     del teacher
     gc.collect()

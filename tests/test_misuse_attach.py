@@ -92,7 +92,7 @@ ATTACHING = [
     (lambda s, t: point(alpha=-1.0), ArgumentError, "alpha must be 0 or more"),
     (lambda s, t: point(alpha=float("nan")), ArgumentError, "alpha must be 0 or more and finite"),
     (lambda s, t: CodebookTargets(0), ArgumentError, "num_templates"),
-    (lambda s, t: CodebookTargets(temperature=0.0), ArgumentError, "temperature must be above 0"),
+    (lambda s, t: CodebookTargets(sharpness=0.0), ArgumentError, "sharpness must be above 0"),
     (lambda s, t: DecisionTargets(0), ArgumentError, "subclasses"),
     (lambda s, t: DecisionTargets(components=0), ArgumentError, "components"),
     (
@@ -117,7 +117,11 @@ ATTACHING = [
         ShapeError,
         r"student's are \[6, 3\] and the teacher's \[6, 5\]: .* KD layers \(at=\.\.\.\) or losses",
     ),
-    (attach((), losses=[KDLoss(teacher=1)]), ArgumentError, "reads teacher 1, but there are 1"),
+    (
+        attach((), losses=[KDLoss(teacher_index=1)]),
+        ArgumentError,
+        "reads teacher 1, but there are 1",
+    ),
     (lambda s, t: KDLoss(weight=-1.0), ArgumentError, "weight must be 0 or more"),
     (lambda s, t: KDLoss(weight="1"), ArgumentTypeError, "weight must be a number or a function"),
     (lambda s, t: KDLoss(temperature=0.0), ArgumentError, "temperature"),

@@ -299,7 +299,8 @@ def test_in_training(misuse, error, sentence):
 
 
 @pytest.mark.parametrize(
-    "loss", [InheritExploreLoss(2, at="last", epochs=1), CodebookTargets, DecisionTargets]
+    "loss",
+    [InheritExploreLoss(factor_channels=2, at="last", epochs=1), CodebookTargets, DecisionTargets],
 )
 def test_before_fit(loss):
     student, teacher = Awkward(), Net(6)

@@ -1,4 +1,4 @@
-"""The small parts: trees of tensors, names, progress."""
+"""The small parts: trees of tensors, names."""
 
 from collections import OrderedDict, namedtuple
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kdlayers._models.names import match
-from kdlayers._utils.progress import progress
 from kdlayers._utils.tree import first_tensor, leaves, main_tensor, pick, put
 from kdlayers.errors import NoMatchError
 from tests.nets import Net
@@ -48,45 +47,3 @@ def test_without_a_near_name_stages_are_listed():
     for names, listed in ((few, "'a', 'b', 'c'"), (one, "'x', 'x.0', 'x.1'")):
         with pytest.raises(NoMatchError, match=f"nearest names: {listed}; find"):
             match("stage*", names, Net(), "student")
-
-
-class Terminal:
-    def __init__(self, tty):
-        self.tty, self.text = tty, ""
-
-    def isatty(self):
-        return self.tty
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("tty", "shown", "tqdm", "expected"),
-    [
-        (False, True, True, ""),
-        (True, False, True, ""),
-        (True, True, False, "fit: 3 batches\n"),
-        (True, True, True, "0/3"),
-    ],
-)
-def test_progress(monkeypatch, tty, shown, tqdm, expected):
-    terminal = Terminal(tty)
-    monkeypatch.setattr("sys.stderr", terminal)
-    if not tqdm:
-        monkeypatch.setattr("kdlayers._utils.progress.find_spec", lambda name: None)
-    assert list(progress([1, 2, 3], "fit", shown=shown)) == [1, 2, 3]
-    assert expected in terminal.text
-    assert bool(expected) == bool(terminal.text)
-
-
-def test_progress_lines_tell_how_far(monkeypatch):
-    from kdlayers._utils import progress
-
-    terminal = Terminal(True)
-    monkeypatch.setattr("sys.stderr", terminal)
-    assert list(progress._lines([1, 2], "fit, pass 1", every=-1)) == [1, 2]
-    assert "fit, pass 1: batch 1 of 2" in terminal.text

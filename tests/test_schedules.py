@@ -88,3 +88,9 @@ def test_a_wrong_type_is_named():
         Cosine("ten")
     with pytest.raises(ArgumentTypeError, match="steps_per_epoch must be an integer, got float"):
         Cosine(10, steps_per_epoch=2.5)
+
+
+def test_milestones_must_be_a_sequence():
+    with pytest.raises(ArgumentTypeError, match=r"for one milestone write MultiStep\(\(5,\)\)"):
+        MultiStep(5)
+    assert MultiStep([5]) == MultiStep((5,))

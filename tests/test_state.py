@@ -18,6 +18,7 @@ from kdlayers import (
     load_student,
     save_student,
 )
+from kdlayers._leaving.student_file import seal
 from kdlayers._step.sites import slots
 from kdlayers.errors import AttachError, CheckpointError
 from tests.nets import Net, batch
@@ -152,8 +153,10 @@ def change(path, value):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (change(["format"], "other"), "no file of save_student"),
-        (change(["version"], 2), "install a newer kdlayers"),
+        (change(["format"], "other"), "not a file of save_student"),
+        (change(["version"], 3), "install a newer kdlayers"),
+        (change(["version"], "2"), "install a newer kdlayers"),
+        (change(["layers"], []), "has no KD layers"),
         (change(["layers"], None), "is damaged"),
         (change(["module_versions"], 3), "is damaged"),
         (change(["layers", 0, "name"], "lost"), "has a KD layer at 'lost'"),
@@ -164,13 +167,21 @@ def change(path, value):
         (change(["layers", 0, "alpha"], True), "is damaged: a KD layer is described"),
         (change(["layers", 0, "path"], [[0]]), "is damaged: a KD layer is described"),
         (change(["layers", 0], {"name": "first"}), "is damaged: a KD layer is described"),
+        (change(["layers", 0, "memory"], "high"), "is damaged: a KD layer is described"),
         (change(["state", "head.weight"], torch.zeros(7, 5)), "head.weight has shape"),
         (change(["state", "extra"], torch.zeros(7)), "extra is unknown"),
         (change(["state"], {}), "the file is damaged"),
     ],
 )
-def test_damaged_files_are_refused_and_the_model_is_untouched(tmp_path, damage, sentence):
-    torch.save(damage(content(tmp_path)), tmp_path / "bad.pt")
+@pytest.mark.parametrize("sealed", [True, False])
+def test_damaged_files_are_refused_and_the_model_is_untouched(tmp_path, damage, sentence, sealed):
+    damaged = damage(content(tmp_path))
+    if sealed and damaged["state"] is not None:
+        # Whoever wrote it also wrote the checksums that go with it.
+        damaged = seal(damaged)
+    else:
+        sentence = f"{sentence}|is damaged: (it has no checksums|the checksum of)"
+    torch.save(damaged, tmp_path / "bad.pt")
     model = Net(4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=sentence):

@@ -39,7 +39,7 @@ def eval_logits(model):
 
 def test_logits_are_averaged_with_weights_or_read_from_one_teacher():
     student, teachers = Net(4), [Net(5), Net(6)]
-    second = KDLoss(name="second", teacher=1)
+    second = KDLoss(name="second", teacher_index=1)
     kd = attach_kd(
         student, teachers, losses=[KDLoss(), second], teacher_weights=[3.0, 1.0], example=IMAGES
     )
@@ -57,7 +57,7 @@ class Gap(DistillLoss):
 
 def test_features_are_read_from_the_named_teacher():
     student, teachers = Net(4), [Net(5), Net(6)]
-    gap = Gap(at="last", teacher=1)
+    gap = Gap(at="last", teacher_index=1)
     kd = attach_kd(
         student,
         teachers,
@@ -87,7 +87,7 @@ def test_features_are_read_from_the_named_teacher():
         ({"teacher_weights": [1.0]}, "positive number for each of the 2 teachers"),
         ({"teacher_weights": [1.0, 0.0]}, "positive number for each"),
         ({"teacher_weights": [1.0, float("inf")]}, "positive number for each"),
-        ({"losses": [KDLoss(teacher=2)]}, "reads teacher 2, but there are 2"),
+        ({"losses": [KDLoss(teacher_index=2)]}, "reads teacher 2, but there are 2"),
     ],
 )
 def test_refusals(kwargs, sentence):
@@ -216,7 +216,7 @@ def test_the_teacher_can_run_before_the_student():
 
 def test_inherit_and_explore_between_peers_learns_the_peers_coder_along():
     a, b = Net(4), Net(6)
-    losses = [MutualLoss(), InheritExploreLoss(2, at="last", coder="online")]
+    losses = [MutualLoss(), InheritExploreLoss(factor_channels=2, at="last", coder="online")]
     kd_a, kd_b = attach_mutual(a, b, losses=losses, example=IMAGES)
     loss = kd_a._terms[1].loss
     twin = copy.deepcopy(loss)

@@ -41,12 +41,12 @@ def attached(*losses, at=()):
             r"'AEKTLoss.ratio', but .* is the metric 'ratio' of 'AEKTLoss'",
         ),
         (
-            [KDLoss(name="skd.target"), StudentFriendlyKDLoss(AEKTLoss(), name="skd")],
+            [KDLoss(name="skd.target"), StudentFriendlyKDLoss(base=AEKTLoss(), name="skd")],
             "is the metric 'target' of 'skd'",
         ),
         (
             [
-                InheritExploreLoss(2, at="last", host="attention"),
+                InheritExploreLoss(factor_channels=2, at="last", host="attention"),
                 KDLoss(name="InheritExploreLoss.last.exploration"),
             ],
             "is the metric 'exploration' of 'InheritExploreLoss.last'",
@@ -95,11 +95,11 @@ def test_a_metric_that_was_not_announced_is_refused_at_the_first_loss(names):
         AEKTLoss(),
         MutualLoss(),
         StudentFriendlyKDLoss(),
-        StudentFriendlyKDLoss(AEKTLoss()),
+        StudentFriendlyKDLoss(base=AEKTLoss()),
         FitNetLoss(at="last"),
         AttentionTransferLoss(at="last"),
-        InheritExploreLoss(2, at="last", coder="online"),
-        InheritExploreLoss(2, at="last", host="attention"),
+        InheritExploreLoss(factor_channels=2, at="last", coder="online"),
+        InheritExploreLoss(factor_channels=2, at="last", host="attention"),
     ],
     ids=lambda loss: type(loss).__name__,
 )
@@ -114,11 +114,13 @@ def test_losses_announce_the_metrics_they_give(loss):
 @pytest.mark.parametrize("kept", [{"coder": "online"}, {"host": "attention"}])
 def test_mutual_learning_refuses_an_auto_encoder_that_is_fitted_beforehand(kept):
     a, b = Net(4), Net(6)
-    losses = [MutualLoss(), InheritExploreLoss(2, at="last")]
+    losses = [MutualLoss(), InheritExploreLoss(factor_channels=2, at="last")]
     with pytest.raises(ArgumentError, match=r'changes all the time; pass coder="online"'):
         attach_mutual(a, b, losses=losses, example=IMAGES)
     assert not any(m._forward_hooks for net in (a, b) for m in net.modules())
-    attach_mutual(a, b, losses=[InheritExploreLoss(2, at="last", **kept)], example=IMAGES)
+    attach_mutual(
+        a, b, losses=[InheritExploreLoss(factor_channels=2, at="last", **kept)], example=IMAGES
+    )
 
 
 def seen_by_fit(losses, at=(), seed=0):
@@ -154,7 +156,7 @@ def test_passes_of_statistics_see_equal_data():
 
 def test_passes_of_an_auto_encoder_differ_and_are_reproducible():
     def loss():
-        return InheritExploreLoss(2, at="last", epochs=5)
+        return InheritExploreLoss(factor_channels=2, at="last", epochs=5)
 
     def coder(kd):
         return kd.state_dict()["losses"]["InheritExploreLoss.last"]
@@ -176,7 +178,7 @@ def test_an_auto_encoder_shares_the_passes_of_a_codebook_and_then_varies():
     point = KDPoint("last", targets=CodebookTargets(4))
     alone, _ = seen_by_fit([], [point])
     point = KDPoint("last", targets=CodebookTargets(4))
-    passes, _ = seen_by_fit([InheritExploreLoss(2, at="last", epochs=6)], [point])
+    passes, _ = seen_by_fit([InheritExploreLoss(factor_channels=2, at="last", epochs=6)], [point])
     shared = len(alone)
     assert passes[:shared] == alone
     assert len(set(passes)) == 1 + 6 - shared

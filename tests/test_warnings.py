@@ -175,7 +175,7 @@ def test_targets_that_know_another_point_are_told():
 
 
 def test_a_loss_that_knows_another_teacher_is_told():
-    loss = InheritExploreLoss(2, at="last", epochs=1)
+    loss = InheritExploreLoss(factor_channels=2, at="last", epochs=1)
     attached(Net(6), losses=[loss])[1].fit(LOADER)
     with pytest.warns(KDLayersWarning, match=r"InheritExploreLoss.last keeps what it learnt"):
         attached(Net(6), losses=[loss])

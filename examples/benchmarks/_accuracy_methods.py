@@ -255,7 +255,7 @@ def point(layer: Recipe, weight: float | Schedule) -> KDPoint:
     """A layer with its targets, or bare where the recipe has only a number of templates."""
     targets: CodebookTargets | DecisionTargets | None = None
     if layer.get("targets") == "codebook":
-        targets = CodebookTargets(layer["templates"], temperature=layer["temperature"])
+        targets = CodebookTargets(layer["templates"], sharpness=layer["temperature"])
     elif layer.get("targets") == "decisions":
         targets = DecisionTargets(layer["subclasses"], components=layer["components"])
     number = layer["templates"] if targets is None else None

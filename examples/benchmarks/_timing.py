@@ -67,7 +67,12 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def alternate(
-    steps: dict[str, Step], rounds: int, *, least: float = 0.02, device: str = "cpu"
+    steps: dict[str, Step],
+    rounds: int,
+    *,
+    least: float = 0.02,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds a call of each step, which take turns: A B C A B C ...
 
@@ -76,13 +81,15 @@ def alternate(
         rounds: how often each gets its turn.
         least: seconds that a turn takes at least; short steps are called several times in it.
         device: where the steps run.
+        clock: gives seconds; ``time.process_time`` leaves out the time that other processes take.
     """
     calls = {name: _calls(step, least, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(1000 * _seconds(step, calls[name], device) / calls[name])
+            seconds = _seconds(step, calls[name], device, clock)
+            times[name].append(1000 * seconds / calls[name])
     return times
 
 
@@ -91,13 +98,15 @@ def _calls(step: Step, least: float, device: str) -> int:
     return max(1, ceil(least / max(_seconds(step, 1, device), 1e-7)))
 
 
-def _seconds(step: Step, calls: int, device: str) -> float:
+def _seconds(
+    step: Step, calls: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         step()
     _wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait(device: str) -> None:

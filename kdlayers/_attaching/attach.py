@@ -10,16 +10,11 @@ from torch import nn
 from kdlayers._attaching.points import KDPoint
 from kdlayers._attaching.resolve import At, resolve_points
 from kdlayers._layer.layer import check_memory
+from kdlayers._models.examples import example_for
 from kdlayers._models.names import match
-from kdlayers._models.trace import (
-    Trace,
-    depend,
-    example_for,
-    run_example,
-    to_model,
-    trace,
-    undisturbed,
-)
+from kdlayers._models.outputs import main_output
+from kdlayers._models.trace import Trace, depend, fresh, run_example, to_model, trace
+from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import unwrap
 from kdlayers._step.handle import KDHandle
 from kdlayers._step.hooks import (
@@ -35,7 +30,7 @@ from kdlayers._step.other_teacher import warn_of_others
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
 from kdlayers._step.teacher import Teacher, Transform, make_teachers
 from kdlayers._step.terms import Term, example_pair, feature_term, unique_names
-from kdlayers._utils.tree import first_tensor, leaves
+from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
 from kdlayers.losses import DistillLoss, TemplateLoss
@@ -116,6 +111,7 @@ def attach_kd(
             "lists usable points"
         )
     tape = Tape()
+    tape.copies = traced.changes_input
     with ExitStack() as undo, undisturbed(student):
         undo.callback(take_out, student, tape)
         _insert_layers(student, points, traced, tape, memory)
@@ -127,8 +123,11 @@ def attach_kd(
         if hook.tape is tape:
             hook.slot(module).train(module.training)
     guard_hooks(reset=True)
+    for each in (traced, *(teacher.traced for teacher in teachers)):
+        each.release()
     _warn_of_earlier(student, tape)
     warn_of_others(terms, teachers)
+    _warn_of_buffers(teachers)
     return KDHandle(student, teachers, terms, tape, hooks)
 
 
@@ -139,6 +138,19 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
         warn(
             f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
             "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
+        )
+
+
+def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
+    """Say which buffers of the teachers do not stay as they are."""
+    changed = [name for teacher in teachers for name in teacher.traced.changed_buffers]
+    if changed:
+        names = ", ".join(map(repr, changed[:3])) + (", ..." if len(changed) > 3 else "")
+        warn(
+            f"a forward of the teacher changes its buffers {names} even in eval mode, as observers "
+            "for quantisation do; kd.fit and kd.loss run the teacher on every batch, so these "
+            "buffers will change in training: switch the observers off before, for instance with "
+            "teacher.apply(torch.ao.quantization.disable_observer)"
         )
 
 
@@ -169,6 +181,7 @@ def _insert_layers(
         # resolve_points has given every point its number of templates.
         templates = point.num_templates or 0
         slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim, memory=memory)
+        slot.eval()  # the dry runs leave no mark on its batch norm
         place(student, point.student, slot.to(call.device, call.dtype), call.path, tape)
 
 
@@ -187,8 +200,8 @@ def _check_layers(
         for name in names:
             layers[name].alpha = 0.0
         tape.active = True
-        with torch.no_grad():
-            plain = first_tensor(run_example(student, example, "student"))
+        with undisturbed(student), torch.no_grad():  # from the same buffers as the first dry run
+            plain = main_output(run_example(student, fresh(example), "student"))
         missing = [name for name in names if score_key(name) not in tape.features]
     finally:
         tape.active = False
@@ -214,7 +227,7 @@ def _check_reach(student: nn.Module, example: tuple[Any, ...], layers: dict[str,
     if not layers:
         return
     with torch.enable_grad():
-        outputs = [tensor for _, tensor in leaves(student(*example))]
+        outputs = [tensor for _, tensor in leaves(student(*fresh(example)))]
     reached = depend(outputs, [layer.value.weight for layer in layers.values()])
     dead = [name for name, yes in zip(layers, reached, strict=True) if not yes]
     if dead:
@@ -237,29 +250,39 @@ def _terms(
     terms = []
     for point in points:
         tap = point.teacher or point.student
-        loss = TemplateLoss(point.targets, weight=point.weight, at=(point.student, tap))
+        loss = TemplateLoss(
+            template_targets=point.targets, weight=point.weight, at=(point.student, tap)
+        )
         name = f"TemplateLoss.{point.student}"
         terms.append(feature_term(name, loss, traced, teachers, point.student, tap))
     terms.extend(_loss_term(loss, traced, teachers) for loss in losses)
     unique_names(terms)
     for term in terms:
+        if term.point is None:
+            for each in (traced, *_read_by(term, teachers)):
+                each.need_logits(term.name)
         term.loss.build(*example_pair(term, traced, teachers))
         term.loss.to(traced.logits.device)
     return terms
 
 
+def _read_by(term: Term, teachers: Sequence[Teacher]) -> list[Trace]:
+    return [teacher.traced for i, teacher in enumerate(teachers) if term.reads_logits(i)]
+
+
 def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) -> Term:
     name = loss.name or type(loss).__name__
-    if loss.teacher is not None and loss.teacher >= len(teachers):
+    if loss.teacher_index is not None and loss.teacher_index >= len(teachers):
         raise ArgumentError(
-            f"{name} reads teacher {loss.teacher}, but there are {len(teachers)}, counted from 0"
+            f"{name} reads teacher {loss.teacher_index}, but there are {len(teachers)}, counted "
+            "from 0"
         )
     if loss.at is None:
-        return Term(name, loss, teacher_index=loss.teacher)
+        return Term(name, loss, teacher_index=loss.teacher_index)
     ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
     advice = f"; where its name is another, give both: at=({ours!r}, 'its name')"
     advice = "" if isinstance(loss.at, tuple) else advice
-    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher or 0].traced, advice)
+    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher_index or 0].traced, advice)
     return feature_term(loss.name or f"{name}.{point}", loss, traced, teachers, point, tap)
 
 

@@ -95,6 +95,9 @@ def _pair_advice(ours: str) -> str:
 
 
 def _without_teacher(point: KDPoint) -> KDPoint:
+    needed = None if point.targets is None else point.targets.num_templates
+    if needed is not None:
+        return replace(point, num_templates=_same_number(point, needed))
     if point.num_templates is None:
         raise ArgumentError(
             f"without a teacher the number of templates at {point.student!r} is unknown; pass "
@@ -104,7 +107,8 @@ def _without_teacher(point: KDPoint) -> KDPoint:
 
 
 def _classes(teacher: Trace) -> int | None:
-    return teacher.logits.shape[1] if teacher.logits.dim() == 2 else None
+    clear = teacher.unclear is None and teacher.logits.dim() == 2
+    return teacher.logits.shape[1] if clear else None
 
 
 def _with_targets(point: KDPoint, last: bool, classes: int | None) -> KDPoint:
@@ -117,12 +121,16 @@ def _with_targets(point: KDPoint, last: bool, classes: int | None) -> KDPoint:
             f"the number of classes at {point.student!r} is unknown, because the teacher's output "
             "is no [B, classes]; pass DecisionTargets(num_classes=...)"
         )
+    return replace(point, targets=targets, num_templates=_same_number(point, needed))
+
+
+def _same_number(point: KDPoint, needed: int) -> int:
     if point.num_templates not in (None, needed):
         raise ArgumentError(
             f"KDPoint({point.student!r}) has num_templates={point.num_templates}, but its targets "
             f"have {needed}; leave num_templates out"
         )
-    return replace(point, targets=targets, num_templates=needed)
+    return needed
 
 
 def _default_targets(point: KDPoint, last: bool, classes: int | None) -> TemplateTargets:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.trace import to_model, undisturbed
+from kdlayers._models.trace import to_model
+from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import unwrap
 from kdlayers._step.batches import split_batch
 from kdlayers._step.hooks import Slot

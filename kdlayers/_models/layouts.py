@@ -1,15 +1,22 @@
 """Which axis of a module's output holds the channels, and how positions form a grid."""
 
-from dataclasses import dataclass
-from math import isqrt, sqrt
+from dataclasses import dataclass, field
+from math import ceil, floor, isqrt, sqrt
 from typing import Literal, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdlayers._models.probe import Growth, Shape
 from kdlayers.errors import LayoutError, ShapeError
 
 Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens", "vector"]
+
+
+Size: TypeAlias = tuple[int, int]
+
+# Parameters that are put before the tokens of an image, by their usual names.
+_PREFIXES = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
 
 
 @dataclass(frozen=True)
@@ -18,27 +25,47 @@ class Layout:
 
     kind: Kind
     prefix: int = 0
-    grid: tuple[int, int] = (1, 1)
+    grid: Size = (1, 1)
+    image: Size | None = field(default=None, compare=False)
+    """Height and width of the images for which the tokens form ``grid``."""
 
     @property
     def channel_dim(self) -> int:
         """Axis of the channels."""
         return 1 if self.kind in ("NCHW", "vector") else -1
 
-    def to_grid(self, tensor: Tensor) -> Tensor:
-        """``tensor`` as ``[B, H, W, C]``; prefix tokens are left out."""
+    def to_grid(self, tensor: Tensor, image: Size | None = None) -> Tensor:
+        """``tensor`` as ``[B, H, W, C]``; prefix tokens are left out.
+
+        ``image`` is the height and width of the images that the tensor was made of; without them
+        tokens are taken to have the proportions of the example. Tokens that are a grid already
+        stay as they are.
+        """
         if self.kind == "NCHW":
             return tensor.movedim(1, -1)
-        if self.kind == "NHWC":
+        if self.kind == "NHWC" or (self.kind == "tokens" and tensor.dim() == 4):
             return tensor
         if self.kind == "vector":
             return tensor[:, None, None]
         tokens = tensor[:, self.prefix :]
         batch, count, channels = tokens.shape
-        return tokens.reshape(batch, *self._token_grid(count), channels)
+        return tokens.reshape(batch, *self._token_grid(count, image), channels)
 
-    def _token_grid(self, count: int) -> tuple[int, int]:
+    def on_grid(self, tensor: Tensor, image: Size | None) -> Tensor:
+        """Tokens as ``to_grid`` gives them for these images; any other tensor as it is."""
+        return self.to_grid(tensor, image) if self.kind == "tokens" else tensor
+
+    def _token_grid(self, count: int, image: Size | None) -> Size:
         height, width = self.grid
+        if image is not None and self.image is not None:
+            found = self._grid_of(count, image, self.image)
+            if found is None:
+                raise ShapeError(
+                    f"{count} tokens of images of {image[0]} x {image[1]} do not form a grid of "
+                    f"their proportions; at attach images of {self.image[0]} x {self.image[1]} "
+                    f"gave {height} x {width} tokens; attach with example= of these images"
+                )
+            return found
         if height * width != count:
             # Another resolution than the example's, of the same proportions.
             growth = sqrt(count / (height * width))
@@ -51,14 +78,39 @@ class Layout:
             )
         return height, width
 
+    def _grid_of(self, count: int, image: Size, seen: Size) -> Size | None:
+        """Rows and columns of ``count`` tokens, with the patches of the images seen at attach."""
+        if image == seen and self.grid[0] * self.grid[1] == count:
+            return self.grid
+        rows, columns = (
+            g * now / then for g, now, then in zip(self.grid, image, seen, strict=True)
+        )
+        for row in (floor(rows), ceil(rows)):
+            for column in (floor(columns), ceil(columns)):
+                if row * column == count:
+                    return row, column
+        return _proportional_grid(count, image)
+
     def __str__(self) -> str:
         return f"tokens+{self.prefix}" if self.kind == "tokens" and self.prefix else self.kind
 
 
 def find_layout(
-    name: str, module: nn.Module, root: nn.Module, shape: tuple[int, ...], image: tuple[int, int]
+    name: str,
+    module: nn.Module,
+    root: nn.Module,
+    shape: Shape,
+    image: Size,
+    *,
+    growth: Growth | None = None,
+    stated: Kind | None = None,
 ) -> Layout:
     """Layout of the output of ``module``, of ``shape``, for images of height and width ``image``.
+
+    What was measured comes first (``growth``: which axes grow with the images), then what modules
+    state (``stated``: convolutions and norms that made or took this very tensor; then timm's
+    ``output_fmt`` of the model), then the proportions of the axes. Where the channels are as many
+    as the rows or columns, proportions prove nothing and are not used.
 
     Raises:
         LayoutError: if the axes cannot be told apart.
@@ -66,9 +118,9 @@ def find_layout(
     if len(shape) == 2:
         return Layout("vector")
     if len(shape) == 3:
-        return _token_layout(name, root, shape, image)
+        return _token_layout(name, root, shape, image, growth)
     if len(shape) == 4:
-        return _map_layout(name, module, root, shape)
+        return Layout(_map_kind(name, module, root, shape, image, growth, stated))
     raise LayoutError(
         f"the output of {name!r} has shape {shape}; kdlayers reads maps [B, C, H, W] or [B, H, W, "
         "C], tokens [B, L, C] and vectors [B, C]; choose another point, find_points(model) lists "
@@ -77,7 +129,7 @@ def find_layout(
 
 
 def _token_layout(
-    name: str, root: nn.Module, shape: tuple[int, ...], image: tuple[int, int]
+    name: str, root: nn.Module, shape: Shape, image: Size, growth: Growth | None
 ) -> Layout:
     if any(type(module).__name__ == "Unroll" for module in root.modules()):
         raise LayoutError(
@@ -85,77 +137,147 @@ def _token_layout(
             "windows, so they cannot be matched with another model's positions; use losses on the "
             "logits with this model"
         )
+    if growth is not None and 2 in (growth.height, growth.width):
+        raise LayoutError(
+            f"the output of {name!r} has shape {shape}, and its last axis grows with the images: "
+            "it holds positions, not channels; kdlayers reads tokens [B, L, C]; choose another "
+            "point, find_points(model) lists them"
+        )
     length = shape[1]
-    stated = getattr(root, "num_prefix_tokens", None)
-    prefixes = [stated] if isinstance(stated, int) else []
     # A class token, a distillation token beside it, four registers with a class token or without.
-    for prefix in (*prefixes, 0, 1, 2, 4, 5):
-        grid = _proportional_grid(length - prefix, image)
-        if grid:
-            return Layout("tokens", prefix, grid)
-    raise LayoutError(
-        f"the {length} tokens of {name!r} form no grid of the image's proportions "
-        f"{image[0]}:{image[1]}, with or without up to 5 prefix tokens; choose another point, "
-        "find_points(model) lists them"
-    )
+    stated = _stated_prefixes(root)
+    prefixes = dict.fromkeys((*stated, 0, 1, 2, 4, 5))
+    grids = {prefix: _proportional_grid(length - prefix, image) for prefix in prefixes}
+    found = {prefix: grid for prefix, grid in grids.items() if grid is not None}
+    if not found:
+        raise LayoutError(
+            f"the {length} tokens of {name!r} form no grid of the image's proportions "
+            f"{image[0]}:{image[1]}, with or without up to 5 prefix tokens; choose another point, "
+            "find_points(model) lists them"
+        )
+    # One position is no likely grid where several positions fit as well.
+    grown = [prefix for prefix, grid in found.items() if _grows(prefix, grid, growth)]
+    if not grown:
+        found = {p: grid for p, grid in found.items() if grid != (1, 1)} or found
+    if not grown and len(found) > 1 and not any(prefix in found for prefix in stated):
+        ways = " or ".join(f"{rows} x {c} after {p}" for p, (rows, c) in found.items())
+        raise LayoutError(
+            f"the {length} tokens of {name!r} may be a grid of {ways} prefix tokens; set "
+            "model.num_prefix_tokens to say how many there are"
+        )
+    prefix = (grown or list(found))[0]
+    return Layout("tokens", prefix, found[prefix], image)
 
 
-def _proportional_grid(count: int, image: tuple[int, int]) -> tuple[int, int] | None:
+def _stated_prefixes(root: nn.Module) -> list[int]:
+    """Numbers of prefix tokens: as timm states it, and of the parameters with usual names."""
+    stated = getattr(root, "num_prefix_tokens", None)
+    own = [p for name, p in root.named_parameters() if name.rsplit(".", 1)[-1] in _PREFIXES]
+    counted = sum(p.shape[1] if p.dim() == 3 else 1 for p in own)
+    return [*([stated] if isinstance(stated, int) else []), *([counted] if counted else [])]
+
+
+def _grows(prefix: int, grid: Size, growth: Growth | None) -> bool:
+    """Whether ``prefix`` and ``grid`` agree with the numbers of tokens of larger images."""
+    if growth is None or len(growth.tall) != 3 or len(growth.wide) != 3:
+        return False
+    rows, columns = grid
+    taller, wider = growth.tall[1] - prefix, growth.wide[1] - prefix
+    whole = taller % columns == 0 and wider % rows == 0
+    return whole and abs(taller // columns - 2 * rows) < 2 and abs(wider // rows - 2 * columns) < 2
+
+
+def _proportional_grid(count: int, image: Size) -> Size | None:
     """Rows and columns of ``count`` tokens in the image's proportions, up to rounding."""
     if count < 1:
         return None
     height = isqrt(count * image[0] // image[1])
     for rows in (height, height + 1):
-        if (
-            rows
-            and count % rows == 0
-            and abs(count // rows * image[0] - rows * image[1]) < max(image)
-        ):
+        if rows and count % rows == 0 and _proportional(rows, count // rows, image):
             return rows, count // rows
     return None
 
 
-def _map_layout(name: str, module: nn.Module, root: nn.Module, shape: tuple[int, ...]) -> Layout:
+def _proportional(rows: int, columns: int, image: Size) -> bool:
+    """Whether a grid has the proportions of the images, up to a part of a row or column."""
+    return abs(columns * image[0] - rows * image[1]) < max(image)
+
+
+def _map_kind(
+    name: str,
+    module: nn.Module,
+    root: nn.Module,
+    shape: Shape,
+    image: Size,
+    growth: Growth | None,
+    stated: Kind | None,
+) -> Kind:
+    if growth is not None and growth.height is not None and growth.width is not None:
+        kind = _AXES.get((growth.height, growth.width))
+        if kind is None:
+            raise LayoutError(
+                f"the output of {name!r} has shape {shape}, whose axis {growth.height} grows with "
+                f"the height of the images and axis {growth.width} with their width; kdlayers "
+                "reads maps [B, C, H, W] or [B, H, W, C]; choose another point, "
+                "find_points(model) lists them"
+            )
+        return kind
     _, first, second, third = shape
-    channels = _norm_channels(module)
-    if second == third and first != second:
-        return Layout("NCHW")
-    if first == second and third != second:
-        return Layout("NHWC")
-    if channels is not None and channels[0] == "NCHW" and first == channels[1]:
-        return Layout("NCHW")
-    if channels is not None and channels[0] == "NHWC" and third == channels[1]:
-        return Layout("NHWC")
-    stated = getattr(root, "output_fmt", None)  # timm's statement about the whole model
-    for kind in ("NCHW", "NHWC"):
-        if kind in (stated, getattr(stated, "value", None)):
-            return Layout(kind)
+    for kind in (stated, _maker(module), _stated_format(root)):
+        if kind is not None:
+            return kind
+    fits: dict[Kind, bool] = {
+        "NCHW": _proportional(second, third, image),
+        "NHWC": _proportional(first, second, image),
+    }
+    channels = {"NCHW": first, "NHWC": third}
+    for kind, fit in fits.items():
+        spatial = (second, third) if kind == "NCHW" else (first, second)
+        if fit and channels[kind] not in spatial and sum(fits.values()) == 1:
+            return kind
     raise LayoutError(
         f"the output of {name!r} has shape {shape}: it cannot be told which axis holds the "
         "channels; pass example= with images of another size, for instance of 3/2 the height"
     )
 
 
-def _norm_channels(module: nn.Module) -> tuple[Kind, int] | None:
-    """Layout and channels that the last convolution or norm inside ``module`` works on."""
-    found: tuple[Kind, int] | None = None
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            found = ("NCHW", part.out_channels)
-        elif isinstance(part, nn.BatchNorm2d):
-            found = ("NCHW", part.num_features)
-        elif type(part) is nn.LayerNorm:
-            found = ("NHWC", part.normalized_shape[-1])
-    return found
+_AXES: dict[tuple[int, int], Kind] = {(2, 3): "NCHW", (1, 2): "NHWC"}
+_MAPS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.MaxPool2d)
+_MAPS += (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d, nn.GroupNorm)
 
 
-def pool(grid: Tensor, size: tuple[int, int]) -> Tensor:
+def stated_kind(module: nn.Module) -> Kind | None:
+    """The layout of the maps that this module, without looking inside, takes and returns."""
+    if isinstance(module, _MAPS):
+        return "NCHW"
+    # Subclasses of LayerNorm may normalise NCHW.
+    last = type(module) is nn.Linear or (
+        type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
+    )
+    return "NHWC" if last else None
+
+
+def _maker(module: nn.Module) -> Kind | None:
+    """What the last module of a Sequential states."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    return stated_kind(module)
+
+
+def _stated_format(root: nn.Module) -> Kind | None:
+    """What timm states about the whole model."""
+    stated = getattr(root, "output_fmt", None)
+    name = getattr(stated, "value", stated)
+    return name if name in ("NCHW", "NHWC") else None
+
+
+def pool(grid: Tensor, size: Size) -> Tensor:
     """``[B, H, W, C]`` average-pooled to ``size``; unchanged if it has that size already."""
     if tuple(grid.shape[1:3]) == size:
         return grid
     return F.adaptive_avg_pool2d(grid.movedim(-1, 1), size).movedim(1, -1)
 
 
-def common_size(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+def common_size(first: Size, second: Size) -> Size:
     """The smaller of two grid sizes, axis by axis."""
     return min(first[0], second[0]), min(first[1], second[1])

@@ -21,13 +21,13 @@ def match(
     Raises:
         NoMatchError: if there is none.
     """
-    plain = strip(pattern)
-    if plain in names:
-        return [plain]
-    found = [name for name in names if _glob(name, plain)] if is_glob(plain) else []
-    if not found:
-        raise NoMatchError(_no_match(pattern, names, model, label) + advice)
-    return found
+    for plain in readings(pattern):
+        if plain in names:
+            return [plain]
+        found = [name for name in names if _glob(name, plain)] if is_glob(plain) else []
+        if found:
+            return found
+    raise NoMatchError(_no_match(pattern, names, model, label) + advice)
 
 
 def is_glob(pattern: str) -> bool:
@@ -41,11 +41,20 @@ def _glob(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
+def readings(name: str) -> list[str]:
+    """``name``, then without the prefixes that DDP and torch.compile put before it.
+
+    A model may have a submodule called ``module``, so that the shortest form is not always meant.
+    """
+    found = [name]
+    while (prefix := next((w for w in WRAPPERS if found[-1].startswith(w)), None)) is not None:
+        found.append(found[-1].removeprefix(prefix))
+    return found
+
+
 def strip(name: str) -> str:
-    """``name`` without the prefixes that DDP and torch.compile put before it."""
-    for prefix in WRAPPERS:
-        name = name.removeprefix(prefix)
-    return name
+    """``name`` without any of the prefixes that DDP and torch.compile put before it."""
+    return readings(name)[-1]
 
 
 def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> str:

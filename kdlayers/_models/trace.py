@@ -1,16 +1,18 @@
 """Dry runs: what every module of a model returns, without leaving a trace in the model."""
 
-import sys
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.layouts import Layout, find_layout
-from kdlayers._utils.tree import Path, first_tensor, leaves, main_tensor, pick
+from kdlayers._models.layouts import Kind, Layout, Size, find_layout, stated_kind
+from kdlayers._models.outputs import is_detections, main_output, why_unclear
+from kdlayers._models.probe import Growth, growth
+from kdlayers._models.undisturbed import undisturbed
+from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 
 
@@ -27,17 +29,31 @@ class Call:
     calls: int = 1
     changed: bool = False
     """Whether a later module changed the features in place."""
+    stated: Kind | None = None
+    """Layout that a convolution or norm states which made the features or took them."""
 
 
 @dataclass
 class Trace:
-    """A dry run of a model: the calls in forward order, and the first tensor of the output."""
+    """A dry run of a model: the calls in forward order, and the logits."""
 
     model: nn.Module
     calls: dict[str, Call]
     logits: Tensor
-    image: tuple[int, int]
+    image: Size
     label: str
+    unclear: str | None = None
+    """Why it cannot be told which tensor of the output are the logits; None where it can."""
+    detections: bool = False
+    """Whether the model returns boxes rather than logits."""
+    changes_input: bool = False
+    """Whether the forward works in place on its inputs."""
+    changed_buffers: list[str] = field(default_factory=list)
+    """Buffers that a forward in eval mode changes, such as those of observers."""
+    example: tuple[Any, ...] | None = None
+    """The inputs, until `release`."""
+    _growth: dict[str, Growth] | None = None
+    _layouts: dict[str, Layout] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -66,15 +82,63 @@ class Trace:
         return call
 
     def layout(self, name: str) -> Layout:
-        """Layout of the features of module ``name``."""
-        shape = self.call(name).shape
-        if shape[0] != self.logits.shape[0]:
+        """Layout of the features of module ``name``.
+
+        Raises:
+            LayoutError: if the axes cannot be told apart, or the first one is not the batch.
+        """
+        if name not in self._layouts:
+            self._layouts[name] = self._layout(name)
+        return self._layouts[name]
+
+    def _layout(self, name: str) -> Layout:
+        call = self.call(name)
+        if self.detections:
+            raise LayoutError(self.detector_advice)
+        if call.shape[0] != self.logits.shape[0]:
             raise LayoutError(
-                f"the output of {name!r} has shape {shape}, but the batch has "
+                f"the output of {name!r} has shape {call.shape}, but the batch has "
                 f"{self.logits.shape[0]} images: its first axis is not the batch; "
                 "find_points(model) lists usable points"
             )
-        return find_layout(name, self.model.get_submodule(name), self.model, shape, self.image)
+        module = self.model.get_submodule(name)
+        found = self._grown().get(name) if len(call.shape) in (3, 4) else None
+        evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
+        return find_layout(name, module, self.model, call.shape, self.image, **evidence)
+
+    def _grown(self) -> dict[str, Growth]:
+        if self._growth is None:
+            paths = {name: call.path for name, call in self.calls.items() if call.calls == 1}
+            self._growth = growth(self.model, self.example, paths) if self.example else {}
+        return self._growth
+
+    @property
+    def detector_advice(self) -> str:
+        """What to do with a model that returns boxes."""
+        return (
+            f"the {self.label} ({type(self.model).__name__}) is a detector: it returns boxes, not "
+            "logits, and its inner modules see other batches than the images; attach to its "
+            "backbone, attach_kd(student.backbone, teacher.backbone, at=[...]), and train the "
+            "detector as a whole"
+        )
+
+    def need_logits(self, reader: str) -> None:
+        """Check that the logits are clear, which ``reader`` reads.
+
+        Raises:
+            ArgumentError: if they are not.
+        """
+        if self.detections:
+            raise ArgumentError(f"{reader} reads logits, but {self.detector_advice}")
+        if self.unclear is not None:
+            raise ArgumentError(
+                f"{reader} reads the logits of the {self.label} ({type(self.model).__name__}), "
+                f"but {self.unclear}"
+            )
+
+    def release(self) -> None:
+        """Let go of the example; layouts that have been asked for stay known."""
+        self.example = None
 
 
 def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
@@ -82,9 +146,11 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     example = to_model(example, model)
     calls: dict[str, Call] = {}
     tensors: dict[str, tuple[Tensor, int]] = {}
+    statements = _Statements()
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         found = main_tensor(output)
+        statements.note(module, args, output)
         if name in calls:
             calls[name].calls += 1
         elif found is not None:
@@ -93,20 +159,59 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
             calls[name] = Call(name, path, shape, tensor.dtype, tensor.device, len(calls))
             tensors[name] = (tensor, tensor._version)
 
+    given = fresh(example)
+    versions = [tensor._version for _, tensor in leaves(given)]
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
+        changed_buffers = stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         for name, module in model.named_modules():
-            hook = module.register_forward_hook(lambda _m, _a, out, name=name: note(name, out))
+            hook = module.register_forward_hook(lambda m, a, out, name=name: note(name, m, a, out))
             stack.callback(hook.remove)
-        logits = first_tensor(run_example(model, example, label))
+        output = run_example(model, given, label)
+    logits = main_output(output)
     if logits is None:
         raise AttachError(
             f"the {label} returns no tensor; kdlayers needs a model that returns logits"
         )
+    if logits.dim() == 0:
+        raise AttachError(
+            f"the {label} returns a single number, such as a loss; kdlayers needs a model that "
+            "returns logits"
+        )
     for name, (tensor, version) in tensors.items():
         calls[name].changed = tensor._version != version
-    return Trace(model, calls, logits, image_size(example), label)
+        calls[name].stated = statements.of(tensor)
+    return Trace(
+        model,
+        calls,
+        logits,
+        image_size(example) or (1, 1),
+        label,
+        unclear=why_unclear(output),
+        detections=is_detections(output),
+        changes_input=versions != [tensor._version for _, tensor in leaves(given)],
+        changed_buffers=changed_buffers,
+        example=example,
+    )
+
+
+class _Statements:
+    """What convolutions and norms state about the very tensors that they made or took."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[int, set[Kind]] = {}
+        self.kept: list[Tensor] = []  # so that no later tensor has the same id
+
+    def note(self, module: nn.Module, args: Any, output: Any) -> None:
+        kind = stated_kind(module)
+        for tensor in (output, *args) if kind is not None else ():
+            if isinstance(tensor, Tensor) and tensor.dim() == 4 and kind is not None:
+                self.kinds.setdefault(id(tensor), set()).add(kind)
+                self.kept.append(tensor)
+
+    def of(self, tensor: Tensor) -> Kind | None:
+        kinds = self.kinds.get(id(tensor), set())
+        return next(iter(kinds)) if len(kinds) == 1 else None
 
 
 def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> set[str]:
@@ -123,7 +228,7 @@ def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> se
             module = model.get_submodule(name)
             hook = module.register_forward_hook(lambda _m, _a, out, name=name: keep(name, out))
             stack.callback(hook.remove)
-        args = tuple(_differentiable(arg) for arg in to_model(example, model))
+        args = tuple(_differentiable(arg) for arg in fresh(to_model(example, model)))
         outputs = [tensor for _, tensor in leaves(run_example(model, args, traced.label))]
     asked = [name for name, tensor in features.items() if tensor.requires_grad]
     reached = depend(outputs, [features[name] for name in asked])
@@ -165,31 +270,6 @@ _ADVICE = {
 }
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Generator[None, None, None]:
-    """Eval mode for a while; every module's own training flag and all random states come back."""
-    flags = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=cuda_devices(model)), _uncompiled():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
-
-
-def _uncompiled() -> Any:
-    """Dry runs of a model that torch.compile holds run plainly: compiling would take long."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-def cuda_devices(model: nn.Module) -> list[int]:
-    """Indices of the CUDA devices that hold parts of ``model``."""
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
 def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
     """``example`` on the model's device; floating-point tensors in its dtype."""
     device, dtype = placement(model)
@@ -210,63 +290,13 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.get_default_dtype()
 
 
-def image_size(example: tuple[Any, ...]) -> tuple[int, int]:
-    """Height and width of the images in ``example``; (1, 1) if there are none."""
-    images = (tensor for _, tensor in leaves(example) if tensor.dim() == 4)
-    image = next(images, None)
-    return (1, 1) if image is None else (image.shape[2], image.shape[3])
+def fresh(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with copies of all tensors, for a model that may work in place on them."""
+    copies: tuple[Any, ...] = mapped(example, lambda tensor: tensor.clone())
+    return copies
 
 
-def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
-    """The arguments of a dry run: the user's ``example``, or two zero images that suit the model.
-
-    The size comes from timm's ``pretrained_cfg`` or the model's ``image_size``, else it is 224; the
-    channels come from the first convolution.
-
-    Raises:
-        ArgumentError: if ``example`` is no tensor or tuple, or no first convolution is found.
-    """
-    if isinstance(example, Tensor):
-        return (example,)
-    if isinstance(example, (tuple, list)):
-        return tuple(example)
-    if example is not None:
-        raise ArgumentError(
-            f"example must be a tensor or a tuple of arguments, got {type(example).__name__}"
-        )
-    channels = _stated_channels(model)
-    if channels is None:
-        raise ArgumentError(
-            f"no input can be made for {type(model).__name__}, which has no convolution; pass "
-            "example= with a small batch of your images"
-        )
-    return (torch.zeros(2, channels, *_stated_size(model)),)
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    """The description by timm of the model and its pretrained weights; empty for other models."""
-    return getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-
-
-def _stated_channels(model: nn.Module) -> int | None:
-    """Channels of the images: of the convolution that timm names, as timm states, or the first."""
-    config = _config(model)
-    modules = dict(model.named_modules())
-    named = modules.get(str(config.get("first_conv")))
-    if isinstance(named, nn.Conv2d):
-        return named.in_channels
-    if config.get("input_size"):
-        return int(config["input_size"][0])
-    first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
-    return None if first is None else first.in_channels
-
-
-def _stated_size(model: nn.Module) -> tuple[int, int]:
-    config = _config(model)
-    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    for stated in (patches, getattr(model, "image_size", None), config.get("input_size")):
-        if isinstance(stated, int):
-            return stated, stated
-        if isinstance(stated, (tuple, list)) and len(stated) >= 2:
-            return stated[-2], stated[-1]
-    return 224, 224
+def image_size(inputs: Any) -> Size | None:
+    """Height and width of the first images in ``inputs``; None if there are none."""
+    image = next((tensor for _, tensor in leaves(inputs) if tensor.dim() == 4), None)
+    return None if image is None else (image.shape[2], image.shape[3])

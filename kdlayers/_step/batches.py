@@ -51,6 +51,9 @@ def check_loader(loader: object) -> None:
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Images and labels of a loader's batch: a pair, or images alone.
 
+    Several inputs stand as a tuple or list of tensors in the place of the images, ``((a, b),
+    labels)``, as the default collation makes them; they are returned as a tuple.
+
     Raises:
         ArgumentError: if the batch is neither.
     """
@@ -59,12 +62,19 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, (tuple, list)):
         images, labels = (*batch, None, None)[:2]
         sample = isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0)
-        if isinstance(images, Tensor) and isinstance(labels, (Tensor, NoneType)) and not sample:
+        second = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 2
+        if isinstance(images, (tuple, list)) and images:
+            images = tuple(images) if all(isinstance(i, Tensor) for i in images) else None
+        given = isinstance(images, (Tensor, tuple))
+        if given and isinstance(labels, (Tensor, NoneType)) and not (sample or second):
             return images, labels
         kinds = ", ".join(type(item).__name__ for item in batch)
         found = f"a {type(batch).__name__} ({kinds})"
         if sample:
             found += ", one sample of a data set: pass DataLoader(dataset, batch_size=64)"
+        elif second:
+            found += f", of which the second has shape {check.shape(labels)}, like images: give a "
+            found += "model of two inputs batches ((first, second), labels)"
     elif isinstance(batch, Mapping):
         found = f"a {type(batch).__name__} with the keys {_pairs_of(batch)}"
     else:

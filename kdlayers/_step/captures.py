@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._step.hooks import Tape, templates_of, version_of
-from kdlayers._utils.tree import first_tensor
 from kdlayers.errors import AttachError, CaptureError, StaleCaptureError
 
 
@@ -20,6 +20,8 @@ class Record:
     kwargs: dict[str, Any]
     features: dict[str, Tensor]
     logits: Tensor
+    given: tuple[Any, ...]
+    """The tensors that the student got: ``args``, or what they are copies of."""
 
     def autocast_dtype(self, student: nn.Module) -> torch.dtype | None:
         """Dtype of the autocast that the forward ran under, as far as its tensors show it."""
@@ -30,14 +32,17 @@ class Record:
         return dtypes[0]
 
 
-def read(tape: Tape, keys: Collection[str], student: nn.Module, logits: Any) -> Record:
+def read(
+    tape: Tape, keys: Collection[str], student: nn.Module, logits: Any, *, reads_logits: bool
+) -> Record:
     """The record of the last forward, which is consumed: a second reading is refused.
 
     Raises:
-        CaptureError: if there is no forward to read, or a KD layer did not run in it.
+        CaptureError: if there is no forward to read, a KD layer did not run in it, or a loss reads
+            logits and they cannot be told from other tensors.
         StaleCaptureError: if there were several forwards, or the batch was changed since.
     """
-    done, features, inputs = tape.done, tape.features, tape.inputs
+    done, features, inputs, given_args = tape.done, tape.features, tape.inputs, tape.given
     output, repeated, version = tape.output, tape.repeated, tape.version
     tape.consume()
     if done == 0 or inputs is None:
@@ -59,10 +64,14 @@ def read(tape: Tape, keys: Collection[str], student: nn.Module, logits: Any) -> 
             "the input batch was changed in place after the student's forward, so the teacher "
             "would see other images than the student did; change a copy, or call kd.loss(y) before"
         )
-    found = first_tensor(output if logits is None else logits)
+    given = output if logits is None else logits
+    unclear = why_unclear(given) if reads_logits else None
+    if unclear is not None:
+        raise CaptureError(f"a loss reads the student's logits, but {unclear}")
+    found = main_output(given)
     if found is None:
         raise CaptureError("with kd.batch(x) the logits are not seen: call kd.loss(y, logits=...)")
-    return Record(*inputs, features, found)
+    return Record(*inputs, features, found, given_args)
 
 
 def check_same(record: Record, args: tuple[Any, ...], version: int | None) -> None:
@@ -71,10 +80,11 @@ def check_same(record: Record, args: tuple[Any, ...], version: int | None) -> No
     Raises:
         StaleCaptureError: if not.
     """
-    same = len(args) == len(record.args) and all(
-        a is b for a, b in zip(args, record.args, strict=True)
+    same = len(args) == len(record.given) and all(
+        a is b for a, b in zip(args, record.given, strict=True)
     )
-    if not same or version_of(args) != version:
+    copied = any(a is not b for a, b in zip(record.args, record.given, strict=True))
+    if not same or (version_of(args) != version and not copied):
         raise StaleCaptureError(
             "kd.teach(x) and student(x) were given different batches; call kd.teach with the very "
             "tensors that the student gets next, or leave kd.teach out"

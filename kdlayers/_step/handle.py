@@ -8,7 +8,8 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.trace import cuda_devices
+from kdlayers._models.trace import image_size
+from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step import captures
 from kdlayers._step.batches import check_loader, labels_for, split_batch
 from kdlayers._step.hooks import Ahead, Tape, version_of
@@ -19,9 +20,9 @@ from kdlayers._step.summary import summarise
 from kdlayers._step.teacher import Taught, Teacher
 from kdlayers._step.terms import Inputs, Term, weighted_sum
 from kdlayers._targets.fitter import Fitter, pass_seed, run_passes
+from kdlayers._targets.passes import Passes
 from kdlayers._utils.distributed import keep_in_step, world_size
 from kdlayers._utils.eager import eager, prepare
-from kdlayers._utils.progress import progress as show_progress
 from kdlayers.errors import (
     AttachError,
     CheckpointError,
@@ -94,7 +95,9 @@ class KDHandle:
         Runs the teacher over the loader, one pass for all points together: a codebook takes up to
         two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not run,
         and no random state is disturbed. While a codebook or decisions are learnt each pass starts
-        from ``seed``, so that a loader that shuffles or augments gives every pass the same data.
+        from ``seed``, so that a loader that shuffles or augments gives every pass the same data:
+        torch, Python's ``random``, NumPy and the generators that the loader, its samplers and its
+        data set hold are seeded, and restored at the end. Workers start anew in each pass.
         Passes that only auto-encoders are left to take start from ``seed`` plus the number of the
         pass: as in any training order and augmentation change; the same seed gives the same again.
         Under ``torch.distributed`` all ranks call it together, each with its part of the data.
@@ -103,7 +106,7 @@ class KDHandle:
             loader: gives batches ``(images, labels)``; the training images without augmentation. It
                 must be iterable again, as a ``DataLoader`` or a list is.
             seed: seed of clustering and of the loader's own randomness; default 0.
-            progress: show a bar or lines on a terminal; default True.
+            progress: show a bar on a terminal, where tqdm is installed; default True.
             refit: also learn again what has been learnt; default: only what is missing.
 
         Raises:
@@ -111,6 +114,9 @@ class KDHandle:
             ArgumentTypeError: if ``loader`` is nothing that gives batches, such as a model.
             ArgumentError: if a batch is no pair of tensors.
             CaptureError: if the teacher cannot run on a batch.
+
+        Warns:
+            KDLayersWarning: if passes that need the same data began with different batches.
         """
         self._need_teacher("fit")
         check_loader(loader)
@@ -121,14 +127,14 @@ class KDHandle:
         devices = {d for teacher in self._teachers for d in cuda_devices(teacher.model)}
 
         def batches(active: Sequence[Fitter], index: int) -> Iterator[Any]:
-            torch.manual_seed(pass_seed(seed, active, index))
             terms = [fitters[id(fitter)][0] for fitter in active]
             title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
-            for batch in show_progress(loader, title, shown=progress):
+            start = pass_seed(seed, active, index)
+            for batch in passes.batches(start, title, progress=progress):
                 images, labels = split_batch(batch)
                 yield self._teacher_tensors(terms, images), labels
 
-        with torch.random.fork_rng(devices=sorted(devices)):
+        with Passes(loader, devices) as passes:
             run_passes([fitter for _, fitter in fitters.values()], batches)
         remember([term for term, _ in fitters.values()], self._teachers)
 
@@ -322,12 +328,16 @@ class KDHandle:
             )
         ahead, self._tape.ahead = self._tape.ahead, None
         keys = {term.key for term in self._terms if term.key is not None}
-        record = captures.read(self._tape, keys, self.student, logits)
+        reads_logits = any(term.key is None for term in self._terms)
+        record = captures.read(self._tape, keys, self.student, logits, reads_logits=reads_logits)
+        image = image_size((record.args, record.kwargs))
         targets = labels_for(targets, record.logits)
         taught = self._teach(record, ahead)
         pairs = []
         for term in self._terms:
             student = record.logits if term.key is None else record.features[term.key]
+            if term.student_layout is not None:
+                student = term.student_layout.on_grid(student, image)
             _follow(term.loss, student.device)
             pairs.append((student, term.teacher_tensor(self._teachers, taught)))
         # Tensors: a compiled sum does not depend on their values.

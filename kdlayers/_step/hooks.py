@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.layer import KDLayer
+from kdlayers._models.outputs import main_output
 from kdlayers._utils.torch_internals import in_backward
-from kdlayers._utils.tree import Path, first_tensor, pick, put
+from kdlayers._utils.tree import Path, first_tensor, mapped, pick, put
 
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
@@ -70,6 +71,8 @@ class Tape:
         self.done = 0
         self.generation = 0
         self.ahead: Ahead | None = None
+        self.copies = False
+        """Whether the student works in place on its inputs, so that copies go to the teacher."""
         self.clear()
 
     def clear(self) -> None:
@@ -77,6 +80,7 @@ class Tape:
         self.features: dict[str, Tensor] = {}
         self.repeated: str | None = None
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.given: tuple[Any, ...] = ()
         self.version: int | None = None
         self.output: Any = None
         self.token: object = None
@@ -96,6 +100,9 @@ class Tape:
     def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start recording a forward of these inputs."""
         self.clear()
+        self.given = args
+        if self.copies:
+            args, kwargs = mapped((args, kwargs), lambda tensor: tensor.clone())
         self.inputs = (args, kwargs)
         self.version = version_of(args)
 
@@ -203,7 +210,7 @@ class CloseForward:
 
 def watch_backward(tape: Tape, output: Any) -> None:
     """Let a backward pass through ``output`` close its forward: its step asked for no KD loss."""
-    logits = first_tensor(output)
+    logits = main_output(output)
     if logits is None or not logits.requires_grad:
         return
     token = tape.token = object()

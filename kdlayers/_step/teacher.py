@@ -8,11 +8,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.trace import Trace, placement, to_model, trace
+from kdlayers._models.layouts import Size
+from kdlayers._models.outputs import main_output, why_unclear
+from kdlayers._models.trace import Trace, fresh, image_size, placement, to_model, trace
 from kdlayers._models.wrappers import check_pair, unwrap
 from kdlayers._step.hooks import Capture, Tape
 from kdlayers._step.sites import hook_site
-from kdlayers._utils.tree import first_tensor, leaves
+from kdlayers._utils.tree import leaves
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
@@ -76,10 +78,13 @@ class Teacher:
                     stop = hook_site(self.model, name).register_forward_hook(_Stop(names, tape))
                     stack.callback(stop.remove)
             args = to_model(transformed(tuple(args), self.transform), self.model)
+            # A teacher that works in place on its inputs gets copies of the student's batch.
+            args = fresh(args) if self.traced.changes_input else args
+            image = image_size((args, kwargs))
             try:
                 output = self.called(*args, **kwargs)
             except _Enough:
-                return None, tape.features
+                return None, self._on_grids(tape.features, image)
             except (KDLayersError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
@@ -91,10 +96,16 @@ class Teacher:
                 "attach; a teacher compiled and called before attach_kd skips new hooks: pass the "
                 "teacher uncompiled, or attach before its first call"
             )
-        found = first_tensor(output)
+        if logits and (unclear := why_unclear(output)) is not None:
+            raise CaptureError(f"a loss reads the teacher's logits, but {unclear}")
+        found = main_output(output)
         if found is None and logits:
             raise CaptureError("the teacher returned no tensor, though it did at attach")
-        return found, tape.features
+        return found, self._on_grids(tape.features, image)
+
+    def _on_grids(self, taps: dict[str, Tensor], image: Size | None) -> dict[str, Tensor]:
+        """The taps, with tokens on the grid that they form for images of this size."""
+        return {name: self.traced.layout(name).on_grid(t, image) for name, t in taps.items()}
 
     def _stoppable(self) -> bool:
         """Whether a forward may be left early: not a graph's, a peer's, or with parts gathered."""

@@ -120,7 +120,7 @@ def feature_term(
     tap: str,
 ) -> Term:
     """Term of a loss that compares the features at ``point`` and ``tap``."""
-    term = Term(name, loss, loss.teacher, point, tap, scores=isinstance(loss, TemplateLoss))
+    term = Term(name, loss, loss.teacher_index, point, tap, scores=isinstance(loss, TemplateLoss))
     teacher = teachers[term.teacher_index or 0].traced
     term.student_layout, term.teacher_layout = student.layout(point), teacher.layout(tap)
     ours = _size(term.student_layout.to_grid(_empty(student, point)))

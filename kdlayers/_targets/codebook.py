@@ -20,15 +20,13 @@ from kdlayers.functional import _checks as check
 class CodebookTargets(TemplateTargets):
     r"""Soft assignment of each position of the teacher to a codebook of k-means centres.
 
-    .. math:: q_{ik} = \operatorname{softmax}_k\big( -T \, \| f_i - E_k \|^2 \big)
+    .. math:: q_{ik} = \operatorname{softmax}_k\big( -s \, \| f_i - E_k \|^2 \big)
 
     with the teacher's feature vector :math:`f_i \in \mathbb{R}^D` at position :math:`i` and the
     centres :math:`E \in \mathbb{R}^{K \times D}`. Labels are not needed.
 
-    .. warning::
-        ``temperature`` *multiplies* the distances, as in the authors' code: it is an inverse
-        temperature. Larger values make the assignment **harder**, towards one-hot; everywhere else
-        in this library a temperature divides.
+    The sharpness :math:`s` multiplies the distances: larger values make the assignment harder,
+    towards one-hot. (The authors' code calls it a temperature, though it is an inverse one.)
 
     With the default 1 and features of a CIFAR network most assignments are close to one-hot.
 
@@ -45,7 +43,7 @@ class CodebookTargets(TemplateTargets):
 
     Args:
         num_templates: K, number of centres. Default 4096, the authors'.
-        temperature: T, above 0; default 1, the authors'. ``None``: one-hot assignment to the
+        sharpness: s, above 0; default 1, the authors'. ``None``: one-hot assignment to the
             nearest centre.
 
     Attributes:
@@ -56,7 +54,7 @@ class CodebookTargets(TemplateTargets):
         inertia: mean squared distance of the same rows to their centres, a scalar, for reports.
 
     Raises:
-        ArgumentError: if ``num_templates`` or ``temperature`` is out of range.
+        ArgumentError: if ``num_templates`` or ``sharpness`` is out of range.
         ArgumentTypeError: if one of them is no number.
 
     References:
@@ -70,7 +68,7 @@ class CodebookTargets(TemplateTargets):
         >>> import torch
         >>> from kdlayers import CodebookTargets
         >>> features = torch.tensor([[0.0, 0.0], [0.0, 2.0], [8.0, 0.0], [8.0, 2.0]])
-        >>> targets = CodebookTargets(2, temperature=0.1).fit([(features, None)])
+        >>> targets = CodebookTargets(2, sharpness=0.1).fit([(features, None)])
         >>> targets.centers[targets.centers[:, 0].argsort()]
         tensor([[0., 1.],
                 [8., 1.]])
@@ -82,10 +80,10 @@ class CodebookTargets(TemplateTargets):
     inertia: Tensor | None
     _state_names: ClassVar[tuple[str, ...]] = ("centers", "counts", "inertia")
 
-    def __init__(self, num_templates: int = 4096, *, temperature: float | None = 1.0) -> None:
+    def __init__(self, num_templates: int = 4096, *, sharpness: float | None = 1.0) -> None:
         super().__init__()
         self._num_templates = check.count("num_templates", num_templates)
-        self.temperature = _check_temperature(temperature)
+        self.sharpness = _check_sharpness(sharpness)
 
     @property
     @override
@@ -147,15 +145,15 @@ class CodebookTargets(TemplateTargets):
             templates,
             rows.detach(),
             centers.to(dtype),
-            self.temperature,
+            self.sharpness,
             needs_grad(student, templates),
         )[0]
         return value
 
     def _assigned(self, scores: Tensor) -> Tensor:
-        if self.temperature is None:
+        if self.sharpness is None:
             return one_hot_of_largest(scores)
-        return scores.mul_(2 * self.temperature).softmax(dim=-1)
+        return scores.mul_(2 * self.sharpness).softmax(dim=-1)
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:
@@ -170,19 +168,19 @@ class CodebookTargets(TemplateTargets):
 
     @override
     def extra_repr(self) -> str:
-        return f"{self.num_templates}, temperature={self.temperature}, fitted={self.fitted}"
+        return f"{self.num_templates}, sharpness={self.sharpness}, fitted={self.fitted}"
 
 
-def _check_temperature(value: object) -> float | None:
+def _check_sharpness(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(
-            f"temperature must be a number or None (one-hot), got {type(value).__name__}"
+            f"sharpness must be a number or None (one-hot), got {type(value).__name__}"
         )
     if not 0 < value < float("inf"):
         raise ArgumentError(
-            f"temperature must be above 0 and finite, got {value}; it multiplies the squared "
+            f"sharpness must be above 0 and finite, got {value}; it multiplies the squared "
             "distances, and None gives one-hot assignments"
         )
     return float(value)

@@ -31,6 +31,7 @@ class SamplePass:
 
     def take(self, rows: Tensor, labels: Tensor | None) -> None:  # noqa: ARG002
         """Offer a block to the sample."""
+        _check_size(rows)
         if self._reservoir is None:
             wanted = max(ROWS_PER_CENTER * self._k, SMALL_SAMPLE)
             capacity = sample_size(wanted, self._k, rows.shape[1])
@@ -80,6 +81,17 @@ class LloydPass:
         inertia = (distance - (counts * moves.square().sum(dim=1)).sum()) / counts.sum()
         centers = (self._centers.double() + moves).to(self._centers.dtype)
         self._install(centers=centers, counts=counts, inertia=inertia.clamp(min=0))
+
+
+def _check_size(rows: Tensor) -> None:
+    largest = float(rows.abs().amax())
+    # The largest squared distance is that between opposite corners.
+    if 4 * rows.shape[1] * largest**2 > torch.finfo(rows.dtype).max:
+        raise FitError(
+            f"the teacher's features reach {largest:.2g}, so their squared distances overflow "
+            f"{rows.dtype}: choose a point behind a normalisation layer, or run the teacher in "
+            "float64"
+        )
 
 
 def _check_enough(sample: Sample, k: int) -> None:

@@ -232,8 +232,7 @@ class DecisionTargets(TemplateTargets):
         return torch.stack(each, dim=1), shares, decisions.to(dtype)
 
     def _check_range(self, labels: Tensor) -> None:
-        # On an accelerator this would wait for the device at every step.
-        if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
+        if not check.readable(labels):
             return
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= (self._num_classes or 0):

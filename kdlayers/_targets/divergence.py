@@ -25,7 +25,7 @@ def codebook_divergence(
     templates: Tensor | None,
     features: Tensor,
     centers: Tensor,
-    temperature: float | None,
+    sharpness: float | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean divergence of template scores from the soft assignment of features to centres.
@@ -35,7 +35,7 @@ def codebook_divergence(
         templates: ``[K, C]``, whose products with the unit vectors are the scores.
         features: the teacher's ``[N, D]``, float32 or better.
         centers: ``[K, D]``, of the dtype of ``features``.
-        temperature: factor of the squared distances; ``None`` for one-hot assignments.
+        sharpness: factor of the squared distances; ``None`` for one-hot assignments.
         need_grad: whether to prepare the backward pass.
 
     Returns:
@@ -44,12 +44,12 @@ def codebook_divergence(
     """
     with torch.autocast(student.device.type, enabled=False):
         features, centers, bias = balanced(features, centers)
-        scale = 1.0 if temperature is None else 2 * temperature
+        scale = 1.0 if sharpness is None else 2 * sharpness
         centers, bias = centers * scale, bias * scale
 
         def assign(part: slice) -> tuple[Tensor, Tensor]:
             logits = affine(features[part], centers, bias)
-            if temperature is None:
+            if sharpness is None:
                 hot = one_hot_of_largest(logits)
                 return hot, hot.new_zeros(len(hot))
             shifted = logits.sub_(logits.amax(dim=1, keepdim=True))
@@ -139,7 +139,8 @@ def _empty_grads(
 
 def fuses(student: Tensor, templates: Tensor | None) -> bool:
     """Whether the fused operators take these tensors."""
-    if not student.is_floating_point() or student.device.type not in DEVICES:
+    usable = student.is_floating_point() and student.numel() > 0
+    if not usable or student.device.type not in DEVICES:
         return False
     if templates is None:
         return worthwhile(student.numel(), 0, 1)
@@ -157,7 +158,7 @@ def _codebook_fake(
     templates: Tensor | None,
     features: Tensor,
     _centers: Tensor,
-    _temperature: float | None,
+    _sharpness: float | None,
     need_grad: bool,
 ) -> Three:
     return features.new_empty(()), *_empty_grads(student, templates, need_grad)

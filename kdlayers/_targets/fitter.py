@@ -8,6 +8,7 @@ drive them through :func:`run_passes`.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kdlayers.errors import FitError
@@ -37,8 +38,12 @@ def run_passes(
     """Feed ``fitters`` until none wants another pass; returns the number of passes.
 
     ``batches(active, index)`` starts pass ``index`` and gives, batch by batch, one teacher tensor
-    for each of the ``active`` fitters, and the labels.
+    for each of the ``active`` fitters, and the labels. Under ``torch.inference_mode`` this runs as
+    under ``torch.no_grad``: what is learnt is used in training later.
     """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return run_passes(fitters, batches)
     active, passes = list(fitters), 0
     while active:
         seen = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
@@ -46,3 +46,13 @@ def in_backward() -> bool:
     """Whether this runs inside a backward pass, as far as this torch can tell."""
     current = getattr(torch._C, "_current_graph_task_id", None)
     return current is not None and current() != -1
+
+
+def is_functional(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers by name, with those set to None; changing it changes the module."""
+    return module._buffers

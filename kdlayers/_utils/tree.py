@@ -1,5 +1,6 @@
 """Tensors inside the tuples, lists and dicts that modules return."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -55,3 +56,10 @@ def main_tensor(tree: Any) -> tuple[Path, Tensor] | None:
     """The largest floating-point tensor, the earlier of equals: the features of a stage."""
     found = [(path, t) for path, t in leaves(tree) if t.is_floating_point() and t.dim() > 1]
     return max(found, key=lambda item: item[1].numel()) if found else None
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of ``tree`` with every tensor changed; containers keep their types."""
+    for path, tensor in leaves(tree):
+        tree = put(tree, path, change(tensor))
+    return tree

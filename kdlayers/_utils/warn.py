@@ -9,7 +9,8 @@ import torch
 
 from kdlayers.errors import KDLayersWarning
 
-_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+_PACKAGES = (Path(__file__).parent.parent, Path(torch.__file__).parent)
+_INSIDE = tuple(f"{package}{os.sep}" for package in _PACKAGES)
 
 
 def warn(message: str) -> None:

@@ -6,7 +6,6 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from kdlayers.errors import ArgumentError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
 from kdlayers.functional._decoupled import decouple
@@ -16,10 +15,9 @@ from kdlayers.functional._precision import full_precision
 Form: TypeAlias = Literal["chi2", "ratio_sq", "ratio", "is"]
 
 _LOG_RATIO_LIMIT = 60.0
-"""exp(60) is 1e26: times a temperature squared and a batch it is still finite in float32."""
-
+"""exp(60) is 1e26; multiplied by a squared temperature and a batch it is finite in float32."""
 _HALF_LIMIT = 1024.0
-"""Times a temperature of 16, a gradient of this size is still a float16 number."""
+"""A gradient of this size times a temperature of 16 is finite in float16."""
 
 
 def aekt(
@@ -33,10 +31,10 @@ def aekt(
     drop_one_minus_s: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Adaptive term of AEKT alone, without the target and non-target terms that go with it.
+    r"""The adaptive term of AEKT, without the target and non-target terms that accompany it.
 
-    With the probabilities of the labelled class, :math:`a` of the teacher and :math:`s` of the
-    student, softened by the temperature, and their ratio :math:`r = a / s`:
+    Let :math:`a` and :math:`s` be the teacher's and the student's probability of the labelled
+    class, softened by the temperature, and :math:`r = a / s`:
 
     .. math::
         L = T^2 \, \frac{1}{B} \sum_b \ell_b, \qquad
@@ -52,36 +50,35 @@ def aekt(
     ============  ========================  =================  ======================
 
     **A reconstruction.** The public summary of the method says that the term weights the teacher's
-    confidence in the target class by the teacher/student ratio; its formula was not at hand.
-    ``chi2`` turns the gradient :math:`s - a` of the target term into :math:`s - r a`; ``ratio_sq``
+    confidence in the target class by the teacher/student ratio; we did not have its formula.
+    ``chi2`` turns the gradient :math:`s - a` of the target term into :math:`s - r a`. ``ratio_sq``
     and ``ratio`` fit the summary as well, but pull :math:`s` beyond :math:`a`.
 
-    The value is the closed form; the gradient is that of the surrogate
-    :math:`\mathrm{sg}(c) \log s`, equal to the closed form's unless ``ratio_clip`` or
-    ``drop_one_minus_s`` change it. Only the student gets a gradient from this term. To stay finite,
-    :math:`r` is limited to :math:`e^{60}`, and in the gradient to 1024 for float16 logits.
+    The value is the closed form. The gradient is that of the surrogate
+    :math:`\mathrm{sg}(c) \log s`, which equals the closed form's unless ``ratio_clip`` or
+    ``drop_one_minus_s`` change it. Only the student gets a gradient. So that results stay finite,
+    :math:`r` is at most :math:`e^{60}`, and at most 1024 in the gradient of float16 logits.
 
     Args:
-        student: logits, ``[B, K]``; in the method these have passed the extra linear layer.
+        student: logits, ``[B, K]``; in the method they have passed the extra linear layer.
         teacher: logits of the same shape.
-        targets: class indices, ``[B]``: the labels, also where the teacher is wrong. Or
+        targets: class indices, ``[B]``. The labels count, also where the teacher is wrong. Or
             probabilities ``[B, K]``: the mean over the classes that hold weight, weighted by the
             labels, as in :func:`dkd`; exactly the same with one-hot rows.
-        form: one of the table. Default ``"chi2"``, our choice.
+        form: a row of the table. Default ``"chi2"``, our choice.
         temperature: above 0. Default 4. At 1 the ratio starts near K: use ``ratio_clip``.
         ratio_clip: largest :math:`r` in the gradient, above 0; ``None`` (default): no clip.
         drop_one_minus_s: divide the gradient by :math:`1 - s`, the factor that any function of
             :math:`s` has in its gradient with respect to the target's logit. Default False.
-        reduction: ``"mean"`` over samples (default), ``"sum"``, or ``"none"`` for one value a
-            sample; the squared temperature is always included.
+        reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
 
     Raises:
         ShapeError: if the tensors are not logits of one shape with one label a sample.
-        ArgumentTypeError: if the labels are no tensor of numbers.
-        ArgumentError: if a label is out of range, or a number, ``form`` or ``reduction`` unusable.
+        ArgumentTypeError: if the labels are not a tensor of numbers.
+        ArgumentError: if a label, a number or a word is out of range.
 
     Example:
         >>> import torch
@@ -89,8 +86,7 @@ def aekt(
         >>> aekt(student, teacher, torch.tensor([0]))
         tensor(1.9949)
     """
-    if form not in get_args(Form):
-        raise ArgumentError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+    check.one_of("form", form, get_args(Form))
     if ratio_clip is not None:
         check.positive("ratio_clip", ratio_clip)
     check.logits(student, teacher)
@@ -134,9 +130,9 @@ def adaptive(
     """The term without the squared temperature, and the ratio r, each ``[B]``.
 
     Args:
-        student: log-probabilities ``[B, 2]`` of the target class and of the others together.
+        student: log-probabilities ``[B, 2]`` of the target class and of all others together.
         teacher: the same of the teacher.
-        form: one of the forms of `aekt`.
+        form: a form of `aekt`.
         limit: largest r in the gradient.
         drop_one_minus_s: as in `aekt`.
     """
@@ -145,7 +141,7 @@ def adaptive(
         log_a = teacher[:, 0]
         s, a, log_r = log_s.exp(), log_a.exp(), (log_a - log_s).clamp(max=_LOG_RATIO_LIMIT)
         r = log_r.exp()
-        value, slope = _value(form, s, a, log_r, r), _slope(form, s, a, r.clamp(max=limit))
+        value, slope = _value_and_slope(form, s, a, log_r, r, r.clamp(max=limit))
         if drop_one_minus_s:
             slope = slope / log_rest.exp().clamp(min=torch.finfo(slope.dtype).eps)
     surrogate = slope * log_s
@@ -153,21 +149,13 @@ def adaptive(
     return value + (surrogate - surrogate.detach()), r
 
 
-def _value(form: Form, s: Tensor, a: Tensor, log_r: Tensor, r: Tensor) -> Tensor:
-    if form == "chi2":
-        return (s - a) * (1 - r)  # = s (1 - r)^2, without the square that would overflow
+def _value_and_slope(
+    form: Form, s: Tensor, a: Tensor, log_r: Tensor, r: Tensor, clipped: Tensor
+) -> tuple[Tensor, Tensor]:
+    if form == "chi2":  # (s - a)(1 - r) is s (1 - r)^2 without the square, which would overflow
+        return (s - a) * (1 - r), s - clipped * a
     if form == "ratio_sq":
-        return a * r
+        return a * r, -clipped * a
     if form == "ratio":
-        return r
-    return log_r.expm1() - log_r
-
-
-def _slope(form: Form, s: Tensor, a: Tensor, r: Tensor) -> Tensor:
-    if form == "chi2":
-        return s - r * a
-    if form == "ratio_sq":
-        return -r * a
-    if form == "ratio":
-        return -r
-    return 1 - r
+        return r, -clipped
+    return log_r.expm1() - log_r, 1 - clipped

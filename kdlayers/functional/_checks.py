@@ -1,10 +1,12 @@
 """Checks of arguments, and the reduction over samples or positions."""
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kdlayers._utils.torch_internals import is_functional
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -23,18 +25,21 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
 
 def positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+    _number(name, value)
     if not 0 < value < float("inf"):
         raise ArgumentError(f"{name} must be above 0 and finite, got {value}")
 
 
 def not_negative(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+    _number(name, value)
     if not 0 <= value < float("inf"):
         raise ArgumentError(f"{name} must be 0 or more and finite, got {value}")
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def count(name: str, value: int, least: int = 1) -> int:
@@ -46,14 +51,36 @@ def count(name: str, value: int, least: int = 1) -> int:
     return value
 
 
-def floats(name: str, value: object) -> None:
-    """Raise unless ``value`` is a tensor of real floating-point numbers."""
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of the words ``known``."""
+    if value not in known:
+        raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """``value``; raise unless it is a tensor."""
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
+    return value
+
+
+def floats(name: str, value: object) -> Tensor:
+    """``value``; raise unless it is a tensor of real floating-point numbers."""
+    found = tensor(name, value)
+    if not found.is_floating_point():
         raise ArgumentTypeError(
-            f"{name} must be a floating-point tensor, got {value.dtype}; "
+            f"{name} must be a floating-point tensor, got {found.dtype}; "
             "the order of arguments is student, teacher, targets"
+        )
+    return found
+
+
+def filled(what: str, values: Tensor) -> None:
+    """Raise if ``values`` is empty, as the last batch of a filtered loader may be."""
+    if not values.numel():
+        raise ShapeError(
+            f"{what} must have at least one sample and one element, got {shape(values)}: a mean "
+            "over nothing is not defined; skip empty batches"
         )
 
 
@@ -66,10 +93,9 @@ def logits(student: Tensor, teacher: Tensor) -> None:
             "student and teacher must be logits of one shape [batch, classes], got "
             f"{shape(student)} and {shape(teacher)}"
         )
-    if student.shape[1] < 2 or student.shape[0] == 0:
-        raise ShapeError(
-            f"logits need a batch of at least 1 and at least 2 classes, got {shape(student)}"
-        )
+    filled("logits", student)
+    if student.shape[1] < 2:
+        raise ShapeError(f"logits need at least 2 classes, got {shape(student)}")
 
 
 def given(targets: Tensor | None, loss: object) -> Tensor:
@@ -83,32 +109,48 @@ def given(targets: Tensor | None, loss: object) -> Tensor:
 
 def labels(targets: object, student: Tensor) -> Tensor:
     """The labels as int64 [B]; raise unless they are class indices that fit ``student``."""
-    if not isinstance(targets, Tensor):
-        raise ArgumentTypeError(f"targets must be a tensor, got {type(targets).__name__}")
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ArgumentTypeError(
-            f"targets must be class indices [batch] or probabilities [batch, classes], got "
-            f"{targets.dtype} {shape(targets)}; for one-hot rows pass targets.float()"
-        )
+    targets = class_indices("targets", targets)
     if targets.shape != student.shape[:1]:
         raise ShapeError(
             f"targets must be class indices of shape {list(student.shape[:1])}, one a sample, "
             f"got {shape(targets)}; for one-hot rows pass targets.float()"
         )
-    targets = targets.long()
-    # On an accelerator this check would wait for the device; gather reports the label there.
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        _in_range(targets, student.shape[1])
+    in_range("targets", targets, student.shape[1])
     return targets
 
 
-def _in_range(targets: Tensor, classes: int) -> None:
-    low, high = int(targets.min()), int(targets.max())  # on the CPU: nothing to wait for
+def class_indices(name: str, value: object) -> Tensor:
+    """``value`` as int64; raise unless it is a tensor of integers."""
+    found = tensor(name, value)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ArgumentTypeError(
+            f"{name} must be integer class indices, one for each sample, got {found.dtype} of "
+            f"shape {shape(found)}, or probabilities [batch, classes]; for one-hot rows pass "
+            f"{name}.float()"
+        )
+    return found.long()
+
+
+def in_range(name: str, indices: Tensor, classes: int) -> None:
+    """Raise unless all indices lie in 0..classes - 1, where they can be read at no cost.
+
+    Not on an accelerator, where reading waits for the device and indexing reports a wrong label
+    anyway; nor in a graph of ``torch.compile`` or under ``torch.func``.
+    """
+    if not readable(indices):
+        return
+    low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= classes:
         raise ArgumentError(
-            f"targets must lie in 0..{classes - 1} for {classes} classes, got labels from {low} "
+            f"{name} must lie in 0..{classes - 1} for {classes} classes, got labels from {low} "
             f"to {high}"
         )
+
+
+def readable(values: Tensor) -> bool:
+    """Whether values can be looked at here without waiting for a device or leaving a graph."""
+    on_cpu = values.device.type == "cpu" and values.numel() > 0
+    return on_cpu and not torch.compiler.is_compiling() and not is_functional(values)
 
 
 def shape(tensor: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""Logits taken apart into the target class and the others, once for all terms that ask for it."""
+"""Logits split into the target class and the others, once for all terms that need it."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class Decoupled(NamedTuple):
     def binary(self) -> Tensor:
         """Log-probabilities of the target and of all others together, ``[B, 2]``.
 
-        Taken from sums in log space, so saturated logits stay finite.
+        Sums are taken in log space, so saturated logits stay finite.
         """
         rest = self.rest.logsumexp(dim=1, keepdim=True)
         return torch.cat([self.target, rest], dim=1).log_softmax(dim=1)
@@ -33,8 +33,11 @@ class Decoupled(NamedTuple):
 def decouple(
     student: Tensor, teacher: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Decoupled, Decoupled]:
-    """Take the logits ``[B, K]`` of both apart, by the labels ``[B]``."""
-    index = _target_first(targets, student.shape[1])
+    """Split the logits ``[B, K]`` of both by the labels ``[B]``."""
+    label = targets.unsqueeze(1)
+    others = torch.arange(student.shape[1] - 1, device=targets.device)
+    # The label first, then the other classes in order. Gathering needs no large number as a mask.
+    index = torch.cat([label, others + (others >= label)], dim=1)
     gathered = [(logits / temperature).gather(1, index) for logits in (student, teacher)]
     ours, theirs = (Decoupled(logits[:, :1], logits[:, 1:]) for logits in gathered)
     return ours, theirs
@@ -42,17 +45,9 @@ def decouple(
 
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
     """``factor`` times KL(teacher || student) of log-probabilities ``[B, n]``, reduced."""
-    elements = teacher.exp() * (teacher - student)
+    shares = teacher.exp()
+    # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf.
+    elements = shares * (teacher - student).masked_fill(shares == 0, 0.0)
     if reduction == "mean":  # one sum over everything, then one product
         return elements.sum() * (factor / student.shape[0])
     return check.reduce(elements.sum(dim=1) * factor, reduction)
-
-
-def _target_first(targets: Tensor, classes: int) -> Tensor:
-    """Class indices ``[B, K]``: the label of each sample, then the other classes in order.
-
-    Gathering beats masking with a large number: nothing depends on how large the logits are.
-    """
-    label = targets.unsqueeze(1)
-    others = torch.arange(classes - 1, device=targets.device)
-    return torch.cat([label, others + (others >= label)], dim=1)

@@ -25,28 +25,27 @@ def tckd(
         L = T^2 \, \frac{1}{B} \sum_b \Big[ a \log\frac{a}{s} + (1-a)\log\frac{1-a}{1-s} \Big]
 
     where :math:`a = \mathrm{softmax}(z^T/T)_y` and :math:`s = \mathrm{softmax}(z^S/T)_y` are the
-    teacher's and the student's probability of the labelled class. :math:`\log(1-s)` is a
-    difference of log-sums, so saturated logits stay finite.
+    teacher's and the student's probability of the labelled class. :math:`\log(1-s)` is computed as
+    a difference of log-sums, so saturated logits stay finite.
 
     Args:
         student: logits, ``[B, K]``, ``K >= 2``.
         teacher: logits of the same shape.
-        targets: class indices, ``[B]``, any integer type. The label counts, not the teacher's
-            prediction. Labels are checked on the CPU only, where this costs no synchronisation. Or
-            probabilities ``[B, K]`` (mixup, CutMix, label smoothing): the value of a sample is then
-            the mean of the values for each class that holds weight, weighted by the labels. With
-            one-hot rows this is exactly the value for class indices. The uniform part that label
+        targets: class indices, ``[B]``, of any integer type. The label counts, not the teacher's
+            prediction. Its range is checked on the CPU only, where that needs no synchronisation.
+            Or probabilities ``[B, K]`` (mixup, CutMix, label smoothing): the value of a sample is
+            then the mean of the values for each class that holds weight, weighted by the labels.
+            One-hot rows give exactly the value for class indices. The uniform part that label
             smoothing adds is left out. Finding the classes waits for the device once.
         temperature: above 0. Default 4.
-        reduction: ``"mean"`` over samples (default), ``"sum"``, or ``"none"`` for one value a
-            sample; the squared temperature is always included.
+        reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
 
     Raises:
         ShapeError: if the tensors are not logits of one shape with one label a sample.
-        ArgumentTypeError: if the labels are no tensor of numbers.
+        ArgumentTypeError: if the labels are not a tensor of numbers.
         ArgumentError: if a label is out of range, or ``temperature`` or ``reduction`` is unusable.
 
     References:
@@ -90,25 +89,11 @@ def nckd(
             \log\frac{\hat p^T_i}{\hat p^S_i},
         \qquad \hat p_i = \frac{e^{z_i/T}}{\sum_{j \ne y} e^{z_j/T}}
 
-    With two classes one other class is left, :math:`\hat p = 1` on both sides and the term is 0
-    whatever the logits are: that is a :class:`~kdlayers.errors.KDLayersWarning`.
+    Its gradient with respect to the logit of the label is exactly 0. Arguments, result and errors
+    are those of :func:`tckd`.
 
-    Args:
-        student: logits, ``[B, K]``; ``K >= 3`` for a term that is not 0.
-        teacher: logits of the same shape.
-        targets: class indices ``[B]`` or probabilities ``[B, K]``, as in :func:`tckd`.
-        temperature: above 0. Default 4.
-        reduction: ``"mean"`` over samples (default), ``"sum"``, or ``"none"`` for one value a
-            sample; the squared temperature is always included.
-
-    Returns:
-        A scalar, or ``[B]`` with ``reduction="none"``; 0 or more. Its gradient with respect to the
-        logit of the label is exactly 0.
-
-    Raises:
-        ShapeError: if the tensors are not logits of one shape with one label a sample.
-        ArgumentTypeError: if the labels are no tensor of numbers.
-        ArgumentError: if a label is out of range, or ``temperature`` or ``reduction`` is unusable.
+    Warns:
+        KDLayersWarning: with two classes. Only one other class is left, so the term is always 0.
 
     References:
         B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang, "Decoupled Knowledge Distillation", CVPR 2022,
@@ -147,13 +132,13 @@ def dkd(
     temperature: float = 4.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Decoupled knowledge distillation: the two parts of KD, weighted apart.
+    r"""Decoupled knowledge distillation: the two parts of KD with separate weights.
 
     .. math:: L = \alpha \, L_\mathrm{TCKD} + \beta \, L_\mathrm{NCKD}
 
-    with :func:`tckd` and :func:`nckd`, both times the squared temperature. Plain KD is
+    with :func:`tckd` and :func:`nckd`, both multiplied by the squared temperature. Plain KD is
     :math:`\mathrm{TCKD} + (1-a)\,\mathrm{NCKD}` with the teacher's confidence :math:`a`, which
-    mutes the second term where the teacher is sure; here ``beta`` replaces :math:`1-a`.
+    suppresses the second term where the teacher is sure. Here ``beta`` replaces :math:`1-a`.
 
     Args:
         student: logits, ``[B, K]``.
@@ -161,18 +146,17 @@ def dkd(
         targets: class indices ``[B]`` or probabilities ``[B, K]``, as in :func:`tckd`.
         alpha: weight of the target-class term, 0 or more. Default 1.
         beta: weight of the non-target-class term, 0 or more. Default 8, the authors' value for
-            ResNet-32x4 to ResNet-8x4 on CIFAR-100; they use 2 to 8 there, 0.5 to 2 on ImageNet. A
-            setting of benchmark pairs: start lower on other data.
+            ResNet-32x4 to ResNet-8x4 on CIFAR-100. They use 2 to 8 on CIFAR-100 and 0.5 to 2 on
+            ImageNet; start lower on other data.
         temperature: above 0. Default 4; the authors use 1 on ImageNet.
-        reduction: ``"mean"`` over samples (default), ``"sum"``, or ``"none"`` for one value a
-            sample; the squared temperature is always included.
+        reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
 
     Raises:
         ShapeError: if the tensors are not logits of one shape with one label a sample.
-        ArgumentTypeError: if the labels are no tensor of numbers.
+        ArgumentTypeError: if the labels are not a tensor of numbers.
         ArgumentError: if a label is out of range or negative, or a number is unusable.
 
     Warns:
@@ -180,8 +164,8 @@ def dkd(
 
     References:
         B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang, "Decoupled Knowledge Distillation", CVPR 2022,
-        equation 7. Values agree with the authors' code; saturated logits, where that code gives
-        infinities, stay finite here.
+        equation 7. Values agree with the authors' code. That code gives infinities for saturated
+        logits; here they stay finite.
 
     Example:
         >>> import torch
@@ -211,7 +195,7 @@ def dkd(
 
 
 def warn_of_two_classes(student: Tensor) -> None:
-    """Warn where the non-target term is always 0."""
+    """Warn of two classes, with which the non-target term is always 0."""
     if student.shape[1] == 2:
         warn(
             "with 2 classes the non-target term of decoupled distillation (nckd, dkd, DKDLoss, "

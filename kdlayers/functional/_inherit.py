@@ -27,17 +27,16 @@ def inheritance(
 ) -> Tensor:
     r"""Distance of the student's factor from the teacher's: small when knowledge is inherited.
 
-    With the unit vectors :math:`u(F_b) = \mathrm{vec}(F_b) / \max(\|\mathrm{vec}(F_b)\|_2,
-    10^{-12})` of each sample, over all its D entries (a zero factor stays zero and gets no
-    gradient):
+    With the unit vector of each sample over all its D entries, :math:`u(F_b) = \mathrm{vec}(F_b) /
+    \max(\|\mathrm{vec}(F_b)\|_2, 10^{-12})`:
 
     .. math::
         d_p = \Big( \frac{1}{B D} \sum_{b,j} \big| u(F^S_b)_j - u(F^T_b)_j \big|^p \Big)^{1/p}
 
-    The mean runs over batch **and** elements and the root is taken once for the batch, so
-    :math:`d_p \le 2 / \sqrt{D}`: weights near 50 are meant for it. Other measures:
-    ``"cosine"`` gives :math:`1 - \cos`, ``"cka"`` gives 1 minus linear CKA, for factors
-    :math:`X, Y \in \mathbb{R}^{B \times D}` with columns centred over the batch:
+    The mean runs over batch **and** elements, and the root is taken once for the batch, so
+    :math:`d_p \le 2 / \sqrt{D}`; weights near 50 are meant for it. A zero factor stays zero and
+    gets no gradient. ``"cosine"`` gives :math:`1 - \cos`. ``"cka"`` gives 1 minus linear CKA, for
+    factors :math:`X, Y \in \mathbb{R}^{B \times D}` with columns centred over the batch:
 
     .. math:: \mathrm{CKA} = \frac{\langle K, L \rangle}{\|K\|_F \|L\|_F}, \qquad
         K = X X^\top, \; L = Y Y^\top
@@ -47,13 +46,13 @@ def inheritance(
     Args:
         student: factor, ``[B, ...]``, D entries for each sample.
         teacher: factor of the same shape.
-        p: 1 (default, as published) or 2; for ``measure="norm"`` only. 2 adds 1e-12 under the root,
-            so that equal factors have a gradient of 0 instead of NaN.
+        p: 1 (default, as published) or 2, for ``measure="norm"`` only. With 2, 1e-12 is added under
+            the root, so that equal factors have a gradient of 0 instead of NaN.
         measure: ``"norm"`` (default), ``"cosine"`` or ``"cka"``.
-        scale: ``"mean"`` (default, as published) or ``"sqrt_dim"``: times :math:`\sqrt D`, which
-            lies in [0, 2] whatever the size (our extension); for ``measure="norm"`` only.
-        reduction: ``"mean"`` (default); ``"sum"`` over samples or ``"none"`` for one value a
-            sample, which exist for ``p=1`` and ``"cosine"`` only.
+        scale: ``"mean"`` (default, as published) or ``"sqrt_dim"`` (our extension): times
+            :math:`\sqrt D`, which lies in [0, 2] for every size. For ``measure="norm"`` only.
+        reduction: over samples: ``"mean"`` (default), or with ``p=1`` and ``"cosine"`` also
+            ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
@@ -61,13 +60,13 @@ def inheritance(
     Raises:
         ShapeError: if the shapes differ, or for ``"cka"`` with one sample.
         ArgumentTypeError: if an argument is not a floating-point tensor.
-        ArgumentError: if an option is unknown or has no meaning with another.
+        ArgumentError: if an option is unknown or has no meaning together with another.
 
     References:
         Z. Huang et al., "Revisiting Knowledge Distillation: An Inheritance and Exploration
-        Framework", CVPR 2021. Norm and cosine are checked against the authors' code. That code has
-        CKA with one sign for both uses; here it is a similarity, to raise for inheritance and to
-        lower for exploration.
+        Framework", CVPR 2021. Norm and cosine were checked against the authors' code. That code
+        uses CKA with one sign for both purposes. Here it is a similarity, which inheritance raises
+        and exploration lowers.
 
     Example:
         >>> import torch
@@ -97,26 +96,11 @@ def exploration(
         \qquad \mathrm{CKA} \quad \text{(cka)}
 
     with the quantities of :func:`inheritance`. The optima differ: the negated norm prefers opposite
-    factors and is bounded below by :math:`-2 / \sqrt D`, the other two prefer unrelated ones.
-
-    Args:
-        student: factor, ``[B, ...]``.
-        teacher: factor of the same shape.
-        p: 1 (default, as published) or 2, as in :func:`inheritance`.
-        measure: ``"norm"`` (default), ``"cosine"`` or ``"cka"``.
-        scale: ``"mean"`` (default, as published) or ``"sqrt_dim"``, as in :func:`inheritance`.
-        reduction: as in :func:`inheritance`.
+    factors and is at least :math:`-2 / \sqrt D`; the other two prefer unrelated factors. Arguments,
+    errors and references are those of :func:`inheritance`.
 
     Returns:
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or less for the norm, else 0 or more.
-
-    Raises:
-        ShapeError: if the shapes differ, or for ``"cka"`` with one sample.
-        ArgumentTypeError: if an argument is not a floating-point tensor.
-        ArgumentError: if an option is unknown or has no meaning with another.
-
-    References:
-        Z. Huang et al., CVPR 2021, as for :func:`inheritance`.
 
     Example:
         >>> import torch
@@ -166,10 +150,8 @@ def _unit(factor: Tensor) -> Tensor:
 
 def check_measure(p: int, measure: Measure, scale: Scale) -> None:
     """Raise if the options of a distance are unknown or contradict each other."""
-    if measure not in get_args(Measure):
-        raise ArgumentError(f'measure must be "norm", "cosine" or "cka", got {measure!r}')
-    if scale not in get_args(Scale):
-        raise ArgumentError(f'scale must be "mean" or "sqrt_dim", got {scale!r}')
+    check.one_of("measure", measure, get_args(Measure))
+    check.one_of("scale", scale, get_args(Scale))
     if p not in (1, 2):
         raise ArgumentError(f"p must be 1 or 2, got {p!r}")
     if measure != "norm" and (p != 1 or scale != "mean"):
@@ -184,11 +166,12 @@ def _check(
 ) -> None:
     check.floats("student", student)
     check.floats("teacher", teacher)
-    if student.dim() < 2 or student.shape != teacher.shape or not student.numel():
+    if student.dim() < 2 or student.shape != teacher.shape:
         raise ShapeError(
             "student and teacher must be factors of one shape [batch, ...], got "
             f"{check.shape(student)} and {check.shape(teacher)}"
         )
+    check.filled("factors", student)
     check_measure(p, measure, scale)
     if measure == "cka" and len(student) < 2:
         raise ShapeError('measure="cka" compares samples: it needs a batch of 2 or more, got 1')

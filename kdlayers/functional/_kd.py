@@ -22,24 +22,25 @@ def kd(
         L = T^2 \, \frac{1}{B} \sum_b \mathrm{KL}\big(
             \mathrm{softmax}(z^T_b / T) \,\|\, \mathrm{softmax}(z^S_b / T) \big)
 
-    Summed over classes, averaged over samples, times the squared temperature, so that the size of
-    the gradient does not depend on the temperature. Computed in log space, in float32 or better.
-    The gradient flows to both arguments; give the teacher's logits from ``torch.no_grad()``.
+    The sum over classes, averaged over samples, times the squared temperature, so that the size of
+    the gradient does not depend on the temperature. It is computed in log space, in float32 or
+    better. Both arguments get a gradient: compute the teacher's logits under ``torch.no_grad()``.
+    A logit of -inf is a class of probability 0.
 
     Args:
         student: logits, ``[B, K]``, any real floating-point type, ``K >= 2``.
         teacher: logits of the same shape.
         temperature: above 0. Default 4, usual for CIFAR-100; 1 is usual for ImageNet.
-        reduction: ``"mean"`` over samples (default), ``"sum"``, or ``"none"`` for one value a
-            sample; the squared temperature is always included.
+        reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
     Returns:
-        A scalar, or ``[B]`` with ``reduction="none"``; 0 or more, 0 where the distributions agree.
+        A scalar, or ``[B]`` with ``reduction="none"``; 0 or more, and 0 where the distributions
+        are equal.
 
     Raises:
         ShapeError: if the tensors are not logits of one shape.
         ArgumentTypeError: if an argument is not a floating-point tensor.
-        ArgumentError: if ``temperature`` or ``reduction`` cannot be used.
+        ArgumentError: if ``temperature`` or ``reduction`` is out of range.
 
     References:
         G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015,

@@ -1,4 +1,4 @@
-"""Keeps the closed forms in float32 or better, also inside autocast."""
+"""Keeps the closed forms in float32 or better, also under autocast."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -17,7 +17,7 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        device, narrow = None, False  # a plain loop: small losses take no longer than this
+        device, narrow = None, False  # a plain loop, because small losses take little longer
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 device = device or value.device.type
@@ -33,7 +33,7 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def widen(value: object) -> object:
-    """A float16 or bfloat16 tensor in float32; anything else as it is."""
+    """A float16 or bfloat16 tensor as float32; anything else unchanged."""
     if isinstance(value, Tensor) and value.dtype in _NARROW:
         return value.float()
     return value

@@ -11,35 +11,33 @@ from kdlayers.functional._precision import full_precision
 
 
 @full_precision
-def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def template_kl(scores: Tensor, assignment: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     r"""KL divergence of the student's template scores from the teacher's soft assignment.
 
     .. math::
         L = \frac{1}{N} \sum_{i=1}^{N} \sum_{k=1}^{K} q_{ik}
             \big[ \log q_{ik} - \log \mathrm{softmax}(a_i)_k \big], \qquad 0 \log 0 = 0
 
-    Summed over templates, averaged over images and positions. There is no temperature: the
-    scores carry a learnable scale.
+    The sum over templates, averaged over images and positions. There is no temperature, because the
+    scores have a learnable scale.
 
     Args:
         scores: the scores :math:`a` before softmax, ``[..., K]``, templates last.
-        targets: the assignment :math:`q` of the same shape: 0 or more, sums to 1 over the last
-            axis (not checked). Exact zeros, as in one-hot rows, are fine. Constants: no gradient
-            reaches them.
-        reduction: ``"mean"`` over all positions (default), ``"sum"``, or ``"none"`` for one value
-            a position.
+        assignment: the assignment :math:`q` of the same shape: 0 or more, sums to 1 over the last
+            axis (not checked). It may hold zeros, as one-hot rows do. It gets no gradient.
+        reduction: over positions: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or ``[...]`` with ``reduction="none"``; 0 or more.
 
     Raises:
-        ShapeError: if the shapes differ or there is no position.
+        ShapeError: if the shapes differ or the tensors are empty.
         ArgumentTypeError: if an argument is not a floating-point tensor.
         ArgumentError: if ``reduction`` is unknown.
 
     References:
         A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
-        Decide", BMVC 2023; the reduction is checked against the authors' code.
+        Decide", BMVC 2023. The reduction was checked against the authors' code.
 
     Example:
         >>> import torch
@@ -48,13 +46,14 @@ def template_kl(scores: Tensor, targets: Tensor, *, reduction: Reduction = "mean
         tensor(2.0794)
     """
     check.floats("scores", scores)
-    check.floats("targets", targets)
-    if scores.dim() == 0 or scores.shape != targets.shape or not scores.numel():
+    check.floats("assignment", assignment)
+    if scores.dim() == 0 or scores.shape != assignment.shape:
         raise ShapeError(
-            "scores and targets must have one shape [..., templates] with at least one position, "
-            f"got {check.shape(scores)} and {check.shape(targets)}"
+            "scores and assignment must have one shape [..., templates], got "
+            f"{check.shape(scores)} and {check.shape(assignment)}"
         )
-    targets = targets.detach()
-    negative_entropy = torch.xlogy(targets, targets).sum(dim=-1)
-    cross_entropy = -(targets * F.log_softmax(scores, dim=-1)).sum(dim=-1)
+    check.filled("scores", scores)
+    assignment = assignment.detach()
+    negative_entropy = torch.xlogy(assignment, assignment).sum(dim=-1)
+    cross_entropy = -(assignment * F.log_softmax(scores, dim=-1)).sum(dim=-1)
     return check.reduce(negative_entropy + cross_entropy, reduction)

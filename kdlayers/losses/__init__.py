@@ -1,6 +1,7 @@
-"""The losses: each a term that compares the student's tensor with the teacher's.
+"""The losses: each is a term that compares the student's tensor with the teacher's.
 
-They import `functional`, `_targets`, `_utils` and `errors`; `_step` and rooms above it import them.
+This folder imports `functional`, `_targets`, `_utils` and `errors`; `_step` and the folders above
+it import this one.
 """
 
 from kdlayers.losses._aekt import AEKTLoss as AEKTLoss

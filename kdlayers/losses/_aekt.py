@@ -5,7 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
+from kdlayers._utils.chunks import work_dtype
+from kdlayers.errors import NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._aekt import Form, adaptive, ratio_limit
 from kdlayers.functional._decoupled import decouple, divergence
@@ -24,48 +25,45 @@ class AEKTLoss(LogitLoss):
         (z_d, z^T, y)
 
     Decoupled distillation and the adaptive term of :func:`kdlayers.functional.aekt` compare the
-    teacher with :math:`z_d`, so the distillation reaches the student through :math:`W` only, while
-    the cross-entropy stays the user's, **on the student's own logits** :math:`z^S`. The layer is
-    in :meth:`parameters` for the optimiser and never in the exported student.
-    :meth:`relations` gives :math:`W`, which the method reads as relations between classes. With
-    labels that are probabilities ``[B, K]`` (mixup, CutMix, label smoothing) the three terms are
-    means over the classes that hold weight, weighted by the labels; with one-hot rows these are
-    exactly the terms for class indices.
+    teacher with :math:`z_d`, so the distillation reaches the student only through :math:`W`. The
+    cross-entropy stays the user's, **on the student's own logits** :math:`z^S`. :meth:`parameters`
+    has the layer for the optimiser; the exported student does not have it. :meth:`relations`
+    returns :math:`W`, which the method reads as relations between classes. With labels that are
+    probabilities ``[B, K]`` (mixup, CutMix, label smoothing) the three terms are means over the
+    classes that hold weight, weighted by the labels; one-hot rows give exactly the terms for class
+    indices.
 
-    **A reconstruction from the public summary.** Certain: three terms, the linear layer between the
-    student's logits and the distillation, cross-entropy before it, the teacher/student ratio. Ours:
-    the form of the adaptive term, all weights, the temperature, bias and initialisation. No
-    published accuracy is claimed.
+    **A reconstruction from the public summary.** It states three terms, the linear layer between
+    the student's logits and the distillation, the cross-entropy before it, and the teacher/student
+    ratio. The form of the adaptive term, all weights, the temperature, the bias and the
+    initialisation are our choices. We claim no published accuracy.
 
     Args:
         form: of the adaptive term: ``"chi2"`` (default), ``"ratio_sq"``, ``"ratio"``, ``"is"``.
         alpha: weight of the target-class term. Default 1.
-        beta: weight of the non-target-class term. Default 8, as for decoupled distillation, where
-            it belongs to particular pairs of networks: start lower on other data.
+        beta: weight of the non-target-class term. Default 8, as for decoupled distillation; start
+            lower on other data.
         gamma: weight of the adaptive term. Default 1; ``form="ratio"`` needs 0.1 or so.
         temperature: above 0. Default 4. With 1, give ``ratio_clip`` or a small ``gamma``.
         ratio_clip: largest ratio in the gradient; ``None`` (default): no clip.
         drop_one_minus_s: drop the factor 1 - s from the gradient. Default False.
         fc_bias: whether the linear layer has a bias. Default True.
-        fc_init: ``"identity"`` (default: step 0 equals the distillation of the raw logits) or
-            ``"default"``, PyTorch's initialisation of a linear layer.
-        weight: factor in ``kd.loss``; a :class:`~kdlayers.schedules.LinearWarmup` is advised, as
-            the ratio is largest in the first epochs. Default 1.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        fc_init: ``"identity"`` (default), so that step 0 distils the raw logits, or ``"default"``,
+            PyTorch's initialisation of a linear layer.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. Give ``weight`` a
+            :class:`~kdlayers.schedules.LinearWarmup`, as the ratio is largest in the first epochs.
 
-    The linear layer is made for the number of classes by :func:`kdlayers.attach_kd`, or at the
-    first call. :meth:`metrics` gives ``target``, ``others``, ``adaptive`` (the three terms before
-    their weights) and ``ratio``, the mean of r.
+    :func:`kdlayers.attach_kd`, or the first call, makes the linear layer for the number of classes.
+    :meth:`metrics` returns ``target``, ``others`` and ``adaptive``, the three terms before their
+    weights, and ``ratio``, the mean of r.
 
     Raises:
-        ArgumentError: if an option or number is unusable, or at the call a label is out of range.
-        ArgumentTypeError: at the call, if the labels are missing, or no tensor of numbers.
+        ArgumentError: if an option or number is out of range; at the call, if a label is.
+        ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
         ShapeError: at the call, if shapes differ or the number of classes has changed.
 
     Warns:
-        KDLayersWarning: at the call, with two classes: the non-target term is then always 0.
+        KDLayersWarning: at the call, with two classes, where the non-target term is always 0.
 
     Example:
         >>> import torch
@@ -82,8 +80,8 @@ class AEKTLoss(LogitLoss):
 
     def __init__(
         self,
-        form: Form = "chi2",
         *,
+        form: Form = "chi2",
         alpha: float = 1.0,
         beta: float = 8.0,
         gamma: float = 1.0,
@@ -95,13 +93,11 @@ class AEKTLoss(LogitLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
-        if form not in get_args(Form):
-            raise ArgumentError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
-        if fc_init not in ("identity", "default"):
-            raise ArgumentError(f'fc_init must be "identity" or "default", got {fc_init!r}')
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
+        check.one_of("form", form, get_args(Form))
+        check.one_of("fc_init", fc_init, ("identity", "default"))
         for key, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             check.not_negative(key, value)
         check.positive("temperature", temperature)
@@ -119,8 +115,7 @@ class AEKTLoss(LogitLoss):
         """Make the linear layer for the number of classes."""
         super().build(student, teacher)
         if self.fc is None:
-            dtype = torch.promote_types(student.dtype, torch.float32)
-            self._make_fc(student.shape[1], dtype, student.device)
+            self._make_fc(student.shape[1], work_dtype(student), student.device)
 
     def _make_fc(self, classes: int, dtype: torch.dtype, device: torch.device) -> None:
         fc = nn.Linear(classes, classes, bias=self.fc_bias)
@@ -187,8 +182,8 @@ class AEKTLoss(LogitLoss):
     def extra_repr(self) -> str:
         """Shows form, numbers, weight and at."""
         numbers = f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}"
-        rest = f"temperature={self.temperature}, {super().extra_repr()}"
-        return f"form={self.form!r}, {numbers}, {rest}"
+        first = f"form={self.form!r}, {numbers}, temperature={self.temperature}"
+        return f"{first}, {super().extra_repr()}"
 
 
 def _mean(values: Tensor, shares: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention transfer: where the channels' energy lies."""
+"""Attention transfer: at which positions the channels have their energy."""
 
 from typing import ClassVar
 
@@ -18,18 +18,15 @@ class AttentionTransferLoss(DistillLoss):
         L = \frac{1}{B H W} \sum_b \left\| \frac{Q(f^S_b)}{\|Q(f^S_b)\|_2}
             - \frac{Q(f^T_b)}{\|Q(f^T_b)\|_2} \right\|_2^2
 
-    The squared difference of the unit attention maps, averaged over samples **and positions** as
-    usual implementations do, so the value is at most 4 / (HW): hence the large weight. (The paper
-    writes the norm, not its square, times beta / 2.) Nothing is learnt, and the numbers of channels
-    may differ. Maps of different size are compared on the smaller grid, the larger one
-    average-pooled. The teacher is detached.
+    The squared difference of the unit attention maps, averaged over samples **and positions** as in
+    usual implementations. The value is at most 4 / (HW), hence the large weight. (The paper writes
+    the norm, not its square, times beta / 2.) The loss has no parameters, and the numbers of
+    channels may differ. Maps of different size are compared on the smaller grid, to which the
+    larger one is average-pooled. The teacher is detached.
 
     Args:
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1000, usual for
-            this mean.
-        at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; the default weight
+            is 1000, usual for this mean, and :func:`kdlayers.attach_kd` needs ``at``.
 
     Raises:
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch.
@@ -50,29 +47,21 @@ class AttentionTransferLoss(DistillLoss):
         weight: Weight = 1000.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean squared difference for maps ``[B, C, H, W]``; the labels are not used."""
         check_maps(student, teacher)
         student, teacher = on_one_grid(student, teacher.detach())
-        return _difference(student, teacher)
-
-
-@full_precision
-def _difference(student: Tensor, teacher: Tensor) -> Tensor:
-    return (unit_attention(student) - unit_attention(teacher)).square().mean()
-
-
-def unit_attention(maps: Tensor) -> Tensor:
-    """``[B, H * W]``: the energy at each position, of unit length for each sample."""
-    energy = attention(maps)
-    return energy * inverse_norm(energy)
+        ours, theirs = (
+            energy * inverse_norm(energy) for energy in map(attention, (student, teacher))
+        )
+        return (ours - theirs).square().mean()
 
 
 @full_precision
 def attention(maps: Tensor) -> Tensor:
-    """``[B, H * W]``: the energy at each position, a mean over channels."""
+    """``[B, H * W]``: the energy at each position, a mean over channels; float32 or better."""
     return maps.square().mean(dim=1).flatten(1)

@@ -27,12 +27,12 @@ class DistillLoss(nn.Module):
         at: what the loss compares. ``None``: the logits. A name: the outputs of the student's and
             the teacher's module of that name. A pair: (student's name, teacher's name).
         name: key of this term in ``kd.terms``; by default made from the class and ``at``.
-        teacher: index of the teacher to learn from, where ``attach_kd`` was given several;
+        teacher_index: index of the teacher to learn from, where ``attach_kd`` was given several;
             default: the mean of their logits, or the first one's features.
 
     Raises:
-        ArgumentError: if ``weight`` is negative, ``teacher`` no index, or ``at`` neither a name nor
-            a pair of names.
+        ArgumentError: if ``weight`` is negative, ``teacher_index`` is not an index, or ``at`` is
+            neither a name nor a pair of names.
         ArgumentTypeError: if ``weight`` is neither a number nor callable.
 
     Example:
@@ -60,7 +60,7 @@ class DistillLoss(nn.Module):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
         super().__init__()
         pair = isinstance(at, tuple) and len(at) == 2 and all(isinstance(n, str) for n in at)
@@ -68,12 +68,12 @@ class DistillLoss(nn.Module):
             raise ArgumentError(
                 f"at must be None (logits), a module name or a (student, teacher) pair, got {at!r}"
             )
-        if teacher is not None and (not isinstance(teacher, int) or teacher < 0):
-            raise ArgumentError(f"teacher is an index, counted from 0, got {teacher!r}")
+        if teacher_index is not None and (not isinstance(teacher_index, int) or teacher_index < 0):
+            raise ArgumentError(f"teacher_index counts the teachers from 0, got {teacher_index!r}")
         self.weight = check_weight(weight)
         self.at = at
         self.name = name
-        self.teacher = teacher
+        self.teacher_index = teacher_index
         self._metrics: dict[str, Tensor] = {}
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:

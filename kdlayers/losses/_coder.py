@@ -1,4 +1,4 @@
-"""The coders of inheritance and exploration, and how the teacher's one is learnt."""
+"""The encoders of inheritance and exploration, and the training of the teacher's one."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,9 @@ from kdlayers.losses._maps import check_map
 class Coder(nn.Sequential):
     """Three 3x3 convolutions, in -> in -> out -> out, between leaky ReLUs (slope 0.1).
 
-    Each convolution has stride 1, padding 1, no bias and a batch norm; a leaky ReLU leads, one
-    follows each batch norm. Convolutions start at N(0, 2 / (9 out)). As in the authors' code.
+    The first layer is a leaky ReLU. Each convolution has stride 1, padding 1 and no bias; a batch
+    norm and a leaky ReLU follow it. Weights are drawn from N(0, 2 / (9 out)), as in the authors'
+    code.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -30,7 +31,7 @@ class Coder(nn.Sequential):
         self.reset()
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw the convolutions anew, from ``generator`` if given; batch norms start again."""
+        """Draw new weights, from ``generator`` if given, and reset the batch norms."""
         for layer in self:
             if isinstance(layer, nn.Conv2d):
                 drawn = torch.empty(layer.weight.shape, dtype=torch.float32)
@@ -40,7 +41,7 @@ class Coder(nn.Sequential):
                 layer.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name in nn.Sequential
-        """``[B, in, H, W]`` in any real type to ``[B, out, H, W]``, in the type of the weights."""
+        """``[B, in, H, W]`` of any real type to ``[B, out, H, W]`` in the type of the weights."""
         maps = input.to(self.weight.dtype)
         for layer in self:
             maps = layer(maps)
@@ -54,7 +55,7 @@ class Coder(nn.Sequential):
 
 
 class AutoEncoder(nn.Module):
-    """The teacher's coder and the decoder that it is learnt with."""
+    """The teacher's encoder and the decoder that is trained with it."""
 
     def __init__(self, channels: int, factor_channels: int) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ def reconstruction_error(rebuilt: Tensor, maps: Tensor, power: int) -> Tensor:
 
 
 def freeze(module: nn.Module) -> None:
-    """Turn the parameters of ``module`` into buffers: same names in its state, none to train."""
+    """Turn the parameters of ``module`` into buffers of the same names, so that none is trained."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             delattr(part, name)
@@ -88,15 +89,15 @@ def freeze(module: nn.Module) -> None:
 
 
 class AutoEncoderFitter:
-    """Learns an auto-encoder of the teacher's maps, one SGD step a batch, pass after pass.
+    """Trains an auto-encoder of the teacher's maps, with one SGD step for each batch.
 
-    Nesterov momentum 0.9 and weight decay 5e-4, as in the authors' code. Over the ranks of
-    ``torch.distributed`` each learns from its own data, and all take the mean of the weights after
-    every pass, which needs no equal number of batches.
+    Nesterov momentum 0.9 and weight decay 5e-4, as in the authors' code. Under
+    ``torch.distributed`` each rank trains on its own data, and after every pass all ranks take the
+    mean of the weights. The numbers of batches may differ.
 
     Args:
-        make: gives the auto-encoder to train for the first batch of maps.
-        done: takes it when the last pass is over.
+        make: returns the auto-encoder to train, given the first batch of maps.
+        done: called with it after the last pass.
         epochs: number of passes.
         power: 1 for the mean absolute error, 2 for the mean squared one.
         lr: learning rate.
@@ -104,7 +105,7 @@ class AutoEncoderFitter:
     """
 
     varied = True
-    """Each pass may come in another order and augmentation, as in any training."""
+    """Passes may differ in order and augmentation, as in any training."""
 
     def __init__(
         self,
@@ -133,9 +134,11 @@ class AutoEncoderFitter:
                 f"{coder.channels}"
             )
         if teacher.numel() == teacher.shape[1]:
-            return  # one position has no batch statistics; a last batch of one image can be that
+            return  # one position, as of a last batch of one image, has no batch statistics
         with torch.enable_grad(), torch.autocast(teacher.device.type, enabled=False):
             maps = teacher.detach().to(coder.weight)
+            if maps.is_inference():
+                maps = maps.clone()  # such tensors cannot be saved for a backward pass
             error = reconstruction_error(coder(maps), maps, self._power)
             self._optimiser.zero_grad()
             error.backward()
@@ -144,7 +147,7 @@ class AutoEncoderFitter:
         self._batches += 1
 
     def _start(self, teacher: Tensor) -> AutoEncoder:
-        with torch.random.fork_rng(devices=[]):  # the weights come from a generator of their own
+        with torch.random.fork_rng(devices=[]):  # `reset` draws the weights from its own generator
             self._coder = self._make(teacher)
         self._error = self._error.to(self._coder.weight)
         generator = torch.Generator().manual_seed(self._seed)
@@ -156,19 +159,21 @@ class AutoEncoderFitter:
         return self._coder
 
     def end_pass(self) -> bool:
-        """Report the pass; hand the auto-encoder over after the last one."""
+        """Report the pass; after the last one hand the auto-encoder over."""
         error, batches = all_sum(torch.stack([self._error, self._error.new_tensor(self._batches)]))
         if self._coder is None or not batches:
             raise FitError(
-                "the auto-encoder of InheritExploreLoss needs batches of more than one position; "
-                "every batch had one image with a 1x1 map"
+                "the auto-encoder of InheritExploreLoss needs batches of more than one position, "
+                "but every batch had one image with a 1x1 map"
             )
         if not error.isfinite():
             raise FitError(
                 f"the reconstruction loss of the auto-encoder is {float(error)}: the teacher's "
-                f"features hold NaN or infinity, or fit_lr={self._lr} is too large"
+                f"features have NaN or infinity, or fit_lr={self._lr} is too large"
             )
-        self._average(self._coder)
+        for value in self._coder.state_dict().values():
+            if world_size() > 1 and value.is_floating_point():
+                value.copy_(all_sum(value) / world_size())
         self._passes += 1
         self.stage = (
             f"auto-encoder {min(self._passes + 1, self._epochs)}/{self._epochs}, "
@@ -179,9 +184,3 @@ class AutoEncoderFitter:
             return True
         self._done(self._coder)
         return False
-
-    @staticmethod
-    def _average(coder: AutoEncoder) -> None:
-        for value in coder.state_dict().values():
-            if world_size() > 1 and value.is_floating_point():
-                value.copy_(all_sum(value) / world_size())

@@ -12,30 +12,27 @@ class DKDLoss(LogitLoss):
 
     .. math:: L = T^2 \big( \alpha \, \mathrm{TCKD} + \beta \, \mathrm{NCKD} \big)
 
-    See :func:`kdlayers.functional.dkd` for the two terms. The authors add it to the cross-entropy
-    and ramp it up over the first 20 epochs of CIFAR-100: give ``weight`` a
-    :class:`kdlayers.schedules.LinearWarmup`. Needs the labels: class indices ``[B]``, or
-    probabilities ``[B, K]`` of mixup, CutMix and label smoothing. For these it is the mean over the
-    classes that hold weight, weighted by the labels, which with one-hot rows is exactly the loss
-    for class indices.
+    See :func:`kdlayers.functional.dkd` for the two terms. The authors add the loss to the
+    cross-entropy and ramp its weight up over the first 20 epochs of CIFAR-100, as a
+    :class:`kdlayers.schedules.LinearWarmup` does. It needs the labels: class
+    indices ``[B]``, or probabilities ``[B, K]`` of mixup, CutMix and label smoothing. For these it
+    is the mean over the classes that hold weight, weighted by the labels; one-hot rows give exactly
+    the loss for class indices.
 
     Args:
         alpha: weight of the target-class term. Default 1.
-        beta: weight of the non-target-class term. Default 8, the authors' value for one pair;
-            theirs run from 0.5 (ImageNet) to 8. Start lower on other data.
+        beta: weight of the non-target-class term. Default 8, the authors' value for one pair of
+            networks; their values run from 0.5 (ImageNet) to 8. Start lower on other data.
         temperature: above 0. Default 4; the authors use 1 on ImageNet.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
-        ArgumentError: if a number is out of range, or at the call a label is.
-        ArgumentTypeError: at the call, if the labels are missing, or no tensor of numbers.
+        ArgumentError: if a number is out of range; at the call, if a label is.
+        ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
         ShapeError: at the call, if the tensors are not logits of one shape with a label a sample.
 
     Warns:
-        KDLayersWarning: at the call, with two classes: the non-target term is then always 0.
+        KDLayersWarning: at the call, with two classes, where the non-target term is always 0.
 
     Example:
         >>> import torch
@@ -47,16 +44,16 @@ class DKDLoss(LogitLoss):
 
     def __init__(
         self,
+        *,
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
-        *,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.not_negative("alpha", alpha)
         check.not_negative("beta", beta)
         check.positive("temperature", temperature)
@@ -76,6 +73,6 @@ class DKDLoss(LogitLoss):
         )
 
     def extra_repr(self) -> str:
-        """Shows the three numbers besides weight and at."""
+        """Shows the three numbers before weight and at."""
         numbers = f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
         return f"{numbers}, {super().extra_repr()}"

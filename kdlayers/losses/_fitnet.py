@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._precision import full_precision
@@ -20,18 +20,15 @@ class FitNetLoss(DistillLoss):
         L = \frac{1}{B C_T H W} \sum \big( r(f^S) - f^T \big)^2
 
     with a learnt 1x1 convolution :math:`r` (with bias, PyTorch's initialisation) from the student's
-    to the teacher's channels. Averaged over everything, without the paper's factor 1/2. Maps of
-    different size are compared on the smaller grid, the larger one average-pooled. The teacher is
-    detached. The regressor is in :meth:`parameters` for the optimiser and never in the exported
-    student. The paper trains on hints first and distils afterwards; here the term is added to the
-    loss, as is usual since.
+    to the teacher's channels. The mean over everything, without the paper's factor 1/2. Maps of
+    different size are compared on the smaller grid, to which the larger one is average-pooled. The
+    teacher is detached. :meth:`parameters` has the regressor for the optimiser; the exported
+    student does not have it. The paper trains on hints first and distils afterwards; here the term
+    is part of the loss, as in later work.
 
     Args:
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1; 100 is usual
-            on CIFAR-100.
-        at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`;
+            :func:`kdlayers.attach_kd` needs ``at``. A weight of 100 is usual on CIFAR-100.
 
     Raises:
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch or the
@@ -54,18 +51,17 @@ class FitNetLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         self.register_module("regressor", None)
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Make the regressor for the channels of both maps."""
         check_maps(student, teacher)
         if self.regressor is None:
-            dtype = torch.promote_types(student.dtype, torch.float32)
             regressor = nn.Conv2d(student.shape[1], teacher.shape[1], 1)
-            self.regressor = regressor.to(student.device, dtype)
+            self.regressor = regressor.to(student.device, work_dtype(student))
 
     def _build_from(self, state: dict[str, Tensor]) -> None:
         saved = state.get("regressor.weight")
@@ -76,21 +72,18 @@ class FitNetLoss(DistillLoss):
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean squared difference for maps ``[B, C, H, W]``; the labels are not used."""
         self.build(student, teacher)
-        made = self.regressor
-        if made is None or (made.in_channels, made.out_channels) != (
-            student.shape[1],
-            teacher.shape[1],
-        ):
+        weight, bias = self.regressor.weight, self.regressor.bias  # type: ignore[union-attr]
+        if weight.shape[:2] != (teacher.shape[1], student.shape[1]):
             raise ShapeError(
-                f"this FitNetLoss maps {made.in_channels if made else 0} to "
-                f"{made.out_channels if made else 0} channels, got {check.shape(student)} and "
-                f"{check.shape(teacher)}; use one FitNetLoss for each point"
+                f"this FitNetLoss maps {weight.shape[1]} to {weight.shape[0]} channels, got "
+                f"{check.shape(student)} and {check.shape(teacher)}; use one FitNetLoss for each "
+                "point"
             )
         student, teacher = on_one_grid(student, teacher.detach())
-        return _hint(student, teacher, made.weight, made.bias)
+        return _hint(student, teacher, weight, bias)
 
 
 @full_precision
 def _hint(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Not F.mse_loss, whose backward on torch 2.9 refuses a teacher in float64.
+    # F.mse_loss would refuse a float64 teacher in its backward pass with torch 2.9.
     return (F.conv2d(student, weight, bias) - teacher).square().mean()

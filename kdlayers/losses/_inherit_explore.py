@@ -1,13 +1,14 @@
-"""Inheritance and exploration: one half of the features follows the teacher, the other leaves."""
+"""Inheritance and exploration: half of the features follows the teacher, half leaves it."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
+from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import exploration, inheritance
@@ -33,7 +34,7 @@ Made = TypeVar("Made")
 class InheritExploreLoss(DistillLoss):
     r"""Inheritance and exploration, IE-KD (Huang et al., CVPR 2021).
 
-    The student's channels are split in two. One part shall hold what the teacher knows, the other
+    The student's channels are split in two. One part learns what the teacher knows, the other part
     something else:
 
     .. math::
@@ -43,55 +44,53 @@ class InheritExploreLoss(DistillLoss):
 
     with the distances of :func:`kdlayers.functional.inheritance` and
     :func:`~kdlayers.functional.exploration` between factors of one shape. :math:`E_T` is the
-    encoder of an auto-encoder that ``kd.fit`` learns from the teacher before training; then it is
-    frozen, in evaluation mode. :math:`E_i, E_e` are learnt with the student: give
-    :meth:`parameters` to its optimiser. The student's forward is unchanged, and nothing of this is
-    in the exported student.
+    encoder of an auto-encoder that ``kd.fit`` trains on the teacher's maps beforehand; after that
+    it is frozen, in evaluation mode. :math:`E_i, E_e` are trained with the student: give
+    :meth:`parameters` to its optimiser. The student's forward does not change, and the exported
+    student has none of this.
 
-    Meant for the last feature map after its ReLU, before pooling. Maps of different size are
-    compared on the smaller grid, the larger one average-pooled (our extension).
+    The method uses the last feature map, after its ReLU and before pooling. Maps of different size
+    are compared on the smaller grid, to which the larger one is average-pooled (our extension).
 
     Args:
         factor_channels: k, channels of the factors; default half the student's channels.
         split: ``"natural"`` (default: the first channels inherit) or ``"random"``, drawn from
-            ``seed``. The channels are buffers, so a resumed run keeps its split.
-        inherit_ratio: part of the channels that inherits, between 0 and 1. Default 0.5.
+            ``seed``. The indices are buffers, so a resumed run keeps its split.
+        inherit_ratio: share of the channels that inherits, between 0 and 1. Default 0.5.
         p: exponent of the distance, 1 (default) or 2.
         measure: ``"norm"`` (default), ``"cosine"`` or ``"cka"``.
-        scale: ``"mean"`` (default, as published), or ``"sqrt_dim"``: the weights then do not depend
-            on the size of the maps; start near 1 instead of 50.
+        scale: ``"mean"`` (default, as published), or ``"sqrt_dim"``, with which the weights do not
+            depend on the size of the maps; start near 1 instead of 50.
         inherit_weight: :math:`\lambda_\mathrm{inh}`, 0 or more. Default 50, reported as best.
         explore_weight: :math:`\lambda_\mathrm{exp}`, 0 or more. Default 50, reported as best.
-        host: ``"factor"`` (default), or ``"attention"``, our extension: the attention maps of
-            :class:`~kdlayers.losses.AttentionTransferLoss` take the place of the factors, so there
-            are no encoders and nothing to fit.
+        host: ``"factor"`` (default), or ``"attention"`` (our extension), which compares the
+            attention maps of :class:`~kdlayers.losses.AttentionTransferLoss` instead of factors and
+            needs no encoders and no fit.
         coder: ``"fitted"`` (default), or ``"online"`` for mutual learning, where the peer changes
-            all the time: the peer's auto-encoder is learnt along, by its reconstruction loss, which
-            is added with weight 1. No code of the authors' is known for that form: it is a
+            all the time: its auto-encoder is trained along, by the reconstruction loss, which is
+            added with weight 1. We know no code of the authors for this form; it is a
             reconstruction from the abstract.
-        reconstruction: of the auto-encoder, ``"l1"`` (default, as in the authors' code) or
+        reconstruction: loss of the auto-encoder: ``"l1"`` (default, as in the authors' code) or
             ``"l2"``, the squared error that the paper writes.
-        epochs: passes over the data of ``kd.fit``. Default 30.
-        fit_lr: its learning rate, constant. Default 0.1.
-        seed: of the random split.
-        weight: factor in ``kd.loss``, on top of the two weights. Default 1.
-        at: a name, or a pair (student's, teacher's); needed with :func:`kdlayers.attach_kd`.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        epochs: passes over the data in ``kd.fit``. Default 30.
+        fit_lr: constant learning rate of the auto-encoder. Default 0.1.
+        seed: seed of the random split.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. ``weight`` is
+            multiplied by the two weights above; :func:`kdlayers.attach_kd` needs ``at``.
 
-    :meth:`metrics` gives the two terms apart, without their weights, as ``inheritance`` and
-    ``exploration``: with equal weights their sum is near 0 and says nothing.
+    :meth:`metrics` returns the two terms without their weights, as ``inheritance`` and
+    ``exploration``, because with equal weights their sum is near 0 and says nothing.
 
     Raises:
-        ArgumentError: if an option or number is unusable.
+        ArgumentError: if an option or number is out of range.
         NotFittedError: at the call, before the auto-encoder has been fitted.
-        ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, or
+        ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, or the
             channels differ from those at the first call.
 
     Differences from the authors' code: its variables call the trained network teacher and the
-    frozen one student, here the names are the paper's; the decoders of the student's halves, which
-    take part in no loss, are left out; the teacher's factor is detached, which changes no gradient.
-    Losses and gradients agree with that code.
+    frozen one student, whereas these names are the paper's. The decoders of the student's halves,
+    which are part of no loss, are left out. The teacher's factor is detached, which changes no
+    gradient. Losses and gradients agree with that code.
 
     Example:
         >>> import torch
@@ -118,8 +117,8 @@ class InheritExploreLoss(DistillLoss):
 
     def __init__(
         self,
-        factor_channels: int | None = None,
         *,
+        factor_channels: int | None = None,
         split: Split = "natural",
         inherit_ratio: float = 0.5,
         p: int = 1,
@@ -136,14 +135,14 @@ class InheritExploreLoss(DistillLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check_measure(p, measure, scale)
-        _one_of("split", split, ("natural", "random"))
-        _one_of("host", host, ("factor", "attention"))
-        _one_of("coder", coder, ("fitted", "online"))
-        _one_of("reconstruction", reconstruction, ("l1", "l2"))
+        check.one_of("split", split, get_args(Split))
+        check.one_of("host", host, get_args(Host))
+        check.one_of("coder", coder, get_args(Learning))
+        check.one_of("reconstruction", reconstruction, get_args(Reconstruction))
         check.not_negative("inherit_weight", inherit_weight)
         check.not_negative("explore_weight", explore_weight)
         check.positive("inherit_ratio", inherit_ratio)
@@ -167,7 +166,7 @@ class InheritExploreLoss(DistillLoss):
         self.register_buffer("inherit_channels", None)
         self.register_buffer("explore_channels", None)
         self._is_fitted = host == "attention" or coder == "online"
-        # A copy for the state dict; reading it in a step would wait for the device.
+        # A copy for the state dict, because reading it in a step would wait for the device.
         self.register_buffer("is_fitted", torch.tensor(self._is_fitted))
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
@@ -177,7 +176,7 @@ class InheritExploreLoss(DistillLoss):
             self._split_channels(student.shape[1], student.device)
         if self.host == "attention" or self.inherit_encoder is not None:
             return
-        dtype = torch.promote_types(student.dtype, torch.float32)
+        dtype = work_dtype(student)
         factor = self.factor_channels or max(1, student.shape[1] // 2)
         if self.auto_encoder is None:
             self._hold(AutoEncoder(teacher.shape[1], factor).to(student.device, dtype))
@@ -208,7 +207,7 @@ class InheritExploreLoss(DistillLoss):
         self.auto_encoder = coder
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the encoders; a fitted one of the teacher stays in evaluation mode."""
+        """Set the mode of the encoders; the teacher's fitted one stays in evaluation mode."""
         super().train(mode)
         if self.auto_encoder is not None and self.coder == "fitted":
             self.auto_encoder.eval()
@@ -238,7 +237,7 @@ class InheritExploreLoss(DistillLoss):
         return _made(self.inherit_encoder)(inherits), _made(self.explore_encoder)(explores), theirs
 
     def _learn_along(self, teacher: Tensor, factor: Tensor) -> dict[str, Tensor]:
-        """The reconstruction loss of a coder that is learnt along with the student."""
+        """The reconstruction loss of an auto-encoder that is trained along with the student."""
         if self.coder == "fitted" or self.host == "attention":
             return {}
         maps = teacher.to(factor.dtype)
@@ -261,17 +260,15 @@ class InheritExploreLoss(DistillLoss):
                 "InheritExploreLoss needs an auto-encoder of the teacher's features: call "
                 "kd.fit(loader) before training; without attach_kd, call loss.fit(batches)"
             )
-        positions = min(student.shape[2], teacher.shape[2]) * min(
-            student.shape[3], teacher.shape[3]
-        )
-        if self.host == "factor" and self.training and len(student) * positions == 1:
+        height, width = map(min, student.shape[2:], teacher.shape[2:])
+        if self.host == "factor" and self.training and len(student) * height * width == 1:
             raise ShapeError(
                 "one image with a 1x1 map has no batch statistics; use drop_last=True in the "
                 "loader, or a point with larger maps"
             )
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:
-        """What learns the auto-encoder from the teacher's maps; ``None`` if nothing is to fit."""
+        """What trains the auto-encoder on the teacher's maps; ``None`` if nothing needs a fit."""
         if self.host == "attention" or self.coder == "online":
             return None
         return AutoEncoderFitter(
@@ -292,27 +289,26 @@ class InheritExploreLoss(DistillLoss):
                 "the number of factor channels is not known yet: give factor_channels=, or call "
                 "build(student_maps, teacher_maps) first, as attach_kd does"
             )
-        dtype = torch.promote_types(teacher.dtype, torch.float32)
-        return AutoEncoder(teacher.shape[1], self.factor_channels).to(teacher.device, dtype)
+        made = AutoEncoder(teacher.shape[1], self.factor_channels)
+        return made.to(teacher.device, work_dtype(teacher))
 
     def _take(self, coder: AutoEncoder) -> None:
         self._hold(coder)
-        self.is_fitted.fill_(True)
+        self.is_fitted = torch.ones_like(self.is_fitted)
         self._is_fitted = True
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, seed: int = 0) -> Self:
-        """Learn the auto-encoder without :func:`kdlayers.attach_kd`.
+        """Train the auto-encoder without :func:`kdlayers.attach_kd`.
 
         Args:
-            batches: (teacher maps ``[B, C, H, W]``, anything) pairs, iterable again and again.
-            seed: of the initial weights. Default 0.
+            batches: pairs (teacher maps ``[B, C, H, W]``, anything), which can be iterated again.
+            seed: seed of the initial weights. Default 0.
 
         Returns:
             The loss itself.
 
         Raises:
-            ArgumentError: if the factor channels are not known: ``factor_channels`` was not given
-                and :meth:`build` not called.
+            ArgumentError: if neither ``factor_channels`` was given nor :meth:`build` called.
             FitError: if there is no batch, or the reconstruction loss is not finite.
         """
         fitter = self.fitter(seed=seed)
@@ -322,7 +318,7 @@ class InheritExploreLoss(DistillLoss):
 
     @property
     def fitted(self) -> bool:
-        """Whether the auto-encoder has been learnt; True where none is fitted beforehand."""
+        """Whether the auto-encoder has been fitted; True where none needs a fit."""
         return self._is_fitted
 
     def _build_from(self, state: dict[str, Tensor]) -> None:
@@ -344,7 +340,7 @@ class InheritExploreLoss(DistillLoss):
         self._is_fitted = bool(self.is_fitted)
 
     def extra_repr(self) -> str:
-        """Shows the options that decide what is compared, weight and at."""
+        """Shows the options that decide what is compared, then weight and at."""
         options = f"host={self.host!r}, measure={self.measure!r}, p={self.p}, split={self.split!r}"
         weights = f"inherit_weight={self.inherit_weight}, explore_weight={self.explore_weight}"
         return f"{options}, {weights}, {super().extra_repr()}"
@@ -352,10 +348,5 @@ class InheritExploreLoss(DistillLoss):
 
 def _made(part: Made | None) -> Made:
     if part is None:
-        raise NotFittedError("InheritExploreLoss is not built: build() or the first call does it")
+        raise NotFittedError("InheritExploreLoss has no encoders yet; call build() first")
     return part
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")

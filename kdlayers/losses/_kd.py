@@ -13,18 +13,15 @@ class KDLoss(LogitLoss):
     .. math::
         L = T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z^T / T) \,\|\, \mathrm{softmax}(z^S / T)\big)
 
-    Summed over classes, averaged over samples; see :func:`kdlayers.functional.kd`. The teacher is
-    not detached here, so that a learnable teacher side gets its gradient
-    (:class:`~kdlayers.losses.StudentFriendlyKDLoss`); :func:`kdlayers.attach_kd` runs the teacher
-    without one.
+    The sum over classes, averaged over samples; see :func:`kdlayers.functional.kd`. The loss does
+    not detach the teacher, so that a trainable teacher side gets its gradient, as in
+    :class:`~kdlayers.losses.StudentFriendlyKDLoss`; :func:`kdlayers.attach_kd` runs the teacher
+    without gradients.
 
     Args:
         temperature: above 0. Default 4, usual for CIFAR-100; 1 is usual for ImageNet.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1; a usual
-            choice on CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. A usual weight on
+            CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -39,14 +36,14 @@ class KDLoss(LogitLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
         *,
+        temperature: float = 4.0,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.positive("temperature", temperature)
         self.temperature = temperature
 
@@ -55,5 +52,5 @@ class KDLoss(LogitLoss):
         return kd(student, teacher, temperature=self.temperature)
 
     def extra_repr(self) -> str:
-        """Shows the temperature besides weight and at."""
+        """Shows the temperature before weight and at."""
         return f"temperature={self.temperature}, {super().extra_repr()}"

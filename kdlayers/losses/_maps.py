@@ -21,22 +21,20 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
 def check_map(name: str, value: Tensor) -> None:
     """Raise unless ``value`` is a feature map with at least one image, channel and position."""
     check.floats(name, value)
-    if value.dim() != 4 or not value.numel():
+    if value.dim() != 4:
         raise ShapeError(
             f"{name} must be feature maps [batch, channels, height, width], got "
-            f"{check.shape(value)}; attach_kd converts tokens and channels-last maps, alone use "
-            "tokens.transpose(1, 2).unflatten(2, (height, width)) or maps.movedim(-1, 1)"
+            f"{check.shape(value)}; attach_kd converts tokens and channels-last maps; without it "
+            "use tokens.transpose(1, 2).unflatten(2, (height, width)) or maps.movedim(-1, 1)"
         )
+    check.filled(f"{name} maps", value)
 
 
 def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps on the smaller grid, axis by axis: the larger one average-pooled."""
-    height = min(student.shape[2], teacher.shape[2])
-    width = min(student.shape[3], teacher.shape[3])
-    return _pool(student, height, width), _pool(teacher, height, width)
-
-
-def _pool(maps: Tensor, height: int, width: int) -> Tensor:
-    if maps.shape[2:] == (height, width):
-        return maps
-    return F.adaptive_avg_pool2d(maps, (height, width))
+    """Both maps on the smaller grid, axis by axis; the larger one is average-pooled."""
+    size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
+    ours, theirs = (
+        maps if maps.shape[2:] == size else F.adaptive_avg_pool2d(maps, size)
+        for maps in (student, teacher)
+    )
+    return ours, theirs

@@ -16,16 +16,13 @@ class MutualLoss(LogitLoss):
         \mathrm{softmax}(z_i / T) \big), \qquad T = 1
 
     for student :math:`i` and its peer :math:`j`, whose logits are detached: each network's loss
-    trains that network alone. Summed over classes, averaged over samples. The value equals
-    :func:`kdlayers.functional.kd`; checked against the mutual learning in the released code of
-    "Revisiting Knowledge Distillation: An Inheritance and Exploration Framework", CVPR 2021.
+    trains that network alone. The sum over classes, averaged over samples. The value equals
+    :func:`kdlayers.functional.kd`; it was checked against the mutual learning in the released code
+    of "Revisiting Knowledge Distillation: An Inheritance and Exploration Framework", CVPR 2021.
 
     Args:
         temperature: above 0. Default 1, as published.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -42,14 +39,14 @@ class MutualLoss(LogitLoss):
 
     def __init__(
         self,
-        temperature: float = 1.0,
         *,
+        temperature: float = 1.0,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.positive("temperature", temperature)
         self.temperature = temperature
 
@@ -59,5 +56,5 @@ class MutualLoss(LogitLoss):
         return kd(student, teacher.detach(), temperature=self.temperature)
 
     def extra_repr(self) -> str:
-        """Shows the temperature besides weight and at."""
+        """Shows the temperature before weight and at."""
         return f"temperature={self.temperature}, {super().extra_repr()}"

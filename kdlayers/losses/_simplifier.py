@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from kdlayers.errors import ArgumentError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._precision import full_precision, linear
 
@@ -16,17 +15,17 @@ class AttentionSimplifier(nn.Module):
         u = x + W_o \, \mathrm{softmax}(q k^\top) \, v + b_o
 
     The softmax runs over the last axis of the d x d matrix. :math:`W_o` and :math:`b_o` start at
-    zero, so at first :math:`u = x`; the other layers have PyTorch's initialisation. Samples do not
-    mix. Computed in float32 or better.
+    zero, so that :math:`u = x` at first; the other layers have PyTorch's initialisation. Samples do
+    not mix. Everything is computed in float32 or better.
 
     **A reconstruction**: the summary of student-friendly distillation names an attention and
-    softened logits; layout, residual and initialisation are ours.
+    softened logits; the layout, the residual and the initialisation are our choices.
 
     Args:
         num_classes: K, at least 2.
         width: d. Default ``min(K, 128)``; memory grows with batch x d x d.
-        residual: add :math:`x`. Default True; without it the result starts at 0 and more easily
-            copies the student.
+        residual: add :math:`x`. Default True. Without it the result starts at 0, and copies the
+            student more easily.
 
     Raises:
         ArgumentError: if ``num_classes`` is below 2 or ``width`` below 1.
@@ -42,12 +41,8 @@ class AttentionSimplifier(nn.Module):
         self, num_classes: int, width: int | None = None, *, residual: bool = True
     ) -> None:
         super().__init__()
-        width = min(num_classes, 128) if width is None else width
-        if num_classes < 2 or width < 1:
-            raise ArgumentError(
-                f"AttentionSimplifier needs num_classes >= 2 and width >= 1, got {num_classes} and "
-                f"{width}"
-            )
+        check.count("num_classes", num_classes, least=2)
+        width = check.count("width", min(num_classes, 128) if width is None else width)
         self.query = nn.Linear(num_classes, width)
         self.key = nn.Linear(num_classes, width)
         self.value = nn.Linear(num_classes, width)

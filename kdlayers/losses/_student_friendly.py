@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kdlayers._utils.chunks import work_dtype
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
@@ -21,21 +22,21 @@ class StudentFriendlyKDLoss(LogitLoss):
         x = z^T / T, \qquad u = \mathrm{simplifier}(x), \qquad \tilde z = T u, \qquad
         L = L_\mathrm{base}(z^S, \tilde z, y)
 
-    The base loss is unchanged; its gradient trains the simplifier through the teacher's side,
-    together with the student. The teacher itself gets no gradient. With the default simplifier
-    step 0 equals the base loss. The simplifier is in :meth:`parameters` for the optimiser (left
-    out, this is the base loss with no error) and never in the exported student.
+    The base loss is unchanged. Its gradient trains the simplifier through the teacher's side,
+    together with the student; the teacher itself gets no gradient. With the default simplifier
+    step 0 equals the base loss. :meth:`parameters` has the simplifier for the optimiser (without
+    it this is the base loss, and no error); the exported student does not have it.
 
-    **A reconstruction from the public summary.** Certain: softening by a temperature first, then a
-    learnt attention, joint training by an unchanged distillation loss. Ours: the attention's
-    layout, residual and initialisation, temperature and weights. No published accuracy is claimed.
-    ("SKD" names several other methods too.)
+    **A reconstruction from the public summary.** It states softening by a temperature, then a
+    learnt attention, and joint training by an unchanged distillation loss. The attention's layout,
+    residual and initialisation, the temperature and the weights are our choices. We claim no
+    published accuracy. ("SKD" names several other methods too.)
 
-    **Collapse.** The loss is 0 when the simplifier copies the student, so cross-entropy must stay
-    strong: equal weights, not 0.1 to 0.9. :meth:`metrics` shows it: ``entropy`` of softmax(u),
+    **Collapse.** The loss is 0 when the simplifier copies the student, so give the cross-entropy
+    the same weight, not 0.1 to 0.9. :meth:`metrics` shows a collapse: ``entropy`` of softmax(u),
     ``agreement`` of its largest class with the teacher's, ``teacher_kl`` =
-    KL(softmax(x) || softmax(u)), each a mean over the batch. When the mean agreement over
-    ``check_every`` calls is below ``min_agreement``, a warning says so.
+    KL(softmax(x) || softmax(u)), each a mean over the batch. The loss warns when the mean agreement
+    over ``check_every`` calls is below ``min_agreement``.
 
     Args:
         base: the loss that compares logits. Default ``KDLoss(temperature)``; also DKDLoss,
@@ -46,21 +47,18 @@ class StudentFriendlyKDLoss(LogitLoss):
             :func:`kdlayers.attach_kd` or at the first call.
         temperature: T, above 0. Default: the base loss's, or 4. The base must have the same.
         simplifier_grad_scale: factor of the gradient from the base loss into the simplifier, 0 or
-            more; 1/T^2 takes the base's T^2 away there. Default 1.
-        anchor: factor, 0 or more, of KL(softmax(x) || softmax(u)), which holds the simplifier at
+            more; 1/T^2 cancels the base's T^2 there. Default 1.
+        anchor: factor, 0 or more, of KL(softmax(x) || softmax(u)), which keeps the simplifier near
             the teacher. Default 0: the method trains it by the distillation loss alone.
         min_agreement: between 0 and 1; default 0.5 (healthy toy runs stay above 0.98, collapsed
             ones fall below 0.1). 0 never warns.
-        check_every: calls between two looks at the agreement, each of which waits for the device.
-            Default 100. Under ``torch.compile`` there is no look; watch ``kd.terms``.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher: index of the teacher to learn from, where there are several.
+        check_every: calls between two checks of the agreement, each of which waits for the device.
+            Default 100. ``torch.compile`` leaves the checks out; watch ``kd.terms``.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
         ArgumentError: if a number is out of range or ``base`` cannot be used.
-        ArgumentTypeError: if ``base`` is no DistillLoss or ``simplifier`` no module.
+        ArgumentTypeError: if ``base`` is not a DistillLoss or ``simplifier`` not a module.
         ShapeError: at the call, if shapes differ.
 
     Warns:
@@ -79,8 +77,8 @@ class StudentFriendlyKDLoss(LogitLoss):
 
     def __init__(
         self,
-        base: DistillLoss | None = None,
         *,
+        base: DistillLoss | None = None,
         simplifier: nn.Module | None = None,
         temperature: float | None = None,
         simplifier_grad_scale: float = 1.0,
@@ -90,9 +88,9 @@ class StudentFriendlyKDLoss(LogitLoss):
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
-        teacher: int | None = None,
+        teacher_index: int | None = None,
     ) -> None:
-        super().__init__(weight=weight, at=at, name=name, teacher=teacher)
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
         check.not_negative("anchor", anchor)
         check.not_negative("min_agreement", min_agreement)
@@ -103,7 +101,11 @@ class StudentFriendlyKDLoss(LogitLoss):
             raise ArgumentTypeError(
                 f"simplifier must be an nn.Module, got {type(simplifier).__name__}"
             )
-        self.base = KDLoss(4.0 if temperature is None else temperature) if base is None else base
+        self.base = (
+            KDLoss(temperature=4.0 if temperature is None else temperature)
+            if base is None
+            else base
+        )
         self.temperature = _temperature(self.base, temperature)
         self.simplifier = simplifier
         self.simplifier_grad_scale = simplifier_grad_scale
@@ -122,8 +124,8 @@ class StudentFriendlyKDLoss(LogitLoss):
 
     def _build_simplifier(self, teacher: Tensor) -> None:
         if self.simplifier is None:
-            dtype = torch.promote_types(teacher.dtype, torch.float32)
-            self.simplifier = AttentionSimplifier(teacher.shape[1]).to(teacher.device, dtype)
+            made = AttentionSimplifier(teacher.shape[1])
+            self.simplifier = made.to(teacher.device, work_dtype(teacher))
 
     def _build_from(self, state: dict[str, Tensor]) -> None:
         saved = state.get("simplifier.query.weight")
@@ -146,7 +148,7 @@ class StudentFriendlyKDLoss(LogitLoss):
         return loss if self.anchor == 0 else loss + self.anchor * teacher_kl
 
     def student_friendly(self, teacher: Tensor) -> Tensor:
-        """``[B, K]``: the simplified logits at the teacher's own scale, a drop-in teacher.
+        """``[B, K]``: the simplified logits at the teacher's own scale, to use in its place.
 
         Args:
             teacher: the teacher's logits, ``[B, K]``; no gradient reaches them.
@@ -159,12 +161,11 @@ class StudentFriendlyKDLoss(LogitLoss):
         return self.temperature * self._simplified(self._softened(teacher))
 
     def _softened(self, teacher: Tensor) -> Tensor:
-        wide = torch.promote_types(teacher.dtype, torch.float32)
-        return teacher.detach().to(wide) / self.temperature
+        return teacher.detach().to(work_dtype(teacher)) / self.temperature
 
     def _simplified(self, softened: Tensor) -> Tensor:
         if self.simplifier is None:
-            raise ArgumentError("StudentFriendlyKDLoss has no simplifier: do not set it to None")
+            raise ArgumentError("StudentFriendlyKDLoss needs its simplifier; do not set it to None")
         simplified: Tensor = self.simplifier(softened)
         if simplified.shape != softened.shape:
             raise ShapeError(

@@ -13,11 +13,11 @@ from kdlayers.losses._base import DistillLoss, Weight
 
 
 class SoftTargets(Protocol):
-    """What `TemplateLoss` asks of template targets, besides being an ``nn.Module``."""
+    """What `TemplateLoss` needs of template targets, which are also an ``nn.Module``."""
 
     @property
     def num_templates(self) -> int | None:
-        """K, or None before ``fit`` where K depends on the data."""
+        """K, or None before ``fit`` if K depends on the data."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class SoftTargets(Protocol):
         *,
         templates: Tensor | None = None,
     ) -> Tensor:
-        """The mean divergence, where it can be had without the whole assignment; optional."""
+        """The mean divergence, computed without the whole assignment; optional."""
         ...
 
 
@@ -52,28 +52,27 @@ class TemplateLoss(DistillLoss):
         L = \frac{1}{BHW} \sum_{i} \mathrm{KL}\big( q_i \,\|\, \mathrm{softmax}(a_i) \big)
 
     with the scores :math:`a` of a KD layer before its batch norm and :math:`q` from
-    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. Summed over templates,
-    averaged over images and positions; see :func:`kdlayers.functional.template_kl`. This is what
-    :func:`kdlayers.attach_kd` uses at its KD points. No gradient reaches the teacher.
+    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. The sum over
+    templates, averaged over images and positions; see :func:`kdlayers.functional.template_kl`.
+    :func:`kdlayers.attach_kd` uses this loss at its KD points. The teacher gets no gradient.
 
-    Both tensors have their channels last and the same positions: ``[B, H, W, K]`` against
-    ``[B, H, W, D]``, or ``[N, K]`` against ``[N, D]``.
+    Both tensors have their channels last and the same positions: ``[B, H, W, K]`` and
+    ``[B, H, W, D]``, or ``[N, K]`` and ``[N, D]``.
 
     Args:
         template_targets: what turns the teacher's features into an assignment. ``None`` (default):
             the second argument of the call already is the assignment.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1, the authors'.
-        at: the KD point; :func:`kdlayers.attach_kd` sets it.
-        name: key in ``kd.terms``.
+        weight, at, name: as for :class:`~kdlayers.DistillLoss`; :func:`kdlayers.attach_kd` sets
+            them.
 
     Raises:
-        ArgumentTypeError: if ``template_targets`` has no ``soft_assignment``.
+        ArgumentTypeError: if ``template_targets`` has no method ``soft_assignment``.
         NotFittedError: at the call, before the targets have been fitted.
         ShapeError: at the call, if positions or the number of templates differ.
 
     References:
         A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
-        Decide", BMVC 2023; checked against the authors' code.
+        Decide", BMVC 2023. Checked against the authors' code.
 
     Example:
         >>> import torch
@@ -87,8 +86,8 @@ class TemplateLoss(DistillLoss):
 
     def __init__(
         self,
-        template_targets: nn.Module | None = None,
         *,
+        template_targets: nn.Module | None = None,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
@@ -115,8 +114,8 @@ class TemplateLoss(DistillLoss):
     ) -> Tensor:
         """The divergence: scores ``[..., K]``, features ``[..., D]`` at the same positions.
 
-        With ``templates`` ``[K, C]``, ``student`` holds unit vectors ``[..., C]`` whose products
-        with them are the scores; then no tensor of all positions and templates is made.
+        With ``templates`` ``[K, C]``, ``student`` holds unit vectors ``[..., C]``. Their products
+        with the templates are the scores, which are then never kept for all positions.
         """
         check.floats("student", student)
         check.floats("teacher", teacher)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from kdlayers._layer.layer import KDLayer
 from kdlayers._models.layouts import Layout, find_layout
-from kdlayers._models.names import strip
-from kdlayers._models.trace import to_model, undisturbed
+from kdlayers._models.names import readings
+from kdlayers._models.trace import to_model
+from kdlayers._models.undisturbed import undisturbed
 from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import slots
 from kdlayers.errors import (
@@ -46,8 +47,9 @@ def find_layer(student: nn.Module, at: str | None) -> tuple[str, KDLayer]:
         )
     if at is None and len(layers) > 1:
         raise ArgumentError(f"this student has KD layers at {names}; say with at= which one")
-    name = next(iter(layers)) if at is None else strip(at)
-    if name not in layers:
+    wanted = [next(iter(layers))] if at is None else readings(at)
+    name = next((each for each in wanted if each in layers), None)
+    if name is None:
         raise NoMatchError(f"there is no KD layer at {at!r}; this student has them at {names}")
     return name, layers[name]
 

@@ -139,3 +139,45 @@ def test_two_classes_are_warned_of_where_the_term_vanishes():
 def test_wrong_arguments_are_named(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call(*logits())
+
+
+@pytest.mark.parametrize("call", ["kd", "tckd", "nckd", "dkd"])
+@pytest.mark.parametrize("both", [False, True])
+def test_masked_classes_have_probability_zero(call, both):
+    student, teacher = logits(torch.float64)
+    teacher[:, 4] = -torch.inf
+    if both:
+        student[:, 4] = -torch.inf
+    student.requires_grad_()
+    teacher.requires_grad_()
+    value = CALLS[call](student, teacher)
+    value.backward()
+    low = teacher.detach().clone().clamp(min=-4e3)  # softmax underflows to the same zeros
+    expected = CALLS[call](student.detach().clamp(min=-4e3), low)
+    torch.testing.assert_close(value, expected)
+    for tensor in (student, teacher):
+        assert tensor.grad.isfinite().all()
+    if call == "kd" and not both:
+        ours, theirs = (student / 4).log_softmax(1), (teacher / 4).softmax(1)
+        by_torch = 16 * torch.nn.functional.kl_div(ours, theirs, reduction="batchmean")
+        torch.testing.assert_close(value, by_torch)
+
+
+@pytest.mark.parametrize("call", [kdf.tckd, kdf.nckd, kdf.dkd, kdf.aekt])
+def test_vmap_is_a_loop(call):
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 5, generator=draw) for _ in "ab")
+    targets = torch.randint(5, (3, 4), generator=draw)
+    expected = torch.stack([call(*row) for row in zip(student, teacher, targets, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(call)(student, teacher, targets), expected)
+    slopes = torch.func.vmap(torch.func.grad(call))(student, teacher, targets)
+    one = torch.func.grad(call)(student[1], teacher[1], targets[1])
+    torch.testing.assert_close(slopes[1], one)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_empty_batches_are_refused_in_words(call, reduction, monkeypatch):
+    monkeypatch.setitem(globals(), "Y", Y[:0])
+    with pytest.raises(ShapeError, match=r"got \[0, 5\]: .* skip empty batches"):
+        call(torch.zeros(0, 5), torch.zeros(0, 5), reduction=reduction)

@@ -38,15 +38,15 @@ class TestAEKT(LossTester):
 
 
 class TestAEKTRatioSquared(TestAEKT):
-    make = staticmethod(lambda: AEKTLoss("ratio_sq", fc_bias=False))
+    make = staticmethod(lambda: AEKTLoss(form="ratio_sq", fc_bias=False))
 
 
 class TestAEKTRatio(TestAEKT):
-    make = staticmethod(lambda: AEKTLoss("ratio", gamma=0.1))
+    make = staticmethod(lambda: AEKTLoss(form="ratio", gamma=0.1))
 
 
 class TestAEKTIs(TestAEKT):
-    make = staticmethod(lambda: AEKTLoss("is", alpha=0.5, beta=2.0, gamma=3.0))
+    make = staticmethod(lambda: AEKTLoss(form="is", alpha=0.5, beta=2.0, gamma=3.0))
 
 
 def pair(seed=0, classes=6):
@@ -121,7 +121,7 @@ def test_two_classes_with_only_the_target_terms_give_no_warning():
     ("wrong", "sentence"),
     [
         ({"form": "chi"}, "form must be one of chi2, ratio_sq, ratio, is, got 'chi'"),
-        ({"fc_init": "zero"}, 'fc_init must be "identity" or "default", got .zero.'),
+        ({"fc_init": "zero"}, "fc_init must be one of identity, default, got 'zero'"),
         ({"gamma": -1.0}, "gamma must be 0 or more"),
         ({"ratio_clip": 0.0}, "ratio_clip must be above 0"),
     ],

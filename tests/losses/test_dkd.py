@@ -21,7 +21,7 @@ class TestDKD(LossTester):
 
 
 class TestDKDWithOtherWeights(TestDKD):
-    make = staticmethod(lambda: DKDLoss(0.5, 2.0, temperature=4.0))
+    make = staticmethod(lambda: DKDLoss(alpha=0.5, beta=2.0, temperature=4.0))
 
 
 def test_two_classes_without_the_other_term_give_no_warning():

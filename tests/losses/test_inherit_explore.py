@@ -64,7 +64,7 @@ class TestInheritExplore(FactorTester):
 class TestInheritExploreSquared(FactorTester):
     make = staticmethod(
         lambda: InheritExploreLoss(
-            4,
+            factor_channels=4,
             epochs=1,
             p=2,
             scale="sqrt_dim",
@@ -193,7 +193,7 @@ def test_equal_factors_have_a_finite_gradient_with_p_2():
 
 def test_fit_gives_the_same_result_for_the_same_seed_and_no_global_randomness():
     before = torch.random.get_rng_state()
-    first, second, third = (InheritExploreLoss(3, epochs=2) for _ in range(3))
+    first, second, third = (InheritExploreLoss(factor_channels=3, epochs=2) for _ in range(3))
     batches = [(maps(8, seed=s), None) for s in range(3)]
     first.fit(batches, seed=5)
     torch.rand(3)
@@ -208,7 +208,7 @@ def test_fit_gives_the_same_result_for_the_same_seed_and_no_global_randomness():
 
 
 def test_the_stage_shows_pass_and_reconstruction_loss():
-    fitter = InheritExploreLoss(3, epochs=2).fitter()
+    fitter = InheritExploreLoss(factor_channels=3, epochs=2).fitter()
     assert fitter.stage == "auto-encoder 1/2"
     fitter.update(maps(8), None)
     assert fitter.end_pass()
@@ -220,11 +220,11 @@ def test_the_stage_shows_pass_and_reconstruction_loss():
 
 def test_data_that_cannot_be_learnt_from_is_refused():
     with pytest.raises(FitError, match="is nan: the teacher's features hold NaN or infinity"):
-        InheritExploreLoss(3).fit([(maps(8) * float("nan"), None)])
+        InheritExploreLoss(factor_channels=3).fit([(maps(8) * float("nan"), None)])
     with pytest.raises(FitError, match="every batch had one image with a 1x1 map"):
-        InheritExploreLoss(3).fit([(maps(8, batch=1, size=1), None)])
+        InheritExploreLoss(factor_channels=3).fit([(maps(8, batch=1, size=1), None)])
     with pytest.raises(FitError, match="empty loader"):
-        InheritExploreLoss(3).fit([])
+        InheritExploreLoss(factor_channels=3).fit([])
     with pytest.raises(ArgumentError, match="give factor_channels=, or call build"):
         InheritExploreLoss().fit([(maps(8), None)])
     with pytest.raises(ShapeError, match="have 7 channels, but the auto-encoder is for 8"):
@@ -232,7 +232,7 @@ def test_data_that_cannot_be_learnt_from_is_refused():
 
 
 def test_a_leftover_image_with_a_1x1_map_does_not_stop_the_fit():
-    loss = InheritExploreLoss(3, epochs=1)
+    loss = InheritExploreLoss(factor_channels=3, epochs=1)
     assert loss.fit([(maps(8, size=1), None), (maps(8, batch=1, size=1), None)]).fitted
 
 
@@ -251,7 +251,7 @@ def test_shapes_that_do_not_fit_are_named():
     [
         ({"split": "half"}, "split must be one of natural, random, got 'half'"),
         ({"host": "logits"}, "host must be one of factor, attention"),
-        ({"measure": "rbf"}, 'measure must be "norm", "cosine" or "cka", got .rbf.'),
+        ({"measure": "rbf"}, "measure must be one of norm, cosine, cka, got .rbf."),
         ({"p": 3}, "p must be 1 or 2, got 3"),
         ({"measure": "cosine", "scale": "sqrt_dim"}, "p and scale belong to measure="),
         ({"reconstruction": "l3"}, "reconstruction must be one of l1, l2"),

@@ -14,7 +14,7 @@ def batches(rank):
 
 
 def fit(rank):
-    return InheritExploreLoss(3, epochs=1).fit(batches(rank), seed=2)
+    return InheritExploreLoss(factor_channels=3, epochs=1).fit(batches(rank), seed=2)
 
 
 def work(rank, folder):

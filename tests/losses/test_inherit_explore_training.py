@@ -67,7 +67,7 @@ def test_the_auto_encoder_is_trained_as_written(reconstruction, power):
     teacher = network(TEACHER, seed=0).eval()
     with torch.no_grad():
         maps = [teacher[0](x) for x, _ in data()]
-    loss = InheritExploreLoss(FACTOR, epochs=3, reconstruction=reconstruction)
+    loss = InheritExploreLoss(factor_channels=FACTOR, epochs=3, reconstruction=reconstruction)
     loss.fit([(f, None) for f in maps], seed=11)
     encoder, decoder = plain_auto_encoder(maps, 3, power, seed=11)
     for ours, plain in ((loss.auto_encoder.encoder, encoder), (loss.auto_encoder.decoder, decoder)):

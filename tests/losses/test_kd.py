@@ -1,5 +1,6 @@
 import pytest
 
+from kdlayers import losses
 from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.losses import KDLoss
 
@@ -13,14 +14,14 @@ class TestKD(LossTester):
 
 
 class TestKDAtTemperatureOne(LossTester):
-    make = staticmethod(lambda: KDLoss(1.0))
+    make = staticmethod(lambda: KDLoss(temperature=1.0))
     reference = staticmethod(lambda loss, *tensors: naive.kd(*tensors, temperature=1.0))
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan")])
 def test_temperature_must_be_above_zero(temperature):
     with pytest.raises(ArgumentError, match="temperature must be above 0 and finite, got"):
-        KDLoss(temperature)
+        KDLoss(temperature=temperature)
 
 
 def test_weights_are_numbers_or_functions_of_the_step():
@@ -33,9 +34,31 @@ def test_weights_are_numbers_or_functions_of_the_step():
     with pytest.raises(ArgumentError, match=r"at must be None .*, a module name or a .* pair"):
         KDLoss(at=["a", "b"])
     for teacher in (-1, "first"):
-        with pytest.raises(ArgumentError, match="teacher is an index, counted from 0, got"):
-            KDLoss(teacher=teacher)
+        with pytest.raises(ArgumentError, match="teacher_index counts the teachers from 0, got"):
+            KDLoss(teacher_index=teacher)
 
 
 def test_the_printed_loss_shows_its_numbers():
-    assert repr(KDLoss(2.0, weight=0.9)) == "KDLoss(temperature=2.0, weight=0.9, at=None)"
+    assert (
+        repr(KDLoss(temperature=2.0, weight=0.9)) == "KDLoss(temperature=2.0, weight=0.9, at=None)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (KDLoss, 4.0),
+        (losses.DKDLoss, 1.0),
+        (losses.MutualLoss, 1.0),
+        (losses.AEKTLoss, "chi2"),
+        (losses.StudentFriendlyKDLoss, None),
+        (losses.InheritExploreLoss, 64),
+        (losses.TemplateLoss, None),
+        (losses.FitNetLoss, 1.0),
+        (losses.AttentionTransferLoss, 1.0),
+    ],
+)
+def test_losses_take_keywords_only(make, value):
+    with pytest.raises(TypeError, match="positional argument"):
+        make(value)
+    assert make(weight=0.5, at="layer4", name="term").name == "term"

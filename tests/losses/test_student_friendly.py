@@ -57,7 +57,7 @@ class TestStudentFriendlyKD(LossTester):
 
 
 class TestStudentFriendlyDKD(LossTester):
-    make = staticmethod(lambda: StudentFriendlyKDLoss(DKDLoss(beta=2.0)))
+    make = staticmethod(lambda: StudentFriendlyKDLoss(base=DKDLoss(beta=2.0)))
     metrics = ("entropy", "agreement", "teacher_kl")
     warns_on_two_classes = True
 
@@ -95,7 +95,7 @@ def pair(seed=0, classes=6, batch=4):
 def test_step_0_equals_the_base_loss(seed, temperature):
     student, teacher, targets = pair(seed)
     loss = StudentFriendlyKDLoss(temperature=temperature)
-    expected = KDLoss(temperature)(student, teacher, targets)
+    expected = KDLoss(temperature=temperature)(student, teacher, targets)
     torch.testing.assert_close(loss(student, teacher, targets), expected)
     torch.testing.assert_close(loss.student_friendly(teacher).detach(), teacher)
 
@@ -113,7 +113,7 @@ def test_first_step_moves_the_output_layer_then_all_layers_learn():
 
 def test_adaptive_base_trains_simplifier_and_matrix():
     student, teacher, targets = pair()
-    loss = StudentFriendlyKDLoss(AEKTLoss(beta=1.0))
+    loss = StudentFriendlyKDLoss(base=AEKTLoss(beta=1.0))
     loss(student, teacher, targets).backward()
     names = {name for name, p in loss.named_parameters() if p.grad.abs().sum() > 0}
     assert {"base.fc.weight", "simplifier.output.weight"} <= names
@@ -193,7 +193,11 @@ def test_a_simplifier_must_keep_the_shape():
     [
         ({"base": MutualLoss()}, ArgumentError, "base=MutualLoss sends no gradient to the teacher"),
         ({"base": KDLoss(weight=0.9)}, ArgumentError, "weight, at and name of base=KDLoss would"),
-        ({"base": KDLoss(2.0), "temperature": 4.0}, ArgumentError, "divides by temperature=2.0"),
+        (
+            {"base": KDLoss(temperature=2.0), "temperature": 4.0},
+            ArgumentError,
+            "divides by temperature=2.0",
+        ),
         ({"base": nn.Linear(2, 2)}, ArgumentTypeError, "base must be a DistillLoss, got Linear"),
         ({"simplifier": len}, ArgumentTypeError, "simplifier must be an nn.Module"),
         ({"anchor": -1.0}, ArgumentError, "anchor must be 0 or more"),

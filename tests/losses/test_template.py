@@ -49,19 +49,19 @@ def test_targets_turn_features_into_the_assignment():
     scores = torch.randn(2, 3, 3, 4, generator=torch.Generator().manual_seed(0))
     features = torch.eye(4)[torch.arange(18) % 4].reshape(2, 3, 3, 4).requires_grad_()
     labels = torch.tensor([0, 1])
-    loss = TemplateLoss(OneHotTargets())
+    loss = TemplateLoss(template_targets=OneHotTargets())
     log_likely = scores.log_softmax(-1).flatten(0, 2)[torch.arange(18), torch.arange(18) % 4]
     torch.testing.assert_close(loss(scores, features, labels), -log_likely.mean())
     assert loss.template_targets.labels is labels
 
 
 def test_fitting_is_the_targets_and_their_buffers_are_saved():
-    loss = TemplateLoss(OneHotTargets())
+    loss = TemplateLoss(template_targets=OneHotTargets())
     assert not loss.fitted
     assert loss.fitter(seed=3) == "fitter 3"
     assert list(loss.state_dict()) == ["template_targets.fitted_flag"]
     loss.template_targets.fitted_flag.fill_(True)
-    other = TemplateLoss(OneHotTargets())
+    other = TemplateLoss(template_targets=OneHotTargets())
     other.load_state_dict(loss.state_dict())
     assert other.fitted
 
@@ -73,9 +73,9 @@ def test_without_targets_there_is_nothing_to_fit():
 
 def test_the_number_of_templates_must_agree():
     with pytest.raises(ShapeError, match="scores 5 templates, but the targets have 4; make the"):
-        TemplateLoss(OneHotTargets())(torch.zeros(2, 5), torch.zeros(2, 7))
+        TemplateLoss(template_targets=OneHotTargets())(torch.zeros(2, 5), torch.zeros(2, 7))
     with pytest.raises(ArgumentTypeError, match=r"must be CodebookTargets.* got Linear"):
-        TemplateLoss(nn.Linear(2, 2))
+        TemplateLoss(template_targets=nn.Linear(2, 2))
 
 
 def test_positions_must_agree_with_channels_last():
@@ -86,7 +86,7 @@ def test_positions_must_agree_with_channels_last():
 def test_a_fitted_codebook_gives_the_softmax_of_negative_squared_distances():
     draw = torch.Generator().manual_seed(0)
     features, scores = (torch.randn(2, 3, 3, c, generator=draw) for c in (5, 4))
-    loss = TemplateLoss(CodebookTargets(4, temperature=0.5))
+    loss = TemplateLoss(template_targets=CodebookTargets(4, sharpness=0.5))
     with pytest.raises(NotFittedError, match=r"call kd.fit\(loader\)"):
         loss(scores, features)
     loss.template_targets.fit([(features.flatten(0, 2), None)])

@@ -1,0 +1,162 @@
+"""What the library adds to a training step, apart from the work that the method needs anyway.
+
+Times `student(x)` + `kd.loss(y)` + backward on a network so small that Python's own work counts,
+against the same step written by hand: with `KDLoss`, and with letKD-1 (the layer and its loss are
+written out in _plain.py). The steps take turns in one process; the ratio is taken round by round,
+and shown are its median and quartiles. "by hand, again" is the first step once more: what differs
+there is noise. On the CPU times are those of this process (`time.process_time`) on one thread, so
+that other processes disturb them less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from _plain import PlainKD
+from _tables import Report, Table, command_line, read, settings
+from _timing import Step, alternate, difference, ratio, spread
+from torch import Tensor, nn
+
+from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd
+
+CLASSES, TEMPLATES, T = 10, 64, 4.0
+AGAIN = "by hand, again"
+
+
+def main() -> None:
+    """Measure both methods."""
+    args = read(command_line(__doc__, rounds=300))
+    if not args.threads:
+        torch.set_num_threads(1)
+    report = Report("overhead", "What the library adds to a trivial step", settings(args))
+    rows = []
+    for name, make in {"KDLoss": kd_loss, "letKD-1": letkd}.items():
+        rows += measure(report, name, make(args), args)
+    columns = ("method", "step", "ms", "of the step by hand", "ms above it")
+    note = (
+        "Forward of student and teacher, the distillation loss and its backward; 32 images of "
+        "16x16 pixels; each network has two convolutions."
+    )
+    report.add(Table("What the library adds", columns, rows, note))
+    report.save(args.out)
+
+
+def measure(
+    report: Report, name: str, steps: dict[str, Step], args: argparse.Namespace
+) -> list[list[str]]:
+    """Rows of the table: the step by hand, the library's, and by hand once more."""
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
+    times = alternate(steps, args.rounds, least=0.004, device=args.device, clock=clock)
+    report.times_ms[name] = times
+    by_hand = times["by hand"]
+    rows = [[name, "by hand", f"{spread(by_hand)}", "1", ""]]
+    for other in ("kdlayers", AGAIN):
+        text = f"{ratio(times[other], by_hand)}"
+        if other == "kdlayers":
+            report.compare(name, "time", other, "by hand", ratio(times[other], by_hand))
+        above = spread(difference(times[other], by_hand))
+        rows.append(["", other, f"{spread(times[other])}", text, f"{above}"])
+    return rows
+
+
+class Tiny(nn.Module):
+    """Two convolutions and a linear classifier: hardly any work for student or teacher."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, padding=1), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(8, channels, 3, 2, padding=1), nn.ReLU())
+        self.fc = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
+        return self.fc(self.last(self.first(x)).mean((2, 3)))
+
+
+def networks(device: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """Student, teacher, images and labels, the same at every call."""
+    torch.manual_seed(0)
+    student, teacher = Tiny(16).to(device), Tiny(32).to(device).eval()
+    images = torch.randn(32, 3, 16, 16, device=device)
+    return student, teacher, images, torch.arange(32, device=device) % CLASSES
+
+
+def kd_loss(args: argparse.Namespace) -> dict[str, Step]:
+    """Distillation of logits: by hand it is one line."""
+
+    def by_hand() -> Step:
+        student, teacher, x, _ = networks(args.device)
+
+        def step() -> None:
+            logits = student(x)
+            with torch.no_grad():
+                theirs = teacher(x)
+            loss = T**2 * F.kl_div(
+                F.log_softmax(logits / T, dim=1),
+                F.log_softmax(theirs / T, dim=1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            backward(loss, student)
+
+        return step
+
+    student, teacher, x, y = networks(args.device)
+    kd = attach_kd(student, teacher, losses=[KDLoss(temperature=T)], example=x[:2])
+
+    def step() -> None:
+        student(x)
+        backward(kd.loss(y), student)
+
+    return {"by hand": by_hand(), "kdlayers": step, AGAIN: by_hand()}
+
+
+def letkd(args: argparse.Namespace) -> dict[str, Step]:
+    """One KD layer with a codebook: the same layer, targets and loss written out, by hooks."""
+    centers = torch.randn(TEMPLATES, 32, generator=torch.Generator().manual_seed(1)).abs()
+    state = {
+        "centers": centers.to(args.device),
+        "counts": torch.ones(TEMPLATES, dtype=torch.long, device=args.device),
+        "inertia": torch.zeros((), device=args.device),
+    }
+
+    def by_hand() -> Step:
+        student, teacher, x, y = networks(args.device)
+        torch.manual_seed(1)  # the layers start from the same weights
+        kd = PlainKD(student, teacher, {"last": (16, state)})
+
+        def step() -> None:
+            student(x)
+            backward(kd.loss(x, y), student, kd.layers)
+
+        return step
+
+    student, teacher, x, y = networks(args.device)
+    targets = CodebookTargets(TEMPLATES)
+    targets.load_state_dict(state)
+    torch.manual_seed(1)
+    kd = attach_kd(student, teacher, [KDPoint("last", targets=targets)], example=x[:2])
+
+    def step() -> None:
+        student(x)
+        backward(kd.loss(y), student)
+
+    return {"by hand": by_hand(), "kdlayers": step, AGAIN: by_hand()}
+
+
+def backward(loss: Tensor, *modules: nn.Module) -> None:
+    """Backward, and no gradient is left for the next step."""
+    loss.backward()
+    for module in modules:
+        module.zero_grad(set_to_none=True)
+
+
+if __name__ == "__main__":
+    main()

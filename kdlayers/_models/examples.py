@@ -1,0 +1,63 @@
+"""The input of a dry run: the user's example, or images made from what the model states."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers.errors import ArgumentError
+
+
+def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
+    """The arguments of a dry run: the user's ``example``, or two zero images that suit the model.
+
+    The size comes from timm's ``pretrained_cfg`` or the model's ``image_size``, else it is 224; the
+    channels come from the first convolution.
+
+    Raises:
+        ArgumentError: if ``example`` is no tensor or tuple, or no first convolution is found.
+    """
+    if isinstance(example, Tensor):
+        return (example,)
+    if isinstance(example, (tuple, list)):
+        return tuple(example)
+    if example is not None:
+        raise ArgumentError(
+            f"example must be a tensor or a tuple of arguments, got {type(example).__name__}"
+        )
+    channels = _stated_channels(model)
+    if channels is None:
+        raise ArgumentError(
+            f"no input can be made for {type(model).__name__}, which has no convolution; pass "
+            "example= with a small batch of your images"
+        )
+    return (torch.zeros(2, channels, *_stated_size(model)),)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """The description by timm of the model and its pretrained weights; empty for other models."""
+    return getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+
+
+def _stated_channels(model: nn.Module) -> int | None:
+    """Channels of the images: of the convolution that timm names, as timm states, or the first."""
+    config = _config(model)
+    modules = dict(model.named_modules())
+    named = modules.get(str(config.get("first_conv")))
+    if isinstance(named, nn.Conv2d):
+        return named.in_channels
+    if config.get("input_size"):
+        return int(config["input_size"][0])
+    first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
+    return None if first is None else first.in_channels
+
+
+def _stated_size(model: nn.Module) -> tuple[int, int]:
+    config = _config(model)
+    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    for stated in (patches, getattr(model, "image_size", None), config.get("input_size")):
+        if isinstance(stated, int):
+            return stated, stated
+        if isinstance(stated, (tuple, list)) and len(stated) >= 2:
+            return stated[-2], stated[-1]
+    return 224, 224

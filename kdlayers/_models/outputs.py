@@ -1,0 +1,66 @@
+"""The logits in what a model returns: by name, then by shape; else the user is asked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kdlayers._utils.tree import first_tensor, leaves
+
+NAMES = ("logits", "out", "prediction", "predictions", "pred", "preds", "output")
+"""Keys and fields that hold logits, in Hugging Face's, torchvision's and common usage."""
+
+
+def main_output(output: Any) -> Tensor | None:
+    """The logits, or where they are unclear the first tensor; None if there is no tensor."""
+    return _found(output) if why_unclear(output) is None else first_tensor(output)
+
+
+def why_unclear(output: Any) -> str | None:
+    """Why the logits in ``output`` cannot be told from other tensors; None where they can."""
+    if first_tensor(output) is None or _found(output) is not None:
+        return None
+    if is_detections(output):
+        return "it returns detections, a dict of boxes an image, so there are no logits"
+    parts = ", ".join(
+        f"{'.'.join(map(str, path)) or 'the tensor'} {list(tensor.shape)}"
+        for path, tensor in leaves(output)
+    )
+    return (
+        f"it returns several tensors ({parts}), and neither a name nor a shape tells which of them "
+        "are the logits; return the logits alone, or a dict or named tuple with the key 'logits'"
+    )
+
+
+def is_detections(output: Any) -> bool:
+    """Whether this is what a detector returns: for every image a dict with its boxes."""
+    listed = isinstance(output, (list, tuple)) and len(output) > 0
+    return listed and all(isinstance(item, Mapping) and "boxes" in item for item in output)
+
+
+def _found(output: Any) -> Tensor | None:
+    named = _named(output)
+    if named is not None:
+        return named
+    if is_detections(output):
+        return None
+    candidates = [t for _, t in leaves(output) if t.is_floating_point() and t.dim() > 1]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else first_tensor(output)
+    # Equal shapes are a main and auxiliary classifiers, the main one first, as in torchvision.
+    if not isinstance(output, Mapping) and len({tuple(t.shape) for t in candidates}) == 1:
+        return candidates[0]
+    vectors = [t for t in candidates if t.dim() == 2]
+    return vectors[0] if len(vectors) == 1 else None
+
+
+def _named(output: Any) -> Tensor | None:
+    for name in NAMES:
+        if isinstance(output, Mapping):
+            value = output.get(name)
+        else:
+            value = getattr(output, name, None) if hasattr(output, "_fields") else None
+        found = None if value is None else first_tensor(value)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,53 @@
+"""Changing modules so that a failure leaves them as they were."""
+
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def all_or_nothing(*roots: nn.Module) -> Generator[None, None, None]:
+    """If the block fails, the modules below ``roots`` get back what they had, values included.
+
+    Attributes, submodules, hooks, parameters and buffers come back as the same objects with the
+    same values; for the length of the block there is a second copy of the values.
+    """
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    attributes = [(module, _copies(module)) for module in modules]
+    values = {id(t): (t, t.detach().clone()) for module in modules for t in _tensors(module)}
+    try:
+        yield
+    except BaseException:
+        for module, held in attributes:
+            _put_back(module, held)
+        with torch.no_grad():
+            for tensor, value in values.values():
+                tensor.detach().copy_(value)
+        raise
+
+
+def _copies(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute with a shallow copy of it, where it is a table such as that of hooks."""
+    return {
+        name: (value, value.copy() if type(value) in (dict, OrderedDict, set) else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _put_back(module: nn.Module, held: dict[str, tuple[Any, Any]]) -> None:
+    attributes = vars(module)
+    attributes.clear()
+    for name, (value, content) in held.items():
+        if content is not None:
+            value.clear()
+            value.update(content)
+        attributes[name] = value
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    found = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return [tensor for tensor in found if not tensor.is_meta]

@@ -1,0 +1,144 @@
+"""Which tensor of a model's output the losses take for the logits."""
+
+import re
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from kdlayers import CodebookTargets, DecisionTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
+from kdlayers._models.outputs import main_output, why_unclear
+from kdlayers.errors import ArgumentError, CaptureError, LayoutError
+from kdlayers.functional import kd as kd_formula
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch()
+LOGITS, AUXILIARY = torch.randn(4, 3), torch.randn(4, 3)
+FEATURES, MAPS, LOSS = torch.randn(4, 7), torch.randn(4, 7, 2, 2), torch.tensor(1.0)
+Outputs = namedtuple("Outputs", ["aux", "logits"])
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        LOGITS,
+        (LOGITS,),
+        [LOGITS, AUXILIARY],
+        (LOSS, LOGITS),
+        (MAPS, LOGITS),
+        (LOGITS, MAPS),
+        {"features": FEATURES, "logits": LOGITS},
+        OrderedDict(loss=LOSS, features=MAPS, logits=LOGITS, hidden=(MAPS, MAPS)),
+        OrderedDict(aux=AUXILIARY, out=LOGITS),
+        {"features": FEATURES, "prediction": LOGITS},
+        {"loss": LOSS, "scores": LOGITS},
+        {"maps": MAPS, "scores": LOGITS},
+        Outputs(AUXILIARY, LOGITS),
+        {"logits": (LOGITS, AUXILIARY)},
+        {"count": torch.tensor([3]), "scores": LOGITS},
+    ],
+)
+def test_by_name_then_by_shape(output):
+    assert main_output(output) is LOGITS
+    assert why_unclear(output) is None
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ((FEATURES, LOGITS), r"\(0 \[4, 7\], 1 \[4, 3\]\).* with the key 'logits'"),
+        ({"a": LOGITS, "b": AUXILIARY}, r"a \[4, 3\], b \[4, 3\]"),
+        ({"0": MAPS, "1": MAPS}, "several tensors"),
+        ([{"boxes": torch.zeros(300, 4), "scores": torch.zeros(300)}], "returns detections"),
+    ],
+)
+def test_what_cannot_be_told(output, sentence):
+    assert re.search(sentence, why_unclear(output))
+
+
+class Talkative(Net):
+    """Returns more than its logits, in the way that ``form`` makes of features and logits."""
+
+    def __init__(self, form, channels=4):
+        super().__init__(channels)
+        self.form = form
+
+    def forward(self, x):
+        features = self.last(self.first(self.stem(x))).mean((2, 3))
+        return self.form(features, self.head(features))
+
+
+FORMS = {
+    "features first": lambda f, z: {"features": f, "logits": z},
+    "loss first": lambda f, z: (z.square().mean(), z),
+    "loss first, named": lambda f, z: OrderedDict(loss=z.mean(), logits=z, hidden_states=(f, f)),
+    "maps first": lambda f, z: (f[:, :, None, None], z),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_compares_logits(form):
+    student, teacher = Talkative(FORMS[form]), Talkative(FORMS[form], 6)
+    kd = attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
+    loss, plain = (student(IMAGES), kd.loss(LABELS))[1], Net.forward
+    expected = kd_formula(plain(student, IMAGES), plain(teacher.eval(), IMAGES))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_loss_asks_where_logits_are_unclear():
+    form = lambda f, z: (f, z)  # noqa: E731
+    for student, teacher, label in (
+        (Talkative(form), Net(), "student"),
+        (Net(), Talkative(form), "teacher"),
+    ):
+        with pytest.raises(ArgumentError, match=f"logits of the {label} .Talkative.*key 'logits'"):
+            attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
+        # Whoever reads features alone need not know.
+        kd = attach_kd(student, teacher, losses=[FitNetLoss(at="last")], example=IMAGES)
+        student(IMAGES)
+        assert kd.loss(LABELS).isfinite()
+    points = [KDPoint("first", targets=DecisionTargets(2)), "last"]
+    with pytest.raises(ArgumentError, match="number of classes"):
+        attach_kd(Net(), Talkative(form), points, example=IMAGES)
+
+
+def test_an_output_that_is_unclear_in_training_only():
+    student = Talkative(lambda f, z: z)
+    kd = attach_kd(student, Net(6), losses=[KDLoss()], example=IMAGES)
+    student.form = lambda f, z: (f, z)
+    student(IMAGES)
+    with pytest.raises(CaptureError, match="a loss reads the student's logits"):
+        kd.loss(LABELS)
+    _, logits = student(IMAGES)
+    with kd.batch(IMAGES):
+        _, logits = student.forward(IMAGES)
+    assert kd.loss(LABELS, logits=logits).isfinite()
+
+
+class Detector(nn.Module):
+    """As torchvision's: a backbone, and boxes of every image in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Net(4)
+
+    def forward(self, images):
+        scores = self.backbone(images)
+        return [{"boxes": torch.zeros(300, 4), "scores": row} for row in scores]
+
+
+def test_a_whole_detector_is_pointed_to_its_backbone():
+    point = KDPoint("backbone.last", "last", targets=CodebookTargets(4))
+    with pytest.raises(LayoutError, match=r"is a detector: .*attach_kd\(student\.backbone"):
+        attach_kd(Detector(), Net(6), [point], example=IMAGES)
+    with pytest.raises(ArgumentError, match=r"KDLoss reads logits.*student\.backbone"):
+        attach_kd(Detector(), Net(6), losses=[KDLoss()], example=IMAGES)
+    detector = Detector()
+    point = KDPoint("last", targets=CodebookTargets(4))
+    attach_kd(detector.backbone, Net(6), [point], example=IMAGES)
+
+
+def test_a_single_number_is_no_output():
+    with pytest.raises(Exception, match="returns a single number, such as a loss"):
+        attach_kd(Talkative(lambda f, z: z.mean()), Net(), ["last"], example=IMAGES)
