@@ -182,7 +182,7 @@ def test_losses_on_logits_are_means_over_the_classes(name, seed, lam):
     torch.testing.assert_close(term(student, teacher, rows, reduction="sum"), wanted.sum())
 
 
-@pytest.mark.parametrize("loss", [DKDLoss(), AEKTLoss(), AEKTLoss("ratio", gamma=0.1)])
+@pytest.mark.parametrize("loss", [DKDLoss(), AEKTLoss(), AEKTLoss(form="ratio", gamma=0.1)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_one_hot_rows_give_the_very_losses_of_the_classes(loss, smoothing):
     student, teacher = draw(4, CLASSES).requires_grad_(), 3 * draw(4, CLASSES, seed=1)

@@ -13,6 +13,7 @@ from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step import captures
 from kdlayers._step.batches import check_loader, labels_for, split_batch
 from kdlayers._step.hooks import Ahead, Tape, version_of
+from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch
 from kdlayers._step.other_teacher import remember
 from kdlayers._step.sites import slots, take_out
@@ -76,6 +77,7 @@ class KDHandle:
         self._tape = tape
         self._release = finalize(self, _release, tape, list(hooks))
         self._in_step = False
+        self._images = ImageStatistics()
         self._keep_in_step()
         own, added = _parameter_groups(student, self._terms)
         self._watch = OptimiserWatch(own, added)
@@ -116,7 +118,8 @@ class KDHandle:
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
-            KDLayersWarning: if passes that need the same data began with different batches.
+            KDLayersWarning: if passes that need the same data began with different batches; at the
+                first training batches after it, if their images are not normalised alike.
         """
         self._need_teacher("fit")
         check_loader(loader)
@@ -132,8 +135,12 @@ class KDHandle:
             start = pass_seed(seed, active, index)
             for batch in passes.batches(start, title, progress=progress):
                 images, labels = split_batch(batch)
+                if index == 0:
+                    self._images.of_fit(images)
                 yield self._teacher_tensors(terms, images), labels
 
+        if fitters:
+            self._images.begin_fit()
         with Passes(loader, devices) as passes:
             run_passes([fitter for _, fitter in fitters.values()], batches)
         remember([term for term, _ in fitters.values()], self._teachers)
@@ -332,6 +339,7 @@ class KDHandle:
         record = captures.read(self._tape, keys, self.student, logits, reads_logits=reads_logits)
         image = image_size((record.args, record.kwargs))
         targets = labels_for(targets, record.logits)
+        self._images.of_training((record.args, record.kwargs))
         taught = self._teach(record, ahead)
         pairs = []
         for term in self._terms:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from math import inf
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._models.trace import Trace, fresh, image_size, placement, to_model, trace
 from kdlayers._models.wrappers import check_pair, unwrap
 from kdlayers._step.hooks import Capture, Tape
+from kdlayers._step.normalisation import automatic, warn_of_difference
 from kdlayers._step.sites import hook_site
 from kdlayers._utils.tree import leaves
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
@@ -170,7 +171,7 @@ def make_teachers(
     given: nn.Module | Sequence[nn.Module] | None,
     example: tuple[Any, ...],
     weights: Sequence[float] | None,
-    transform: Transform | None,
+    transform: Transform | Literal["auto"] | None,
 ) -> list[Teacher]:
     """Check and dry-run the teachers that the user gave.
 
@@ -187,13 +188,13 @@ def make_teachers(
             f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
             f"{weights}"
         )
-    example = transformed(example, transform) if models else example
     teachers = []
     for model, weight in zip(models, weights, strict=True):
         inner, called = unwrap(model, "teacher")
         check_pair(student, inner)
-        traced = trace(inner, example, "teacher")
-        teachers.append(Teacher(inner, traced, called, weight / sum(weights), transform))
+        own = _transform_for(student, inner, transform)
+        traced = trace(inner, transformed(example, own), "teacher")
+        teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
         raise ArgumentError(
@@ -201,6 +202,21 @@ def make_teachers(
             "teachers of the same classes"
         )
     return teachers
+
+
+def _transform_for(
+    student: nn.Module, teacher: nn.Module, transform: Transform | Literal["auto"] | None
+) -> Transform | None:
+    if transform is None:
+        warn_of_difference(student, teacher)
+        return None
+    if isinstance(transform, str):
+        if transform != "auto":
+            raise ArgumentError(
+                f'teacher_transform must be a function of the images or "auto", got {transform!r}'
+            )
+        return automatic(student, teacher)
+    return transform
 
 
 @contextmanager
