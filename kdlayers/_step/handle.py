@@ -8,9 +8,11 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
+from kdlayers._layer.layer import KDLayer
 from kdlayers._models.trace import image_size
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step import captures
+from kdlayers._step.added import layers_of, parameters_of
 from kdlayers._step.batches import check_loader, labels_for, split_batch
 from kdlayers._step.hooks import Ahead, Tape, version_of
 from kdlayers._step.image_statistics import ImageStatistics
@@ -219,6 +221,39 @@ class KDHandle:
                 if parameter.requires_grad and parameter not in seen:
                     seen.add(parameter)
                     yield parameter
+
+    def added_parameters(self, *, decay: bool | None = None) -> list[nn.Parameter]:
+        """All parameters that attach_kd added: of the KD layers, and the train-only ones.
+
+        For a script that has made its optimiser before, or wants another rate for them::
+
+            optimizer.add_param_group({"params": kd.added_parameters()})
+
+        or, without weight decay on scales, norms and biases::
+
+            matrices, others = (kd.added_parameters(decay=decay) for decay in (True, False))
+            optimizer.add_param_group({"params": matrices})
+            optimizer.add_param_group({"params": others, "weight_decay": 0.0})
+
+        Add the groups before a learning-rate scheduler is made. An optimiser made after attach_kd
+        from ``student.parameters()`` holds the KD layers' already; it needs :meth:`parameters`.
+
+        Args:
+            decay: ``True``: only matrices, which weight decay suits; ``False``: only scales, norms
+                and biases; ``None`` (default): all.
+
+        Returns:
+            The parameters that require a gradient, those of the layers first.
+        """
+        return parameters_of(self.layers.values(), self.parameters(), decay)
+
+    @property
+    def layers(self) -> dict[str, KDLayer]:
+        """The KD layers of this handle by the names of their points, in the student's order.
+
+        They are there after :meth:`detach` too, and gone after :meth:`remove`.
+        """
+        return layers_of(self.student, self._tape)
 
     # ---------------------------------------------------------------- state
 
