@@ -35,12 +35,16 @@ from kdlayers._targets import CodebookTargets as CodebookTargets
 from kdlayers._targets import DecisionTargets as DecisionTargets
 from kdlayers.losses import AEKTLoss as AEKTLoss
 from kdlayers.losses import AttentionTransferLoss as AttentionTransferLoss
+from kdlayers.losses import ChannelWiseLoss as ChannelWiseLoss
 from kdlayers.losses import DistillLoss as DistillLoss
+from kdlayers.losses import DISTLoss as DISTLoss
 from kdlayers.losses import DKDLoss as DKDLoss
 from kdlayers.losses import FitNetLoss as FitNetLoss
 from kdlayers.losses import InheritExploreLoss as InheritExploreLoss
 from kdlayers.losses import KDLoss as KDLoss
 from kdlayers.losses import MutualLoss as MutualLoss
+from kdlayers.losses import RKDLoss as RKDLoss
+from kdlayers.losses import SimilarityPreservingLoss as SimilarityPreservingLoss
 from kdlayers.losses import StudentFriendlyKDLoss as StudentFriendlyKDLoss
 from kdlayers.losses import TemplateLoss as TemplateLoss
 

@@ -13,14 +13,18 @@ from timm.models.vision_transformer import VisionTransformer
 from kdlayers import (
     AEKTLoss,
     AttentionTransferLoss,
+    ChannelWiseLoss,
     CodebookTargets,
     DecisionTargets,
+    DISTLoss,
     DKDLoss,
     FitNetLoss,
     InheritExploreLoss,
     KDLoss,
     KDPoint,
     MutualLoss,
+    RKDLoss,
+    SimilarityPreservingLoss,
     StudentFriendlyKDLoss,
     attach_kd,
     bake,
@@ -76,6 +80,10 @@ LOSSES = {
     "FitNet": lambda at: FitNetLoss(at=at),
     "AT": lambda at: AttentionTransferLoss(at=at, weight=10.0),
     "IE": lambda at: InheritExploreLoss(at=at, epochs=2),
+    "DIST": lambda _: DISTLoss(weight=0.5),
+    "RKD": lambda at: RKDLoss(at=at, weight=0.1),
+    "SP": lambda at: SimilarityPreservingLoss(at=at, weight=10.0),
+    "CWD": lambda at: ChannelWiseLoss(at=at, temperature=1.0),
 }
 NAMES = {
     "KD": "KDLoss",
@@ -86,6 +94,10 @@ NAMES = {
     "FitNet": "FitNetLoss.{last}",
     "AT": "AttentionTransferLoss.{last}",
     "IE": "InheritExploreLoss.{last}",
+    "DIST": "DISTLoss",
+    "RKD": "RKDLoss.{last}",
+    "SP": "SimilarityPreservingLoss.{last}",
+    "CWD": "ChannelWiseLoss.{last}",
 }
 METRICS = {
     "AEKT": {"target", "others", "adaptive", "ratio"},
@@ -160,7 +172,7 @@ def test_every_pair_trains_together(architecture, pair):
         torch.testing.assert_close(terms["total"], weighted)
     still = [i for i, (a, b) in enumerate(zip(added, before, strict=True)) if torch.equal(a, b)]
     assert still == []
-    assert bool(added) == bool({"AEKT", "SKD", "FitNet", "IE"} & set(pair))
+    assert bool(added) == bool({"AEKT", "SKD", "FitNet", "IE", "CWD"} & set(pair))
     assert not {id(p) for p in own} & {id(p) for p in added}
     check_exported(student, kd, plain, pair)
 

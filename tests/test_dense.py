@@ -16,8 +16,10 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from kdlayers import (
     AEKTLoss,
     AttentionTransferLoss,
+    ChannelWiseLoss,
     CodebookTargets,
     DecisionTargets,
+    DISTLoss,
     DKDLoss,
     FitNetLoss,
     KDLoss,
@@ -29,7 +31,8 @@ from kdlayers import (
     load_student,
     save_student,
 )
-from kdlayers.errors import ArgumentError, ShapeError
+from kdlayers import functional as kdf
+from kdlayers.errors import ArgumentError, NoMatchError, ShapeError
 from tests.attach_tester import AttachCase, flat, task_loss
 from tests.nets import Net, batch
 
@@ -97,16 +100,44 @@ def test_all_levels_of_a_pyramid_are_kept_and_the_finest_gets_the_layer():
     kd.remove()
 
 
-ON_LOGITS = [KDLoss(), DKDLoss(), AEKTLoss(), MutualLoss(), StudentFriendlyKDLoss()]
+ON_LOGITS = [DKDLoss(), AEKTLoss(), MutualLoss(), StudentFriendlyKDLoss(), DISTLoss()]
 
 
 @pytest.mark.parametrize("loss", ON_LOGITS, ids=lambda loss: type(loss).__name__)
 @pytest.mark.parametrize("make", [fpn, lraspp])
 def test_losses_on_logits_are_refused_with_what_to_use_instead(make, loss):
     student, images = make(), torch.zeros(2, 3, 64, 64)
-    with pytest.raises(ShapeError, match=r"would get maps .* use KD layers \(at=...\) or losses"):
+    with pytest.raises(ShapeError, match=r"would get maps .* use KDLoss or ChannelWiseLoss for"):
         attach_kd(student, make(), losses=[copy.deepcopy(loss)], example=images)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+
+
+def test_class_maps_are_compared_pixel_by_pixel():
+    images, labels = torch.randn(4, 3, 64, 64), torch.randint(5, (4, 64, 64))
+    labels[:, :10] = 255
+    student, teacher = lraspp(), deeplab()
+    losses = [KDLoss(ignore_index=255), ChannelWiseLoss(), KDLoss(at="classifier", name="low")]
+    with pytest.raises(NoMatchError, match="'classifier'"):
+        attach_kd(student, nn.Sequential(deeplab()), losses=losses, example=images)
+    kd = attach_kd(student, teacher, losses=losses, example=images)
+    logits = student.train()(images)["out"]
+    loss = F.cross_entropy(logits, labels, ignore_index=255) + kd.loss(labels)
+    with torch.no_grad():
+        expected = teacher.eval()(images)["out"]
+    values = kdf.kd(logits, expected, reduction="none").detach()
+    torch.testing.assert_close(kd.terms["KDLoss"], values[:, 10:].mean())
+    found = kdf.channelwise(logits, expected).detach()
+    torch.testing.assert_close(kd.terms["ChannelWiseLoss"], found)
+    assert kd.terms["low"] > 0
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+def test_class_maps_of_other_classes_are_refused_before_training():
+    images = torch.zeros(2, 3, 64, 64)
+    teacher = segmentation.lraspp_mobilenet_v3_large(**{**PLAIN, "num_classes": 4})
+    with pytest.raises(ShapeError, match=r"same images and classes, got \[2, 5, 64, 64\] and"):
+        attach_kd(lraspp(), teacher, losses=[KDLoss()], example=images)
 
 
 def test_other_classes_are_refused_before_training():

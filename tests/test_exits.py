@@ -135,3 +135,33 @@ def test_refusals():
     student, kd = attached()
     with pytest.raises(AttachError, match=r"call kd\.detach\(\) before"):
         prune_templates(student, [IMAGES])
+
+
+def test_pruning_refuses_scores_that_are_not_numbers():
+    student = trained()
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    images = IMAGES.clone()
+    images[3, 0, 2, 2] = float("nan")
+    with pytest.raises(FitError, match="'first' are NaN or infinite on this data.* nothing was"):
+        prune_templates(student, [IMAGES, images])
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    with torch.no_grad():
+        slots(student)["last"].head.weight[0, 0] = float("inf")
+    with pytest.raises(FitError, match="'last' are NaN or infinite"):
+        prune_templates(student, [IMAGES])
+
+
+def test_pruning_leaves_frozen_layers_frozen():
+    student = trained()
+    slots(student)["first"].requires_grad_(False)
+    slots(student)["last"].norm.bias.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in student.named_parameters()}
+    assert all(r.after < r.before for r in prune_templates(student, [IMAGES]))
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == before
+
+
+def test_pruning_refuses_weights_that_are_computed():
+    student = trained()
+    torch.nn.utils.parametrizations.weight_norm(slots(student)["last"].head)
+    with pytest.raises(AttachError, match="'last' has a parametrised or pruned weight"):
+        prune_templates(student, [IMAGES])

@@ -237,7 +237,7 @@ TRAINING = [
     (attached_again, AttachError, r"call kd\.remove\(\) on the earlier handle"),
     (pruned_while_attached, AttachError, r"call kd\.detach\(\) before pruning"),
     (loaded_into_an_attached_one, AttachError, "has KD layers already"),
-    (state_of_something_else, CheckpointError, "no state of a KDHandle"),
+    (state_of_something_else, CheckpointError, "not a state of a KDHandle"),
     (empty_loader, FitError, "empty loader"),
     (closed_loader, FitError, "empty loader"),
     (one_shot_loader, FitError, "pass a DataLoader or a list of batches"),

@@ -40,10 +40,10 @@ def test_equals_multiplying_by_hand():
 
     plain, plain_kd = attached()
     plain(IMAGES.double())
-    inputs = plain_kd._inputs(LABELS, None)
+    pairs, labels = plain_kd._read(LABELS, None, compiling=False)
     values = [
-        term.value(*pair, inputs.targets, inputs.features)
-        for term, pair in zip(plain_kd._terms, inputs.pairs, strict=True)
+        term.value(pair.student, pair.teacher, labels, pair.templates)
+        for term, pair in zip(plain_kd._terms, pairs, strict=True)
     ]
     by_hand = 0.3 * values[0] + 2.5 * values[1]
     theirs = gradients(plain, by_hand)

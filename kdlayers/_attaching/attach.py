@@ -22,12 +22,11 @@ from kdlayers._step.hooks import (
     CloseForward,
     OpenForward,
     Slot,
-    Tape,
+    drop_recording,
     guard_hooks,
-    score_key,
 )
-from kdlayers._step.other_teacher import warn_of_others
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
+from kdlayers._step.tape import Forward, Tape
 from kdlayers._step.teacher import Teacher, Transform, make_teachers
 from kdlayers._step.terms import Term, example_pair, feature_term, unique_names
 from kdlayers._utils.tree import leaves
@@ -123,7 +122,7 @@ def attach_kd(
         _insert_layers(student, points, traced, tape, memory)
         _check_layers(student, traced, args, tape, [point.student for point in points])
         terms = _terms(points, losses, traced, teachers)
-        hooks = _record_hooks(student, terms, traced, tape, undo)
+        _record_hooks(student, terms, traced, tape, undo)
         undo.pop_all()
     for module, _, hook in inserts(student):
         if hook.tape is tape:
@@ -132,9 +131,9 @@ def attach_kd(
     for each in (traced, *(teacher.traced for teacher in teachers)):
         each.release()
     _warn_of_earlier(student, tape)
-    warn_of_others(terms, teachers)
+    _warn_of_other_teachers(terms, teachers)
     _warn_of_buffers(teachers)
-    return KDHandle(student, teachers, terms, tape, hooks)
+    return KDHandle(student, teachers, terms, tape)
 
 
 def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
@@ -145,6 +144,18 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
             f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
             "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
         )
+
+
+def _warn_of_other_teachers(terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
+    """Say which terms were fitted to something else, and ``kd.fit`` will leave as they are."""
+    for term in terms:
+        source = term.learnt_elsewhere(teachers)
+        if source is not None:
+            warn(
+                f"{term.name} keeps what it learnt from {source} in an earlier kd.fit, because "
+                "kd.fit(loader) only learns what is missing: make new targets for this attach_kd, "
+                "or call kd.fit(loader, refit=True)"
+            )
 
 
 def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
@@ -205,10 +216,10 @@ def _check_layers(
     try:
         for name in names:
             layers[name].alpha = 0.0
-        tape.active = True
+        tape.forward, tape.active = Forward((), {}), True
         with undisturbed(student), torch.no_grad():  # from the same buffers as the first dry run
             plain = main_output(run_example(student, fresh(example), "student"))
-        missing = [name for name in names if score_key(name) not in tape.features]
+        missing = [name for name in names if name not in tape.forward.scores]
     finally:
         tape.active = False
         tape.consume()
@@ -265,15 +276,13 @@ def _terms(
     unique_names(terms)
     for term in terms:
         if term.point is None:
-            for each in (traced, *_read_by(term, teachers)):
+            one = term.teacher_index
+            read = teachers if one is None else [teachers[one]]
+            for each in (traced, *(teacher.traced for teacher in read)):
                 each.need_logits(term.name)
         term.loss.build(*example_pair(term, traced, teachers))
         term.loss.to(traced.logits.device)
     return terms
-
-
-def _read_by(term: Term, teachers: Sequence[Teacher]) -> list[Trace]:
-    return [teacher.traced for i, teacher in enumerate(teachers) if term.reads_logits(i)]
 
 
 def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) -> Term:
@@ -303,20 +312,15 @@ def _one(name: str, traced: Trace, advice: str = "") -> str:
 
 def _record_hooks(
     student: nn.Module, terms: Sequence[Term], traced: Trace, tape: Tape, undo: ExitStack
-) -> list[Any]:
+) -> None:
     """Hooks that only recording needs; they go when the handle goes."""
     if not terms:
-        tape.armed = False
-        return []
-    hooks = [
-        student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True),
-        student.register_forward_hook(CloseForward(tape), always_call=True),
-    ]
+        return
+    undo.callback(drop_recording, student, tape)
+    student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True)
+    student.register_forward_hook(CloseForward(tape), always_call=True)
     points = {term.point for term in terms if term.point is not None and not term.scores}
     for name in sorted(points):
         call = traced.call(name)
-        tap = Capture(name, call.path, tape, clone=call.changed)
-        hooks.append(hook_site(student, name).register_forward_hook(tap))
-    for hook in hooks:
-        undo.callback(hook.remove)
-    return hooks
+        tap = Capture(name, call.path, tape, copies=True if call.changed else None)
+        hook_site(student, name).register_forward_hook(tap)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdlayers._layer.layer import KDLayer
-from kdlayers._models.wrappers import unwrap
+from kdlayers._leaving.wrapped import refuse_shards, student_inside
 from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import displace, inserts
 from kdlayers._utils.torch_internals import child_table, drop_hooks
@@ -39,10 +39,11 @@ def bake(student: nn.Module) -> nn.Module:
     the student itself could be; its state-dict keys differ. The student is not changed.
 
     Args:
-        student: a model with KD layers, attached or detached.
+        student: a model with KD layers, attached or detached. What ``torch.compile``, DDP or a
+            moving average wrap round it is left out of the copy.
 
     Raises:
-        AttachError: if the model has no KD layers.
+        AttachError: if the model has no KD layers, or FSDP has split its parameters.
 
     Example:
         >>> import torch
@@ -54,16 +55,22 @@ def bake(student: nn.Module) -> nn.Module:
         >>> torch.equal(bake(student)(images), student(images))
         True
     """
-    return replace_layers(student, _plain)
+    return replace_layers(student, _plain, "bake")
 
 
-def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module]) -> nn.Module:
+def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: str) -> nn.Module:
     """A copy of ``student`` without hooks, with ``made(slot)`` as a submodule for every slot.
 
+    Args:
+        student: the student, or what ``torch.compile``, DDP or a moving average wrap round it.
+        made: gives the module that takes the place of a slot.
+        call: the public function that asks for it, for messages.
+
     Raises:
-        AttachError: if there is no KD layer.
+        AttachError: if there is no KD layer, or FSDP has split the student.
     """
-    student, _ = unwrap(student, "student")
+    student = student_inside(student)
+    refuse_shards(student, call)
     if not inserts(student):
         raise AttachError(
             f"this {type(student).__name__} has no KD layers, so it is plain as it is: use or "
@@ -88,7 +95,8 @@ def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
 
 def _plain(slot: Slot) -> KDLayer:
     with torch.random.fork_rng(devices=[]):
-        layer = KDLayer(1, 1, alpha=slot.alpha, channel_dim=slot.head.channel_dim)
+        layer = KDLayer(1, 1, channel_dim=slot.channel_dim, memory=slot.memory)
+    layer.alpha = float(slot.alpha)
     layer.head, layer.norm, layer.value = slot.head, slot.norm, slot.value
     layer.training = slot.training
     return layer

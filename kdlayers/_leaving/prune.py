@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlayers._leaving.wrapped import is_ddp, refuse_shards, student_inside
 from kdlayers._models.trace import to_model
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._models.wrappers import unwrap
 from kdlayers._step.batches import split_batch
 from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import inserts, slots
+from kdlayers._utils.distributed import all_sum
 from kdlayers.errors import ArgumentError, AttachError, FitError
 
 
@@ -48,7 +49,8 @@ def prune_templates(
     regions of images, leaves these tokens out.)
 
     Args:
-        student: a detached model with KD layers.
+        student: a detached model with KD layers. Under DDP all processes call this together, each
+            with its part of the data, and wrap the student anew if they train on.
         loader: batches of images, or of (images, labels), as the student will see them.
         budget: greatest share of positions, 0 to 1, at which a template that goes may fire. 0 (the
             default): outputs on this data stay the same. Above 0 they change a little.
@@ -58,8 +60,9 @@ def prune_templates(
 
     Raises:
         ArgumentError: if ``budget`` is not in [0, 1).
-        AttachError: if there are no KD layers, or a handle is still attached.
-        FitError: if the loader is empty.
+        AttachError: if there are no KD layers, a handle is still attached, or FSDP has split the
+            student.
+        FitError: if the loader is empty, or scores are NaN or infinite; nothing is pruned then.
 
     Example:
         >>> import torch
@@ -74,29 +77,41 @@ def prune_templates(
         >>> layer.after < layer.before, torch.allclose(student(images), before, atol=1e-5)
         (True, True)
     """
-    student, _ = unwrap(student, "student")
     if not 0 <= budget < 1:
         raise ArgumentError(f"budget is a share of positions in [0, 1), got {budget}")
+    together = is_ddp(student)
+    student = student_inside(student)
+    refuse_shards(student, "prune_templates")
     if any(hook.tape.armed for _, _, hook in inserts(student)):
         raise AttachError("the student is still attached; call kd.detach() before pruning")
     layers = slots(student)
     if not layers:
         raise AttachError(f"this {type(student).__name__} has no KD layers to prune")
-    shares = _firing_shares(student, layers, loader)
+    for name, slot in layers.items():
+        _check_plain(name, slot)
+    shares = _firing_shares(student, layers, loader, together)
     return [_prune(name, slot, shares[name] > budget) for name, slot in layers.items()]
 
 
 def _firing_shares(
-    student: nn.Module, layers: dict[str, Slot], loader: Iterable[Any]
+    student: nn.Module, layers: dict[str, Slot], loader: Iterable[Any], together: bool
 ) -> dict[str, Tensor]:
-    """For each layer, the share of positions at which each template fires."""
-    fired: dict[str, Tensor | float] = dict.fromkeys(layers, 0.0)
-    positions = dict.fromkeys(layers, 0)
+    """For each layer, the share of positions at which each template fires.
+
+    With ``together`` the data of all processes count.
+    """
+    # For every template where it fires, and last the positions and the scores that are not finite.
+    counts = {
+        name: torch.zeros(slot.head.num_templates + 2, dtype=torch.long)
+        for name, slot in layers.items()
+    }
 
     def counting(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def count(_module: nn.Module, _args: Any, scores: Tensor) -> None:
-            fired[name] = fired[name] + (scores > 0).sum(0)
-            positions[name] += len(scores)
+            broken = (~scores.isfinite()).sum()
+            seen = torch.stack([torch.full_like(broken, len(scores)), broken])
+            found = torch.cat([(scores > 0).sum(0), seen])
+            counts[name] = counts[name].to(found.device) + found
 
         return count
 
@@ -108,9 +123,29 @@ def _firing_shares(
     finally:
         for hook in hooks:
             hook.remove()
-    if not all(positions.values()):
+    if together:
+        counts = {name: all_sum(count) for name, count in counts.items()}
+    if any(count[-2] == 0 for count in counts.values()):
         raise FitError("prune_templates() was given an empty loader: it gave no batch")
-    return {name: torch.as_tensor(fired[name]) / positions[name] for name in layers}
+    broken = [name for name, count in counts.items() if count[-1] > 0]
+    if broken:
+        raise FitError(
+            f"scores of the KD layer at {broken[0]!r} are NaN or infinite on this data, so which "
+            "templates fire is not known, and nothing was pruned; look for NaN in the images and "
+            "in the student's weights"
+        )
+    return {name: count[:-2] / count[-2] for name, count in counts.items()}
+
+
+def _check_plain(name: str, slot: Slot) -> None:
+    """Raise AttachError if a layer's weights are computed from others, which cannot be cut."""
+    for module in (slot.head, slot.value):
+        if not isinstance(dict(module.named_parameters(recurse=False)).get("weight"), nn.Parameter):
+            raise AttachError(
+                f"the KD layer at {name!r} has a parametrised or pruned weight; make it permanent "
+                "first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune"
+                ".remove)"
+            )
 
 
 def _prune(name: str, slot: Slot, fires: Tensor) -> PrunedLayer:
@@ -121,8 +156,9 @@ def _prune(name: str, slot: Slot, fires: Tensor) -> PrunedLayer:
         # The one that stays holds the removed part of each value kernel's norm, and never fires.
         rest, stays = value.weight[:, silent].norm(dim=1), silent[:1]
         kept = torch.cat([fires.nonzero().flatten(), stays])
-        head.weight = nn.Parameter(head.weight[kept])
-        value.weight = nn.Parameter(torch.cat([value.weight[:, kept[:-1]], rest[:, None]], 1))
+        head.weight = _like(head.weight, head.weight[kept])
+        columns = torch.cat([value.weight[:, kept[:-1]], rest[:, None]], 1)
+        value.weight = _like(value.weight, columns)
         _keep(norm, kept)
         norm.weight[-1], norm.bias[-1] = 0.0, -1.0
     after = head.num_templates
@@ -131,7 +167,15 @@ def _prune(name: str, slot: Slot, fires: Tensor) -> PrunedLayer:
 
 
 def _keep(norm: nn.BatchNorm1d, kept: Tensor) -> None:
-    norm.weight, norm.bias = nn.Parameter(norm.weight[kept]), nn.Parameter(norm.bias[kept])
+    norm.weight, norm.bias = (
+        _like(norm.weight, norm.weight[kept]),
+        _like(norm.bias, norm.bias[kept]),
+    )
     norm.running_mean = norm.running_mean[kept] if norm.running_mean is not None else None
     norm.running_var = norm.running_var[kept] if norm.running_var is not None else None
     norm.num_features = len(kept)
+
+
+def _like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter that trains if ``old`` did."""
+    return nn.Parameter(values, requires_grad=old.requires_grad)

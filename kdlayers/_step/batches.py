@@ -6,35 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdlayers.errors import ArgumentError, ArgumentTypeError, StaleCaptureError
-from kdlayers.functional import _checks as check
-
-
-def labels_for(targets: Tensor | None, logits: Tensor) -> Tensor | None:
-    """The labels on the device of ``logits``, checked to be those of the same batch.
-
-    Raises:
-        ArgumentTypeError: if they are no tensor, or one with a gradient, as logits have.
-        StaleCaptureError: if their number is another.
-    """
-    if targets is None:
-        return None
-    if not isinstance(targets, Tensor):
-        raise ArgumentTypeError(
-            f"kd.loss(targets) takes the labels as a tensor, got {type(targets).__name__}"
-        )
-    if targets.requires_grad:
-        raise ArgumentTypeError(
-            f"kd.loss(targets) takes the labels, got a {targets.dtype} tensor of shape "
-            f"{check.shape(targets)} with a gradient, as the student's logits have: these are "
-            "recorded when the student runs; call kd.loss(y) after student(x)"
-        )
-    if targets.dim() == 0 or targets.shape[0] != logits.shape[0]:
-        raise StaleCaptureError(
-            f"{tuple(targets.shape)} labels for a forward of {logits.shape[0]} images: these are "
-            "the labels of another batch; call kd.loss(y) with the y of the last student(x)"
-        )
-    return targets.to(logits.device)
+from kdlayers.errors import ArgumentError, ArgumentTypeError
 
 
 def check_loader(loader: object) -> None:
@@ -73,7 +45,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
         if sample:
             found += ", one sample of a data set: pass DataLoader(dataset, batch_size=64)"
         elif second:
-            found += f", of which the second has shape {check.shape(labels)}, like images: give a "
+            found += f", of which the second has shape {list(labels.shape)}, like images: give a "
             found += "model of two inputs batches ((first, second), labels)"
     elif isinstance(batch, Mapping):
         found = f"a {type(batch).__name__} with the keys {_pairs_of(batch)}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
 
@@ -9,30 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._layer.layer import KDLayer
-from kdlayers._models.trace import image_size
 from kdlayers._models.undisturbed import cuda_devices
-from kdlayers._step import captures
 from kdlayers._step.added import layers_of, parameters_of
-from kdlayers._step.batches import check_loader, labels_for, split_batch
-from kdlayers._step.hooks import Ahead, Tape, version_of
+from kdlayers._step.batches import check_loader, split_batch
+from kdlayers._step.hooks import drop_recording
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch
-from kdlayers._step.other_teacher import remember
+from kdlayers._step.plan import Plan
+from kdlayers._step.ranks import Ranks
 from kdlayers._step.sites import slots, take_out
+from kdlayers._step.state import load_state, state_of
 from kdlayers._step.summary import summarise
+from kdlayers._step.tape import Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Taught, Teacher
-from kdlayers._step.terms import Inputs, Term, weighted_sum
+from kdlayers._step.terms import Pair, Term, weighted_sum
 from kdlayers._targets.fitter import Fitter, pass_seed, run_passes
 from kdlayers._targets.passes import Passes
-from kdlayers._utils.distributed import keep_in_step, world_size
-from kdlayers._utils.eager import eager, prepare
 from kdlayers.errors import (
     AttachError,
-    CheckpointError,
+    CaptureError,
     NotFittedError,
 )
-
-STATE_VERSION = 1
 
 
 class KDHandle:
@@ -68,21 +66,38 @@ class KDHandle:
         teachers: Sequence[Teacher],
         terms: Sequence[Term],
         tape: Tape,
-        hooks: Sequence[Any],
     ) -> None:
-        prepare()
         self.student = student
         self.terms: dict[str, Tensor] = {}
         self.step = 0
         self._teachers = list(teachers)
         self._terms = list(terms)
         self._tape = tape
-        self._release = finalize(self, _release, tape, list(hooks))
-        self._in_step = False
+        self._start()
+
+    def _start(self) -> None:
+        """Make what is not copied or pickled along, and start to record."""
+        _keep_out_of_graphs()
+        self._plan = Plan(self._terms, self._teachers)
+        self._fitted = False
         self._images = ImageStatistics()
-        self._keep_in_step()
-        own, added = _parameter_groups(student, self._terms)
+        own, added = _parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(own, added)
+        self._ranks = _ranks(self._terms)
+        self._tape.armed, self._tape.ranks = bool(self._terms), self._ranks
+        if self._ranks is not None:
+            self._ranks.start()
+        self._release = finalize(self, _release, self.student, self._tape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the student, the teachers and the losses, and record anew."""
+        kept = ("student", "step", "_teachers", "_terms", "_tape")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.terms = {}
+        self._start()
 
     # ---------------------------------------------------------------- training
 
@@ -125,27 +140,33 @@ class KDHandle:
         """
         self._need_teacher("fit")
         check_loader(loader)
-        self._keep_in_step()
+        if self._ranks is not None:
+            self._ranks.start()
         wanted = [term for term in self._terms if refit or not term.loss.fitted]
         pairs = [(term, term.loss.fitter(seed=seed)) for term in wanted]
         fitters = {id(fitter): (term, fitter) for term, fitter in pairs if fitter is not None}
         devices = {d for teacher in self._teachers for d in cuda_devices(teacher.model)}
 
         def batches(active: Sequence[Fitter], index: int) -> Iterator[Any]:
-            terms = [fitters[id(fitter)][0] for fitter in active]
+            plan = Plan([fitters[id(fitter)][0] for fitter in active], self._teachers)
             title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
             start = pass_seed(seed, active, index)
             for batch in passes.batches(start, title, progress=progress):
                 images, labels = split_batch(batch)
                 if index == 0:
                     self._images.of_fit(images)
-                yield self._teacher_tensors(terms, images), labels
+                args = images if isinstance(images, tuple) else (images,)
+                tensors = plan.of_teachers(plan.teach(args, {}))
+                found = zip(plan.terms, tensors, strict=True)
+                yield [term.teacher_alone(tensor) for term, tensor in found], labels
 
         if fitters:
             self._images.begin_fit()
         with Passes(loader, devices) as passes:
             run_passes([fitter for _, fitter in fitters.values()], batches)
-        remember([term for term, _ in fitters.values()], self._teachers)
+        for term, _ in fitters.values():
+            term.remember(self._teachers)
+        self._look_again()
 
     def loss(self, targets: Tensor | None = None, *, logits: Any = None) -> Tensor:
         r"""Sum of the weighted terms for the student's last training forward.
@@ -165,13 +186,17 @@ class KDHandle:
 
         Raises:
             ArgumentTypeError: if ``targets`` have a gradient, as the student's logits do.
-            CaptureError: if no training forward was recorded, or a KD layer did not run in it.
-            StaleCaptureError: if several forwards were run, or the batch was changed since.
+            CaptureError: if no training forward was recorded, a KD layer did not run in it, or this
+                is called under ``torch.no_grad()``.
+            StaleCaptureError: if several forwards were run, or the batch, features or logits were
+                changed in place since.
             NotFittedError: if :meth:`fit` has not been called.
+            ShapeError: if the batch was empty.
         """
-        inputs = self._inputs(targets, logits)
-        total, logged = weighted_sum(self._terms, inputs)
-        self._done(logged)
+        compiling = torch.compiler.is_compiling()
+        pairs, labels = self._read(targets, logits, compiling)
+        total, logged = weighted_sum(self._terms, pairs, labels)
+        self._done(total, logged)
         return total
 
     @contextmanager
@@ -185,7 +210,7 @@ class KDHandle:
         self._need_teacher("batch")
         tape = self._tape
         tape.consume()
-        tape.open(args, kwargs)
+        tape.forward = Forward(args, kwargs)
         tape.manual = tape.active = True
         try:
             yield
@@ -205,8 +230,8 @@ class KDHandle:
             StaleCaptureError: in :meth:`loss`, if the student was run on other tensors.
         """
         self._need_teacher("teach")
-        taught = self._run_teachers(self._terms, args, kwargs)
-        self._tape.ahead = Ahead(args, version_of(args), taught)
+        versions = versions_of(args, kwargs)
+        self._tape.ahead = Ahead(args, kwargs, versions, self._plan.teach(args, kwargs))
 
     def clear(self) -> None:
         """Forget recorded forwards, after a training forward whose KD loss is not wanted."""
@@ -260,38 +285,22 @@ class KDHandle:
     def state_dict(self) -> dict[str, Any]:
         """Targets, train-only parameters and the step: tensors and numbers, safe to save.
 
-        Together with the student's and the optimiser's state a resumed run goes on exactly.
+        Together with the student's and the optimiser's state a resumed run goes on exactly. The
+        tensors are copies, and a checksum of them is part of the state.
         """
-        losses = {term.name: term.loss.state_dict() for term in self._terms}
-        return {"version": STATE_VERSION, "step": self.step, "losses": losses}
+        return state_of(self._terms, self.step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
 
+        All or nothing: if it fails, every loss is as it was before.
+
         Raises:
-            CheckpointError: if the state is of other losses, damaged, or of an unknown version.
+            CheckpointError: if the state is of other losses, of KD layers or a teacher of other
+                sizes, damaged, changed, or of an unknown version.
         """
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, dict) else type(state).__name__
-            raise CheckpointError(
-                f"this is no state of a KDHandle of version {STATE_VERSION} (found {found!r}); "
-                "pass what kd.state_dict() returned"
-            )
-        losses, step = state.get("losses"), state.get("step")
-        if not isinstance(losses, dict) or not isinstance(step, int):
-            raise CheckpointError(
-                "the state of a KDHandle is damaged: it has no losses or no step; pass what "
-                "kd.state_dict() returned"
-            )
-        ours, theirs = [term.name for term in self._terms], list(losses)
-        if set(ours) != set(theirs):
-            raise CheckpointError(
-                f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
-                "same points and losses as when it was saved"
-            )
-        for term in self._terms:
-            _load(term, losses[term.name])
-        self.step = step
+        self.step = load_state(self._terms, self._teachers, slots(self.student), state)
+        self._look_again()
 
     def summary(self) -> str:
         """Points, shapes, parameters and multiply-adds added, and what is fitted, as a table."""
@@ -306,6 +315,7 @@ class KDHandle:
         """Let go of teacher, captures and train-only parts; the student keeps its KD layers."""
         self._release()
         self._teachers, self._terms, self.terms = [], [], {}
+        self._plan, self._ranks = Plan((), ()), None
         self._watch = OptimiserWatch((), {})
 
     def remove(self) -> None:
@@ -322,93 +332,98 @@ class KDHandle:
                 "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
             )
 
-    def _keep_in_step(self) -> None:
-        """Put the train-only parameters in step, once the processes are connected."""
-        if not self._in_step and world_size() > 1:
-            keep_in_step(self.parameters())
-            self._in_step = True
+    def _look_again(self) -> None:
+        """Ask the losses again whether they are fitted, and where their tensors are."""
+        self._fitted = False
+        for term in self._terms:
+            term.device = None
 
-    def _teach(self, record: captures.Record, ahead: Ahead | None) -> list[Taught]:
-        if ahead is not None:
-            captures.check_same(record, ahead.args, ahead.version)
-            return ahead.taught
-        autocast = record.autocast_dtype(self.student)
-        return self._run_teachers(self._terms, record.args, record.kwargs, autocast)
-
-    def _run_teachers(
-        self,
-        terms: Sequence[Term],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        autocast: torch.dtype | None = None,
-    ) -> list[Taught]:
-        """What the terms read of each teacher, from one forward no deeper than they need."""
-        taught: list[Taught] = []
-        for index, teacher in enumerate(self._teachers):
-            read = (term.tap for term in terms if term.tap is not None and term.reads(index))
-            logits = any(term.reads_logits(index) for term in terms)
-            taps = list(dict.fromkeys(read))
-            taught.append(teacher.run(args, kwargs, taps, autocast, logits=logits))
-        return taught
-
-    def _teacher_tensors(self, terms: Sequence[Term], images: Any) -> list[Tensor]:
-        args = images if isinstance(images, tuple) else (images,)
-        taught = self._run_teachers(terms, args, {})
-        found = [term.teacher_tensor(self._teachers, taught) for term in terms]
-        return [term.teacher_alone(tensor) for term, tensor in zip(terms, found, strict=True)]
-
-    @eager
-    def _inputs(self, targets: Tensor | None, logits: Any) -> Inputs:
-        """What the terms of the last forward are computed from; the teacher runs here."""
-        self._need_teacher("loss")
-        self._keep_in_step()
+    def _need_fitted(self) -> None:
         unfitted = [term.name for term in self._terms if not term.loss.fitted]
         if unfitted:
             raise NotFittedError(
                 f"{', '.join(unfitted)} has not learnt from the teacher yet; call kd.fit(loader) "
                 "once before training, or kd.load_state_dict(...) when you resume"
             )
-        ahead, self._tape.ahead = self._tape.ahead, None
-        keys = {term.key for term in self._terms if term.key is not None}
-        reads_logits = any(term.key is None for term in self._terms)
-        record = captures.read(self._tape, keys, self.student, logits, reads_logits=reads_logits)
-        image = image_size((record.args, record.kwargs))
-        targets = labels_for(targets, record.logits)
-        self._images.of_training((record.args, record.kwargs))
-        taught = self._teach(record, ahead)
-        pairs = []
-        for term in self._terms:
-            student = record.logits if term.key is None else record.features[term.key]
-            if term.student_layout is not None:
-                student = term.student_layout.on_grid(student, image)
-            _follow(term.loss, student.device)
-            pairs.append((student, term.teacher_tensor(self._teachers, taught)))
-        # Tensors: a compiled sum does not depend on their values.
-        weights = {term.name: term.loss.weight_at(self.step) for term in self._terms}
-        self._watch.look([name for name, weight in weights.items() if weight])
-        values = torch.tensor(list(weights.values()), dtype=torch.float64)
-        return Inputs(pairs, list(values), targets, record.features)
+        self._fitted = True
 
-    @eager
-    def _done(self, logged: dict[str, Tensor]) -> None:
+    def _read(
+        self, targets: Tensor | None, logits: Any, compiling: bool
+    ) -> tuple[list[Pair], Tensor | None]:
+        """What the terms of the last forward compare, and the labels; the teacher runs here."""
+        if not self._teachers:
+            self._need_teacher("loss")
+        if not self._fitted:
+            self._need_fitted()
+        if not torch.is_grad_enabled():
+            raise CaptureError(
+                "kd.loss(y) was called under torch.no_grad() or inference_mode(), where it would "
+                "have no gradient; call it outside, and read values to log from kd.terms"
+            )
+        if self._ranks is not None:
+            self._ranks.start()
+        tape = self._tape
+        ahead, tape.ahead = tape.ahead, None
+        forward, found = tape.read(self._plan.wanted, self.student, logits)
+        labels = check_labels(targets, found)
+        self._images.of_training((forward.args, forward.kwargs))
+        if ahead is None:
+            autocast = forward.autocast_dtype(self.student, found)
+            taught = self._plan.teach(forward.args, forward.kwargs, autocast)
+        else:
+            check_taught(forward, ahead)
+            taught = ahead.taught
+        pairs = self._plan.pairs(forward, found, taught, self.step)
+        if self._watch.unjudged:
+            weighted = zip(self._terms, pairs, strict=True)
+            self._watch.look([term.name for term, pair in weighted if pair.weight])
+        if compiling:  # tensors: a compiled sum does not depend on their values
+            for pair in pairs:
+                pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
+        return pairs, labels
+
+    def _done(self, total: Tensor, logged: dict[str, Tensor]) -> None:
+        if self._ranks is not None:
+            self._ranks.average_after(total)
         self.terms = logged
         self.step += 1
 
 
-def _release(tape: Tape, hooks: Sequence[Any]) -> None:
+@dataclass
+class Ahead:
+    """What ``kd.teach`` learnt before the student runs, and of which inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int | None]
+    taught: list[Taught]
+
+
+def _keep_out_of_graphs() -> None:
+    """Let torch.compile leave a step's checks and its teacher alone.
+
+    Done when the first handle is made, because it imports the compiler, which takes long.
+    """
+    for name in ("_read", "_done"):
+        method = getattr(KDHandle, name)
+        if not hasattr(method, "_torchdynamo_disable"):
+            setattr(KDHandle, name, torch.compiler.disable(method))
+
+
+def _ranks(terms: Sequence[Term]) -> Ranks | None:
+    """What keeps the train-only parameters equal over the ranks; None if there are none."""
+    owners = {term.name: list(term.loss.parameters()) for term in terms}
+    parameters = list(dict.fromkeys(p for group in owners.values() for p in group))
+    names = [name for name, group in owners.items() if group]
+    return Ranks(parameters, names) if parameters else None
+
+
+def _release(student: nn.Module, tape: Tape) -> None:
     """End the recording; called by `detach`, and when the handle is garbage."""
     tape.fail()
     tape.consume()
-    tape.armed = tape.active = False
-    for hook in hooks:
-        hook.remove()
-
-
-def _load(term: Term, state: dict[str, Any]) -> None:
-    try:
-        term.loss.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
+    tape.armed, tape.ranks = False, None
+    drop_recording(student, tape)
 
 
 def _parameter_groups(
@@ -425,10 +440,3 @@ def _parameter_groups(
             # The loss alone reaches the templates whatever alpha is.
             added[term.name].append(layers[term.point].head.weight)
     return own, added
-
-
-def _follow(loss: nn.Module, device: torch.device) -> None:
-    """Move the loss to the student's device; parameters keep their identity for the optimiser."""
-    tensors = (*loss.parameters(), *loss.buffers())
-    if any(tensor.device != device for tensor in tensors):
-        loss.to(device)

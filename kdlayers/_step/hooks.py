@@ -1,9 +1,9 @@
 """Hooks that put a KD layer into a model and record what the losses need.
 
-A batch takes this way through them: `OpenForward` (before the student's forward) clears the tape
-and decides whether to record; `InsertLayer` (after a tapped module) sends the features through the
-KD layer and lays the scores on the tape; `Capture` lays plain features there; `CloseForward` (after
-the student's forward) keeps the logits. `KDHandle.loss` then reads the tape.
+A batch takes this way through them. `OpenForward`, before the student's forward, decides whether to
+record. `InsertLayer`, after the module at a KD point, sends the features through the KD layer and
+records the scores. `Capture` records plain features. `CloseForward`, after the student's forward,
+records the logits. `KDHandle.loss` then reads the tape.
 
 The hook objects hold names, not modules, and find the layer from the module they are called with:
 a deep copy, an unpickled model or a replica then runs its own layer, not the original's. Copies get
@@ -11,8 +11,8 @@ an empty tape that never records.
 """
 
 import sys
-from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.layer import KDLayer
 from kdlayers._models.outputs import main_output
-from kdlayers._utils.torch_internals import in_backward
-from kdlayers._utils.tree import Path, first_tensor, mapped, pick, put
+from kdlayers._step.plain_state import may_keep_values
+from kdlayers._step.tape import Forward, Tape, version_of
+from kdlayers._utils.torch_internals import current_backward, drop_hooks
+from kdlayers._utils.tree import Path, pick, put
+from kdlayers.errors import AttachError
 
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
@@ -42,84 +45,19 @@ class Slot(KDLayer):
         self,
         state_dict: dict[str, Any],
         prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
         *args: Any,
-        **kwargs: Any,
     ) -> None:
-        # A checkpoint of the plain student has no keys of this layer: it loads strictly, and the
-        # layer keeps its values. load_state_dict works on its own copy of the dict.
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-@dataclass
-class Ahead:
-    """What ``kd.teach`` learnt before the student ran, and of which inputs."""
-
-    args: tuple[Any, ...]
-    version: int | None
-    taught: list[tuple[Tensor | None, dict[str, Tensor]]]
-
-
-class Tape:
-    """What one training forward of the student left for the losses."""
-
-    def __init__(self, armed: bool = True) -> None:
-        self.armed = armed
-        self.manual = False
-        self.active = False
-        self.done = 0
-        self.generation = 0
-        self.ahead: Ahead | None = None
-        self.copies = False
-        """Whether the student works in place on its inputs, so that copies go to the teacher."""
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the recorded forward."""
-        self.features: dict[str, Tensor] = {}
-        self.repeated: str | None = None
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.given: tuple[Any, ...] = ()
-        self.version: int | None = None
-        self.output: Any = None
-        self.token: object = None
-
-    def consume(self) -> None:
-        """Forget everything, also the count of forwards that no loss has read."""
-        self.clear()
-        self.done = 0
-        self.generation += 1
-
-    def fail(self) -> None:
-        """Let go of what a forward that ended in an exception has left, and of its teacher's."""
-        self.active = False
-        self.ahead = None
-        self.clear()
-
-    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Start recording a forward of these inputs."""
-        self.clear()
-        self.given = args
-        if self.copies:
-            args, kwargs = mapped((args, kwargs), lambda tensor: tensor.clone())
-        self.inputs = (args, kwargs)
-        self.version = version_of(args)
-
-    def record(self, name: str, tensor: Tensor) -> None:
-        """Keep ``tensor`` if a forward is being recorded."""
-        if self.active:
-            if name in self.features:
-                self.repeated = name
-            self.features[name] = tensor
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Tape":
-        """Copies of the student record nothing, and take no tensors with them."""
-        return Tape(armed=False)
-
-    def __reduce__(self) -> tuple[type["Tape"], tuple[bool]]:
-        """Pickles like a copy: empty and disarmed."""
-        return (Tape, (False,))
+        # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
+        # layers keep their values. load_state_dict works on its own copy of the dict.
+        own = self.state_dict()
+        if may_keep_values(state_dict, prefix, list(own), missing_keys):
+            state_dict.update({prefix + key: value for key, value in own.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
 
 
 class InsertLayer:
@@ -137,32 +75,58 @@ class InsertLayer:
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
-        """The layer that belongs to ``module``."""
-        return descend(module, self.store)._modules[SLOT]  # type: ignore[return-value]
+        """The layer that belongs to ``module``.
+
+        Raises:
+            AttachError: if another tool has moved the hook to a module without the layer.
+        """
+        layer = descend(module, self.store)._modules.get(SLOT)
+        if layer is None:
+            raise AttachError(
+                f"the KD layer at {self.name!r} is gone: its module was replaced by a "
+                f"{type(module).__name__}, as fuse_modules does; fuse before attach_kd, or take a "
+                "copy with plain submodules, bake(student), and fuse that"
+            )
+        return layer  # type: ignore[return-value]
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """The output with the layer's features in the place of the module's."""
+        path, tape = self.path, self.tape
+        features = pick(output, path) if path else output
         # Through __call__, not a method: FSDP gathers the layer's parameters in its own hooks.
-        features, scores, templates = self.slot(module)(pick(output, self.path), insert=True)
-        self.tape.record(score_key(self.name), scores)
-        if templates is not None:
-            self.tape.record(templates_of(score_key(self.name)), templates)
-        return put(output, self.path, features)
+        features, scores, templates = self.slot(module)(features, insert=True)
+        if tape.active and tape.forward is not None:
+            tape.forward.record_scores(self.name, (scores, templates))
+        return put(output, path, features) if path else features
 
 
 class Capture:
-    """Forward hook that records a module's output as the next module gets it."""
+    """Forward hook that records a module's output as the next module gets it.
 
-    def __init__(self, name: str, path: Path, tape: Tape, clone: bool) -> None:
+    A later module may change the features in place, and in training only, as
+    ``nn.Dropout(inplace=True)`` does. So the first forward records a copy; later ones do so where
+    the first one showed a change, and under torch.compile, which hides in-place changes.
+    """
+
+    def __init__(self, name: str, path: Path, tape: Tape, copies: bool | None) -> None:
         self.name = name
         self.path = path
         self.tape = tape
-        self.clone = clone
+        self.copies = copies
+        """Whether features are changed in place after this module; None: not known yet."""
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        """Keep the tensor on the tape; a copy of it where a later module works in place."""
+        """Record the features."""
+        forward = self.tape.forward
+        if not self.tape.active or forward is None:
+            return
         features = pick(output, self.path)
-        self.tape.record(self.name, features.clone() if self.clone else features)
+        if torch.compiler.is_compiling():
+            forward.record_features(self.name, features.clone())
+            return
+        forward.watched.append((self, features, features._version))
+        copies = self.copies is not False
+        forward.record_features(self.name, features.clone() if copies else features)
 
 
 class OpenForward:
@@ -181,11 +145,13 @@ class OpenForward:
         if recording and not torch.compiler.is_compiling():
             # Reentrant checkpointing and checkpoint(student) run the forward again inside backward.
             # A torch that does not tell counts such forwards, and loss() refuses.
-            recording = not in_backward() and not is_tracing()
+            recording = current_backward() == -1 and not is_tracing()
         # Assigned each time: a forward that ended in an exception cannot leave it set.
         tape.active = recording
         if recording:
-            tape.open(args, kwargs)
+            tape.forward = Forward(args, kwargs, copies=tape.copies)
+            if tape.ranks is not None and not torch.compiler.is_compiling():
+                tape.forward.on_all_ranks = tape.ranks.forward(module)
 
 
 class CloseForward:
@@ -197,24 +163,30 @@ class CloseForward:
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """End the recording that `OpenForward` began; with no output the forward has failed."""
         tape = self.tape
-        if tape.active and not tape.manual:
-            if output is None:
-                tape.fail()
-                return
-            tape.active = False
-            tape.output = output
-            tape.done += 1
-            if not torch.compiler.is_compiling():
-                watch_backward(tape, output)
+        forward = tape.forward
+        if not tape.active or tape.manual or forward is None:
+            return
+        if output is None:
+            tape.fail()
+            return
+        tape.active = False
+        tape.done += 1
+        forward.output, forward.compiled = output, torch.compiler.is_compiling()
+        if not isinstance(output, Tensor) and forward.compiled:
+            return  # the logits are looked for outside of the graph
+        logits = output if isinstance(output, Tensor) else main_output(output)
+        if logits is None:
+            return
+        forward.logits, forward.version = logits, version_of(logits)
+        if logits.requires_grad and not forward.compiled:
+            watch_backward(tape, forward, logits)
+            if forward.on_all_ranks and tape.ranks is not None:
+                tape.ranks.average_after(logits)
 
 
-def watch_backward(tape: Tape, output: Any) -> None:
-    """Let a backward pass through ``output`` close its forward: its step asked for no KD loss."""
-    logits = main_output(output)
-    if logits is None or not logits.requires_grad:
-        return
-    token = tape.token = object()
-    generation, fired = tape.generation, False
+def watch_backward(tape: Tape, forward: Forward, logits: Tensor) -> None:
+    """Let a backward pass through the logits close their forward: it asked for no KD loss."""
+    generation, token, fired = tape.generation, ref(forward), False
 
     def close(_: Tensor) -> None:
         nonlocal fired
@@ -222,10 +194,19 @@ def watch_backward(tape: Tape, output: Any) -> None:
             return
         fired = True  # a second backward through a retained graph closes nothing more
         tape.done -= 1
-        if tape.token is token:
-            tape.clear()
+        if tape.forward is token():
+            tape.forward = None
 
     logits.register_hook(close)
+
+
+def drop_recording(student: nn.Module, tape: Tape) -> None:
+    """Take away the hooks that only record on this tape; KD layers stay."""
+    for module in student.modules():
+        drop_hooks(module, lambda hook: isinstance(hook, _RECORDING) and hook.tape is tape)
+
+
+_RECORDING = (OpenForward, CloseForward, Capture)
 
 
 def guard_hooks(*, reset: bool = False) -> None:
@@ -243,29 +224,11 @@ def guard_hooks(*, reset: bool = False) -> None:
             _dynamo.reset()
 
 
-def score_key(name: str) -> str:
-    """Key of a KD layer's scores on the tape, apart from the features of the same module."""
-    return f"scores of {name}"
-
-
-def templates_of(key: str) -> str:
-    """Key of the templates, where ``key`` holds unit features in the place of scores."""
-    return f"templates for {key}"
-
-
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
     """The descendant of ``module`` that the child names lead to."""
     for name in store:
-        module = module._modules[name]  # type: ignore[assignment]
+        module = module._modules.get(name, module)  # type: ignore[assignment]
     return module
-
-
-def version_of(args: tuple[Any, ...]) -> int | None:
-    """In-place counter of the first tensor among ``args``, to notice later changes."""
-    tensor = first_tensor(args)
-    if tensor is None or (not torch.compiler.is_compiling() and tensor.is_inference()):
-        return None
-    return tensor._version
 
 
 def _is_exporting() -> bool:

@@ -1,21 +1,22 @@
 """Runs a teacher on the student's batch, and leaves it as it was found."""
 
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from math import inf
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.layouts import Size
 from kdlayers._models.outputs import main_output, why_unclear
-from kdlayers._models.trace import Trace, fresh, image_size, placement, to_model, trace
+from kdlayers._models.trace import Trace, image_size, placement, trace
 from kdlayers._models.wrappers import check_pair, unwrap
-from kdlayers._step.hooks import Capture, Tape
+from kdlayers._step.call import for_teacher
 from kdlayers._step.normalisation import automatic, warn_of_difference
 from kdlayers._step.sites import hook_site
-from kdlayers._utils.tree import leaves
+from kdlayers._step.tape import version_of
+from kdlayers._utils.locks import lock_of
+from kdlayers._utils.tree import leaves, mapped, pick
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
@@ -33,6 +34,7 @@ class Teacher:
         called: nn.Module,
         weight: float = 1.0,
         transform: Transform | None = None,
+        eval_mode: bool = True,
     ) -> None:
         self.model = model
         self.traced = traced
@@ -42,14 +44,21 @@ class Teacher:
         """Its share in the mean of several teachers' logits."""
         self.transform = transform
         """What the images go through before it sees them."""
-        self.eval_mode = True
+        self.eval_mode = eval_mode
         """False for the peer of mutual learning, which runs in the mode it is in."""
+        self.lock = lock_of(model)
+        """One thread at a time runs the model: its mode and its hooks belong to that thread."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles take the model along, and its copy has a lock of its own."""
+        fields = (self.model, self.traced, self.called, self.weight, self.transform, self.eval_mode)
+        return Teacher, fields
 
     def run(
         self,
-        args: Sequence[Any],
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        names: Collection[str],
+        names: Sequence[str],
         autocast: torch.dtype | None = None,
         *,
         logits: bool = True,
@@ -63,50 +72,75 @@ class Teacher:
         Raises:
             CaptureError: if the teacher cannot run on the inputs, or a tapped module did not run.
         """
-        tape = Tape()
-        tape.active = True
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if self.eval_mode:
-                stack.enter_context(_eval_mode(self.model))
-            stack.enter_context(_autocast(self.model, autocast))
-            for name in names:
-                call = self.traced.call(name)
-                tap = Capture(name, call.path, tape, clone=call.changed)
-                hook = hook_site(self.model, name).register_forward_hook(tap)
-                stack.callback(hook.remove)
-                if not logits and self._stoppable():
-                    stop = hook_site(self.model, name).register_forward_hook(_Stop(names, tape))
-                    stack.callback(stop.remove)
-            args = to_model(transformed(tuple(args), self.transform), self.model)
-            # A teacher that works in place on its inputs gets copies of the student's batch.
-            args = fresh(args) if self.traced.changes_input else args
-            image = image_size((args, kwargs))
-            try:
-                output = self.called(*args, **kwargs)
-            except _Enough:
-                return None, self._on_grids(tape.features, image)
-            except (KDLayersError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                raise _failed(self.model, args, error) from error
-        missing = [name for name in names if name not in tape.features]
-        if missing:
-            raise CaptureError(
-                f"the teacher's modules {missing} did not run in its forward, though they did at "
-                "attach; a teacher compiled and called before attach_kd skips new hooks: pass the "
-                "teacher uncompiled, or attach before its first call"
-            )
-        if logits and (unclear := why_unclear(output)) is not None:
+        device, dtype = placement(self.model)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        args, kwargs = for_teacher(self.model, args, kwargs)
+        args, kwargs = mapped(transformed(args, kwargs, self.transform), move)
+        plain = autocast is None or torch.is_autocast_enabled(device.type)
+        precision = nullcontext() if plain else torch.autocast(device.type, dtype=autocast)
+        with self.lock, torch.no_grad(), precision:
+            output, taps = self._forward(args, kwargs, names, logits)
+            if [tap for tap in taps if tap.is_lost()]:
+                output, taps = self._forward(args, kwargs, names, logits)  # now with copies
+        features = self._on_grids(taps, args, kwargs)
+        if isinstance(output, Tensor) or not logits:
+            return output if isinstance(output, Tensor) else None, features
+        unclear = why_unclear(output)
+        if unclear is not None:
             raise CaptureError(f"a loss reads the teacher's logits, but {unclear}")
         found = main_output(output)
-        if found is None and logits:
+        if found is None:
             raise CaptureError("the teacher returned no tensor, though it did at attach")
-        return found, self._on_grids(tape.features, image)
+        return found, features
 
-    def _on_grids(self, taps: dict[str, Tensor], image: Size | None) -> dict[str, Tensor]:
+    def _on_grids(
+        self, taps: Sequence["_Tap"], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """The taps, with tokens on the grid that they form for images of this size."""
-        return {name: self.traced.layout(name).on_grid(t, image) for name, t in taps.items()}
+        features = {}
+        for tap in taps:
+            if tap.features is not None:
+                features[tap.call.name] = tap.features
+            if tap.features is not None and tap.layout.kind == "tokens":
+                image = image_size((args, kwargs))
+                features[tap.call.name] = tap.layout.on_grid(tap.features, image)
+        return features
+
+    def _forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], logits: bool
+    ) -> tuple[Any, list["_Tap"]]:
+        """The output, None where the forward ended early, and the taps after they have run."""
+        ends, missing = not logits and self._stoppable(), set(names)
+        taps = [_Tap(self, name, missing, ends) for name in names]
+        if self.traced.changes_input:
+            args, kwargs = mapped((args, kwargs), lambda tensor: tensor.clone())
+        hooks = [hook_site(self.model, t.call.name).register_forward_hook(t) for t in taps]
+        training = [m for m in self.model.modules() if self.eval_mode and m.training]
+        for module in training:
+            module.training = False
+        try:
+            output = self.called(*args, **kwargs)
+        except _Enough:
+            return None, taps
+        except (KDLayersError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise _failed(self.model, (args, kwargs), error) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in training:
+                module.training = True
+        if missing:
+            raise CaptureError(
+                f"the teacher's modules {sorted(missing)} did not run in its forward, though they "
+                "did at attach; a teacher compiled and called before attach_kd skips new hooks: "
+                "pass the teacher uncompiled, or attach before its first call"
+            )
+        return output, taps
 
     def _stoppable(self) -> bool:
         """Whether a forward may be left early: not a graph's, a peer's, or with parts gathered."""
@@ -118,31 +152,62 @@ class _Enough(BaseException):
     """Ends a teacher's forward; no Exception, so that no model takes it for an error."""
 
 
-class _Stop:
-    """Forward hook that ends the forward once all taps have been recorded."""
+class _Tap:
+    """Forward hook that records features, and may end the forward once nothing is missing."""
 
-    def __init__(self, names: Collection[str], tape: Tape) -> None:
-        self.names = names
-        self.tape = tape
+    def __init__(self, teacher: Teacher, name: str, missing: set[str], ends: bool) -> None:
+        self.call = teacher.traced.call(name)
+        self.layout = teacher.traced.layout(name)
+        # A peer in training mode may change features that an eval-mode forward leaves alone.
+        self.copies = self.call.changed or not teacher.eval_mode
+        self.missing = missing
+        self.ends = ends
+        self.features: Tensor | None = None
+        self.version: int | None = None
 
-    def __call__(self, *_: Any) -> None:
-        """Raise when nothing is missing any more."""
-        if all(name in self.tape.features for name in self.names):
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """Record the features, or a copy where a later module changes them in place."""
+        features: Tensor = pick(output, self.call.path)
+        self.features = features.clone() if self.copies else features
+        self.version = version_of(self.features)
+        self.missing.discard(self.call.name)
+        if self.ends and not self.missing:
             raise _Enough
 
+    def is_lost(self) -> bool:
+        """Whether a later module changed the features in place; later runs record copies."""
+        lost = self.features is not None and version_of(self.features) != self.version
+        self.call.changed = self.call.changed or lost
+        return lost
 
-def _failed(model: nn.Module, args: tuple[Any, ...], error: Exception) -> CaptureError:
-    inputs = [f"{tensor.dtype} {list(tensor.shape)}" for _, tensor in leaves(args)]
+
+def _failed(model: nn.Module, inputs: Any, error: Exception) -> CaptureError:
+    shapes = [f"{tensor.dtype} {list(tensor.shape)}" for _, tensor in leaves(inputs)]
     return CaptureError(
-        f"the teacher ({type(model).__name__}) could not run on a batch of {', '.join(inputs)}: "
+        f"the teacher ({type(model).__name__}) could not run on a batch of {', '.join(shapes)}: "
         f"{error}; it gets the student's images: if it needs others, say how they are made from "
         "these by attach_kd(..., teacher_transform=...)"
     )
 
 
-def transformed(args: tuple[Any, ...], transform: Transform | None) -> tuple[Any, ...]:
-    """The arguments of a forward, the first of them, the images, sent through ``transform``."""
-    return args if transform is None else (transform(args[0]), *args[1:])
+def transformed(
+    args: tuple[Any, ...], kwargs: dict[str, Any], transform: Transform | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of a forward with the images sent through ``transform``.
+
+    The images are the first argument, or the first tensor among the keywords.
+    """
+    if transform is None:
+        return args, kwargs
+    if args:
+        return (transform(args[0]), *args[1:]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, key: transform(value)}
+    raise CaptureError(
+        "teacher_transform found no images: student(...) was called without a tensor; call "
+        "student(x) or student(name=x), or wrap the call in `with kd.batch(x):`"
+    )
 
 
 def mean_logits(teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
@@ -193,7 +258,8 @@ def make_teachers(
         inner, called = unwrap(model, "teacher")
         check_pair(student, inner)
         own = _transform_for(student, inner, transform)
-        traced = trace(inner, transformed(example, own), "teacher")
+        with lock_of(inner):
+            traced = trace(inner, transformed(example, {}, own)[0], "teacher")
         teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
@@ -217,23 +283,3 @@ def _transform_for(
             )
         return automatic(student, teacher)
     return transform
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Generator[None, None, None]:
-    """Eval mode; the modules that were training are set back, one by one."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _autocast(model: nn.Module, dtype: torch.dtype | None) -> Any:
-    device = placement(model)[0].type
-    if dtype is None or torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, dtype=dtype)

@@ -1,17 +1,36 @@
 """A term of the loss: a `DistillLoss` together with the tensors it reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlayers._models.layouts import Layout, common_size, pool
 from kdlayers._models.trace import Trace
-from kdlayers._step.hooks import score_key, templates_of
-from kdlayers._step.teacher import Taught, Teacher, logits_of, mean_logits
+from kdlayers._step.tape import LOW
+from kdlayers._step.teacher import Teacher
 from kdlayers.errors import ArgumentError
 from kdlayers.losses import DistillLoss, TemplateLoss
+
+_SOURCE = "_kd_source"
+
+
+class Source:
+    """The teacher and its point that ``kd.fit`` has fitted a module to; copies know none."""
+
+    def __init__(self, model: Callable[[], nn.Module | None], tap: str | None) -> None:
+        self.model = model
+        self.tap = tap
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_source, ()
+
+
+def _no_source() -> None:
+    return None
 
 
 @dataclass
@@ -37,73 +56,76 @@ class Term:
     positions: int = 1
     """Positions of the student at this point, for images of the size of the example."""
 
-    @property
-    def key(self) -> str | None:
-        """Key of the student's tensor on the tape; None for the logits."""
-        if self.point is None:
-            return None
-        return score_key(self.point) if self.scores else self.point
+    device: torch.device | None = None
+    """Where the loss was put last, to follow a student that moves."""
 
-    def reads(self, teacher: int) -> bool:
-        """Whether the loss needs the features of the teacher of this index."""
-        return self.tap is not None and teacher == (self.teacher_index or 0)
-
-    def reads_logits(self, teacher: int) -> bool:
-        """Whether the loss needs the logits of the teacher of this index."""
-        return self.tap is None and self.teacher_index in (None, teacher)
-
-    def teacher_tensor(self, teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
-        """The teacher's tensor in its own layout, from what the teachers returned."""
-        if self.tap is not None:
-            return taught[self.teacher_index or 0][1][self.tap]
-        if self.teacher_index is not None:
-            return logits_of(taught[self.teacher_index])
-        return mean_logits(teachers, taught)
+    def value(
+        self, student: Tensor, teacher: Tensor, targets: Tensor | None, templates: Tensor | None
+    ) -> Tensor:
+        """The loss; with ``templates``, ``student`` holds the unit vectors that they score."""
+        student, teacher = self.pair(student, teacher)
+        if templates is None:
+            return self.loss(student, teacher, targets)  # type: ignore[no-any-return]
+        # Scores are linear in the unit vectors, so pooling the latter has pooled them.
+        value: Tensor = self.loss(student, teacher, targets, templates=templates)
+        return value
 
     def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both tensors as the loss reads them: on one grid, and on the student's device."""
         teacher = teacher.to(student.device)
-        if self.student_layout is None or self.teacher_layout is None:
+        ours, theirs = self.student_layout, self.teacher_layout
+        if ours is None or theirs is None or self.compares_classes:
             return student, teacher
         if student.shape[0] != teacher.shape[0]:
             return student, teacher  # the loss or the handle says what is wrong
-        if self._classifiers:
-            return student, teacher
-        ours, theirs = self.student_layout.to_grid(student), self.teacher_layout.to_grid(teacher)
-        size = common_size(_size(ours), _size(theirs))
-        return self._form(pool(ours, size)), self._form(pool(theirs, size))
+        left, right = ours.to_grid(student), theirs.to_grid(teacher)
+        if left.shape[1:3] != right.shape[1:3]:
+            size = common_size(_size(left), _size(right))
+            left, right = pool(left, size), pool(right, size)
+        if self.scores:
+            return left, right
+        return left.movedim(-1, 1), right.movedim(-1, 1)
 
-    def value(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        targets: Tensor | None,
-        features: dict[str, Tensor],
-    ) -> Tensor:
-        """The loss; ``features`` has the templates where ``student`` are the unit vectors."""
-        student, teacher = self.pair(student, teacher)
-        templates = features.get(templates_of(self.key)) if self.key is not None else None
-        # Scores are linear in the unit vectors, so pooling the latter has pooled them.
-        extra = {} if templates is None else {"templates": templates}
-        value: Tensor = self.loss(student, teacher, targets, **extra)
-        return value
+    def remember(self, teachers: Sequence[Teacher]) -> None:
+        """Note that ``kd.fit`` has just fitted this term to its teacher."""
+        setattr(self._learner, _SOURCE, Source(ref(self._model(teachers)), self.tap))
+
+    def learnt_elsewhere(self, teachers: Sequence[Teacher]) -> str | None:
+        """Of what an earlier ``kd.fit`` fitted this term, if that is something else.
+
+        What was fitted by hand or loaded is what the user wants.
+        """
+        source: Source | None = getattr(self._learner, _SOURCE, None)
+        if source is None or not self.loss.fitted:
+            return None
+        same = source.model() is self._model(teachers)
+        if same and source.tap == self.tap:
+            return None
+        return f"{source.tap!r} of {'this' if same else 'another'} teacher"
 
     @property
-    def _classifiers(self) -> bool:
+    def _learner(self) -> nn.Module:
+        """What learns, and may be passed to another `attach_kd`: targets, or the loss."""
+        targets = self.loss.template_targets if isinstance(self.loss, TemplateLoss) else None
+        return self.loss if targets is None else targets
+
+    def _model(self, teachers: Sequence[Teacher]) -> nn.Module:
+        return teachers[self.teacher_index or 0].model
+
+    @property
+    def compares_classes(self) -> bool:
         """Whether class scores are compared, which stay as they are, and not maps."""
         layouts = (self.student_layout, self.teacher_layout)
         return self.loss.on_logits and all(y is not None and y.kind == "vector" for y in layouts)
 
     def teacher_alone(self, teacher: Tensor) -> Tensor:
         """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
-        if self.teacher_layout is None or self._classifiers:
+        if self.teacher_layout is None or self.compares_classes:
             return teacher
         grid = self.teacher_layout.to_grid(teacher)
         height, width = _size(grid)
         size = (max(1, round(height * self.shrink[0])), max(1, round(width * self.shrink[1])))
-        return self._form(pool(grid, size))
-
-    def _form(self, grid: Tensor) -> Tensor:
+        grid = pool(grid, size)
         return grid if self.scores else grid.movedim(-1, 1)
 
 
@@ -171,24 +193,31 @@ def unique_names(terms: list[Term]) -> None:
 
 
 @dataclass
-class Inputs:
-    """What the terms of one batch are computed from: a pair of tensors and a weight for each."""
+class Pair:
+    """What a term compares in one batch, and its weight, which is a tensor under a compiler."""
 
-    pairs: list[tuple[Tensor, Tensor]]
-    weights: list[Tensor]
-    targets: Tensor | None
-    features: dict[str, Tensor]
+    student: Tensor
+    templates: Tensor | None
+    teacher: Tensor
+    weight: float | Tensor
 
 
-def weighted_sum(terms: Sequence[Term], inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+def weighted_sum(
+    terms: Sequence[Term], pairs: Sequence[Pair], targets: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and every value by its key in ``kd.terms``; what torch.compile makes graphs of."""
-    total = torch.zeros((), device=inputs.pairs[0][0].device)
+    total: Tensor | None = None
     logged: dict[str, Tensor] = {}
-    for term, pair, weight in zip(terms, inputs.pairs, inputs.weights, strict=True):
-        value = term.value(*pair, inputs.targets, inputs.features)
-        weighted = weight.to(value.dtype) * value
-        total = total + weighted
+    for term, pair in zip(terms, pairs, strict=True):
+        value = term.value(pair.student, pair.teacher, targets, pair.templates)
+        weight = pair.weight
+        weighted = value * (weight.to(value.dtype) if isinstance(weight, Tensor) else weight)
+        if weighted.dtype in LOW:
+            weighted = weighted.float()
+        total = weighted if total is None else total + weighted
         _log(logged, term, value.detach(), weighted.detach())
+    if total is None:
+        raise ArgumentError("there is no term to sum")
     logged["total"] = total.detach()
     return total, logged
 
@@ -199,13 +228,14 @@ def _log(logged: dict[str, Tensor], term: Term, value: Tensor, weighted: Tensor)
     Raises:
         ArgumentError: if a key is taken, by a metric that the loss had not announced.
     """
-    entries = {f"{term.name}.{name}": metric for name, metric in term.loss.metrics().items()}
-    own = {term.name: value, f"{term.name}.weighted": weighted}
-    taken = (entries.keys() & own.keys()) | ((entries.keys() | own.keys()) & logged.keys())
-    if taken:
+    entries = [(term.name, value), (f"{term.name}.weighted", weighted)]
+    for name, metric in term.loss.metrics().items():
+        entries.append((f"{term.name}.{name}", metric))
+    for key, number in entries:
+        if key not in logged:
+            logged[key] = number
+            continue
         raise ArgumentError(
-            f"two values would be logged as {min(taken)!r} in kd.terms: a loss's name together "
+            f"two values would be logged as {key!r} in kd.terms: a loss's name together "
             "with a metric is the name of another term; give one of the losses another name=..."
         )
-    logged |= own
-    logged |= entries

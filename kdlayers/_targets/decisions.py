@@ -21,11 +21,10 @@ from kdlayers.functional import _checks as check
 class DecisionTargets(TemplateTargets):
     r"""The teacher's decisions among sub-classes, given the sub-class a position belongs to.
 
-    Features are projected by linear discriminant analysis, :math:`z = A f + b`, and every class
-    :math:`c` is split by k-means into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
+    Linear discriminant analysis projects the features, :math:`z = A f + b`, and k-means splits each
+    class :math:`c` into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
     \rho_{Sc+S-1}` and means :math:`\mu`. A position of class :math:`y` belongs to the nearest
-    centre of its own class; the decision is the nearest mean of all :math:`K = CS`, whatever the
-    class:
+    centre of its own class. The decision is the nearest of all :math:`K = CS` means, of any class:
 
     .. math::
         h_1(z, y) = \operatorname*{argmin}_{s \in \{Sy, \dots, Sy+S-1\}} \| z - \rho_s \|^2,
@@ -36,7 +35,7 @@ class DecisionTargets(TemplateTargets):
         {\#\{ i : h_1(z_i, y_i) = s \}},
         \qquad q_i = P_{h_1(z_i, y_i),\,\cdot}
 
-    :math:`P` is a count table: no softmax and no temperature; exact zeros are common.
+    :math:`P` is a table of counts, without softmax and temperature; exact zeros are common.
 
     Labels of mixup, CutMix and label smoothing are probabilities :math:`y_{ic}` of the classes. The
     assignment is then the mean over the classes :math:`M_i` that hold weight:
@@ -50,20 +49,20 @@ class DecisionTargets(TemplateTargets):
     share it. One-hot rows give exactly the assignment of the class. The extension to such labels is
     ours.
 
-    :meth:`fit` needs integer labels and reads the data two to four times: class statistics for the
-    discriminant analysis (in float64; class frequencies as priors, covariance within classes with
-    divisor :math:`N - C`, tolerance 1e-4); a uniform sample of 256 rows a sub-class, at least
-    2048 a class (fewer for very many classes), for k-means; the means :math:`\mu`; the table. The
-    last two work on the sample in memory where it holds all rows. A sub-class that stays empty
-    keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all ranks end
-    with the same result.
+    :meth:`fit` needs integer labels and reads the data two to four times: for the class statistics
+    of the discriminant analysis (in float64; class frequencies as priors, covariance within classes
+    with divisor :math:`N - C`, tolerance 1e-4); for the sample that k-means clusters, of 256 rows
+    for each sub-class and at least 2048 for each class (fewer with very many classes); for the
+    means :math:`\mu`; for the table. If the sample holds all rows, the last two use it. An empty
+    sub-class keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all
+    ranks get the same result.
 
     Args:
         subclasses: S, sub-classes of each class. Default 8, the authors'; 1 is allowed.
-        components: number of discriminant directions kept, of which there are at most C - 1 and at
-            most D. Default 60, the authors' for CIFAR-100, or all where there are fewer; another
-            number is cut to what there is with a warning.
-        num_classes: C; default: what ``attach_kd`` sees, or the largest label of :meth:`fit` + 1.
+        components: number of discriminant directions. There are at most C - 1, and at most D.
+            Default 60, the authors' for CIFAR-100, or all if there are fewer. Another number is cut
+            to those that exist, with a warning.
+        num_classes: C; default: the classes that ``attach_kd`` finds, or the largest label + 1.
 
     Attributes:
         projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
@@ -79,14 +78,14 @@ class DecisionTargets(TemplateTargets):
 
     Raises:
         ArgumentError: if an argument is too small.
-        ArgumentTypeError: if an argument is no integer.
+        ArgumentTypeError: if an argument is not an integer.
 
     References:
         A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
-        Decide", BMVC 2023. Checked against the authors' code. There, with one sub-class a class, a
-        position far from its centre can be given sub-class 0; the count table leaves out the last
-        rows unless their number is a multiple of 10000; and an empty sub-class shifts the indices
-        of later ones. Here none of this happens.
+        Decide", BMVC 2023. Checked against the authors' code, except for three faults of that code.
+        With one sub-class for each class, a position far from its centre can get sub-class 0. The
+        table leaves out the last rows unless their number is a multiple of 10000. An empty
+        sub-class shifts the indices of later ones.
 
     Example:
         >>> import torch
@@ -126,7 +125,7 @@ class DecisionTargets(TemplateTargets):
 
     @property
     def num_classes(self) -> int | None:
-        """C; ``None`` before :meth:`fit` where it is to be read off the labels."""
+        """C; ``None`` before :meth:`fit` if the labels will tell it."""
         return self._num_classes
 
     @num_classes.setter
@@ -143,8 +142,14 @@ class DecisionTargets(TemplateTargets):
     @property
     @override
     def num_templates(self) -> int | None:
-        """K, classes times sub-classes; ``None`` while the number of classes is not known."""
+        """K, classes times sub-classes; ``None`` while the number of classes is unknown."""
         return None if self._num_classes is None else self._num_classes * self.subclasses
+
+    @property
+    @override
+    def num_features(self) -> int | None:
+        """D, what the projection reads; ``None`` before :meth:`fit`."""
+        return None if self.projection is None else self.projection.shape[1]
 
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
@@ -161,26 +166,27 @@ class DecisionTargets(TemplateTargets):
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         r"""The teacher's decisions, given the sub-class of every position.
 
-        Computed outside autocast, in float64 if the features or the projection are float64 and in
-        float32 otherwise.
+        Computed outside autocast, in float64 if the features or the projection are float64, else in
+        float32.
 
         Args:
             features: ``[..., D]``, the channels last.
             labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
-                for features ``[B, H, W, D]``: every position has its image's label. Or floating-
-                point probabilities with one axis more, such as ``[B, C]``; the cost grows with the
-                largest number of classes that hold weight in a row (2 after mixup), and finding
-                them waits for the device once.
+                for features ``[B, H, W, D]``, where every position has its image's label.
+                Or floating-point probabilities with one axis more, such as ``[B, C]``. The cost
+                grows with the largest number of classes that hold weight in a row (2 after mixup);
+                finding them waits for the device once.
 
         Returns:
-            ``[..., K]``, rows of :attr:`decisions` or means of them, without gradient.
+            ``[..., K]``, rows of :attr:`decisions` or their means, without gradient. A row for
+            features without finite distances begins with NaN.
 
         Raises:
             NotFittedError: before :meth:`fit`.
-            ArgumentError: without labels, with negative probabilities, or with classes out of range
-                (found on the CPU only; an accelerator reports them as an indexing error).
-            ArgumentTypeError: if labels are no tensor of numbers.
-            ShapeError: if the last axis is not D wide, or labels do not fit the positions.
+            ArgumentError: without labels, or if a label is negative or out of range (checked on the
+                CPU; an accelerator reports an indexing error).
+            ArgumentTypeError: if labels are not a tensor of numbers.
+            ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
         own, shares, decisions = self._own(features, labels)
         return mixed_rows(decisions, own, shares).reshape(*features.shape[:-1], len(decisions))
@@ -201,26 +207,26 @@ class DecisionTargets(TemplateTargets):
         own, shares, decisions = self._own(features, labels)
         check_templates(student.shape[-1] if templates is None else len(templates), len(decisions))
         rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
-        value: Tensor = decision_divergence(rows, templates, own, shares, decisions, needed)[0]
+        value: Tensor = decision_divergence(rows, templates, own, decisions, shares, needed)[0]
         return value
 
     @torch.no_grad()
     def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Sub-class of each position ``[N]`` (or several with their shares, ``[N, m]``); the table.
 
-        All in the precision of the features.
+        All in the type to compute in.
         """
         projection, shift = self._need(self.projection), self._need(self.shift)
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
         classes, shares = soft_labels(features, labels, self._num_classes or 0)
-        dtype = torch.promote_types(work_dtype(features), work_dtype(projection))
+        dtype = work_dtype(features, projection)
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
             if shares is None:
                 classes = classes.to(features.device).reshape(-1)
-                self._check_range(classes)
+                check.in_range("labels", classes, self._num_classes or 0)
                 own = own_subclass(z, classes, centers.to(dtype), self.subclasses)
                 return own, None, decisions.to(dtype)
             classes = classes.to(features.device).reshape(len(z), -1)
@@ -230,16 +236,6 @@ class DecisionTargets(TemplateTargets):
                 for one in classes.unbind(dim=1)
             ]
         return torch.stack(each, dim=1), shares, decisions.to(dtype)
-
-    def _check_range(self, labels: Tensor) -> None:
-        if not check.readable(labels):
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= (self._num_classes or 0):
-            raise ArgumentError(
-                f"labels must lie in 0..{(self._num_classes or 0) - 1}, the classes of fit, got "
-                f"labels from {low} to {high}"
-            )
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:
@@ -253,7 +249,14 @@ class DecisionTargets(TemplateTargets):
         k, size = counts.numel(), len(projection)
         shapes = {"shift": (size,), "centers": (k, size), "prototypes": (k, size)}
         check_shapes(self, state, {**shapes, "decisions": (k, k)})
-        _check_shares(state["decisions"])
+        decisions = state["decisions"]
+        if not decisions.is_meta:
+            sums = decisions.float().sum(dim=1)
+            if (decisions < 0).any() or ((sums - 1).abs() > 1e-2).any():
+                raise CheckpointError(
+                    "the state of DecisionTargets is damaged: the rows of decisions must be "
+                    "probabilities"
+                )
         self._num_classes, self.subclasses = map(int, counts.shape)
 
     @override
@@ -261,14 +264,4 @@ class DecisionTargets(TemplateTargets):
         return (
             f"{self.subclasses}, components={self.components}, num_classes={self.num_classes}, "
             f"fitted={self.fitted}"
-        )
-
-
-def _check_shares(decisions: Tensor) -> None:
-    if decisions.is_meta:
-        return
-    sums = decisions.float().sum(dim=1)
-    if (decisions < 0).any() or ((sums - 1).abs() > 1e-2).any():
-        raise CheckpointError(
-            "the state of DecisionTargets is damaged: the rows of decisions must be probabilities"
         )

@@ -3,18 +3,8 @@
 import torch
 from torch import Tensor
 
-from kdlayers.errors import ArgumentError, ArgumentTypeError, FitError, ShapeError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional._mixed import classes_of, is_mixed
-
-
-def require_labels(labels: Tensor | None) -> Tensor:
-    """The labels; raise FitError without them."""
-    if labels is None:
-        raise FitError(
-            "DecisionTargets learns from labels, but fit() was given batches without them; use a "
-            "loader of (images, labels), or CodebookTargets at this point"
-        )
-    return labels
 
 
 def hard_labels(features: Tensor, labels: object) -> Tensor:
@@ -55,7 +45,7 @@ def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor,
     where, several = list(features.shape[:-1]), shares.shape[-1:]
     if list(shares.shape[:-1]) != where[: shares.dim() - 1]:
         raise ShapeError(
-            f"labels given as probabilities must have a leading part of the shape {where} and an "
+            f"labels given as probabilities must have a leading part of {where} and an "
             f"axis of {classes} classes, got {_found(labels)}"
         )
     between = (1,) * (len(where) - shares.dim() + 1)
@@ -69,8 +59,9 @@ def _spread(features: Tensor, labels: object) -> Tensor:
     where = list(features.shape[:-1])
     if list(labels.shape) != where[: labels.dim()]:
         raise ShapeError(
-            f"labels must be integer classes, one an image or one a position, so a leading part of "
-            f"the shape {where}, got {_found(labels)}; give one-hot rows as labels.float()"
+            "labels must be integer classes, one for each image or position, so their shape must "
+            f"be a leading part of {where}, got {_found(labels)}; give one-hot rows as "
+            "labels.float()"
         )
     return labels.long().reshape(labels.shape + (1,) * (len(where) - labels.dim())).expand(where)
 

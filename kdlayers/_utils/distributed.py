@@ -1,9 +1,7 @@
 """Sums and rows combined over the ranks of ``torch.distributed``; no-ops in a single process."""
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 
@@ -37,20 +35,3 @@ def all_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
-
-
-def keep_in_step(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every rank rank 0's values, and average each gradient once it is accumulated.
-
-    For parameters that no DistributedDataParallel holds. The mean of gradients that were averaged
-    before is unchanged by another mean, so gradient accumulation stays right.
-    """
-    for parameter in parameters:
-        dist.broadcast(parameter.data, src=0)
-        parameter.register_post_accumulate_grad_hook(_average_gradient)
-
-
-def _average_gradient(parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world_size()

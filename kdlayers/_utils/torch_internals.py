@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -30,6 +31,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs the forward of ``kind``, neither a wrapper's nor a patch."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)
+
+
 def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
     """Take away the forward hooks and pre-hooks for which ``unwanted`` is true."""
     tables: tuple[dict[int, Callable[..., Any]], ...] = (
@@ -42,10 +48,24 @@ def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-def in_backward() -> bool:
-    """Whether this runs inside a backward pass, as far as this torch can tell."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1
+# The number of the backward pass that this runs in, -1 outside; where torch cannot tell, always -1.
+current_backward: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def runs_on_all_ranks(model: nn.Module) -> bool:
+    """Whether a forward of ``model`` now is one that DDP or FSDP runs on all ranks together."""
+    return _active_ddp() is not None or hasattr(model, "unshard")
+
+
+def joined() -> bool:
+    """Whether this runs in a DistributedDataParallel inside its ``join()``."""
+    config = getattr(_active_ddp(), "_join_config", None)
+    return bool(getattr(config, "enable", False))
+
+
+def _active_ddp() -> nn.Module | None:
+    found: nn.Module | None = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return found
 
 
 def is_functional(tensor: Tensor) -> bool:

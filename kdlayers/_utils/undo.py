@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlayers._utils.plain_tensors import why_hollow
+
 
 @contextmanager
 def all_or_nothing(*roots: nn.Module) -> Generator[None, None, None]:
@@ -50,4 +52,5 @@ def _put_back(module: nn.Module, held: dict[str, tuple[Any, Any]]) -> None:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     found = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return [tensor for tensor in found if not tensor.is_meta]
+    # Nobody can write to an expanded tensor: several of its elements are one number.
+    return [t for t in found if not t.is_meta and (t.is_quantized or why_hollow(t) is None)]

@@ -68,10 +68,9 @@ def floats(name: str, value: object) -> Tensor:
     """``value``; raise unless it is a tensor of real floating-point numbers."""
     found = tensor(name, value)
     if not found.is_floating_point():
-        raise ArgumentTypeError(
-            f"{name} must be a floating-point tensor, got {found.dtype}; "
-            "the order of arguments is student, teacher, targets"
-        )
+        order = "; the order of arguments is student, teacher, targets"
+        hint = order if name in ("student", "teacher") else ""
+        raise ArgumentTypeError(f"{name} must be a floating-point tensor, got {found.dtype}{hint}")
     return found
 
 

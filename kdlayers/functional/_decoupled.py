@@ -44,10 +44,10 @@ def decouple(
 
 
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
-    """``factor`` times KL(teacher || student) of log-probabilities ``[B, n]``, reduced."""
+    """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
     shares = teacher.exp()
     # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf.
     elements = shares * (teacher - student).masked_fill(shares == 0, 0.0)
     if reduction == "mean":  # one sum over everything, then one product
-        return elements.sum() * (factor / student.shape[0])
+        return elements.sum() * (factor * student.shape[1] / student.numel())
     return check.reduce(elements.sum(dim=1) * factor, reduction)

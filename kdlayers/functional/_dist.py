@@ -88,4 +88,5 @@ def _correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
     norms = ours.clamp_min(_EPS) * theirs.clamp_min(_EPS)
     # Over infinity a constant gets no gradient; over the bound it would get a huge one.
     norms = norms.masked_fill((ours == 0) | (theirs == 0), torch.inf)
-    return (student * teacher).sum(dim=dim) / norms
+    correlation: Tensor = (student * teacher).sum(dim=dim) / norms
+    return correlation

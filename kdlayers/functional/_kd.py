@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
+from kdlayers.functional._class_maps import check_scores
 from kdlayers.functional._decoupled import divergence
 from kdlayers.functional._precision import full_precision
 
@@ -22,23 +23,25 @@ def kd(
         L = T^2 \, \frac{1}{B} \sum_b \mathrm{KL}\big(
             \mathrm{softmax}(z^T_b / T) \,\|\, \mathrm{softmax}(z^S_b / T) \big)
 
-    The sum over classes, averaged over samples, times the squared temperature, so that the size of
-    the gradient does not depend on the temperature. It is computed in log space, in float32 or
-    better. Both arguments get a gradient: compute the teacher's logits under ``torch.no_grad()``.
-    A logit of -inf is a class of probability 0.
+    The sum over classes, averaged over samples (and pixels), times the squared temperature, so that
+    the size of the gradient does not depend on the temperature. It is computed in log space, in
+    float32 or better. Both arguments get a gradient: compute the teacher's logits under
+    ``torch.no_grad()``. A logit of -inf is a class of probability 0.
 
     Args:
-        student: logits, ``[B, K]``, any real floating-point type, ``K >= 2``.
+        student: logits, ``[B, K]``, or class maps, ``[B, K, H, W]``, of any real floating-point
+            type, with ``K >= 2``.
         teacher: logits of the same shape.
         temperature: above 0. Default 4, usual for CIFAR-100; 1 is usual for ImageNet.
-        reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over samples and pixels (default), ``"sum"``, or ``"none"`` for one
+            value a sample or pixel.
 
     Returns:
-        A scalar, or ``[B]`` with ``reduction="none"``; 0 or more, and 0 where the distributions
-        are equal.
+        A scalar, or with ``reduction="none"`` ``[B]``, for maps ``[B, H, W]``; 0 or more, and 0
+        where the distributions are equal.
 
     Raises:
-        ShapeError: if the tensors are not logits of one shape.
+        ShapeError: if the tensors are not logits, or class maps, of one shape.
         ArgumentTypeError: if an argument is not a floating-point tensor.
         ArgumentError: if ``temperature`` or ``reduction`` is out of range.
 
@@ -52,7 +55,7 @@ def kd(
         >>> kd(student, teacher, temperature=4.0)
         tensor(2.6012)
     """
-    check.logits(student, teacher)
+    check_scores(student, teacher)
     check.positive("temperature", temperature)
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature

@@ -10,7 +10,6 @@ from kdlayers.functional._precision import full_precision
 _EPS = 1e-7
 
 
-@full_precision
 def standardize(logits: Tensor) -> Tensor:
     r"""Standardise the logits of each sample over the classes.
 
@@ -49,7 +48,13 @@ def standardize(logits: Tensor) -> Tensor:
             "logits must be [batch, classes] or [batch, classes, height, width] with at least 2 "
             f"classes, got {check.shape(logits)}"
         )
+    return standardized(logits, 1.0)
+
+
+@full_precision
+def standardized(logits: Tensor, temperature: float) -> Tensor:
+    """Standardised logits over the temperature, unchecked: one division for both."""
     deviation, mean = torch.std_mean(logits, dim=1, keepdim=True)
     # Over infinity equal logits get no gradient; over the constant they would get a huge one.
     scale = (deviation + _EPS).masked_fill(deviation == 0, torch.inf)
-    return (logits - mean) / scale
+    return (logits - mean) / (scale if temperature == 1 else scale * temperature)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
+from kdlayers.functional import standardize
 from kdlayers.functional._aekt import Form, adaptive, ratio_limit
 from kdlayers.functional._decoupled import decouple, divergence
 from kdlayers.functional._dkd import warn_of_two_classes
@@ -45,6 +46,8 @@ class AEKTLoss(LogitLoss):
             lower on other data.
         gamma: weight of the adaptive term. Default 1; ``form="ratio"`` needs 0.1 or so.
         temperature: above 0. Default 4. With 1, give ``ratio_clip`` or a small ``gamma``.
+        standardize: standardise the mapped logits and the teacher's, by
+            :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False.
         ratio_clip: largest ratio in the gradient; ``None`` (default): no clip.
         drop_one_minus_s: drop the factor 1 - s from the gradient. Default False.
         fc_bias: whether the linear layer has a bias. Default True.
@@ -86,6 +89,7 @@ class AEKTLoss(LogitLoss):
         beta: float = 8.0,
         gamma: float = 1.0,
         temperature: float = 4.0,
+        standardize: bool = False,
         ratio_clip: float | None = None,
         drop_one_minus_s: bool = False,
         fc_bias: bool = True,
@@ -106,6 +110,7 @@ class AEKTLoss(LogitLoss):
         self.form: Form = form
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.temperature = temperature
+        self.standardize = standardize
         self.ratio_clip = ratio_clip
         self.drop_one_minus_s = drop_one_minus_s
         self.fc_bias, self.fc_init = fc_bias, fc_init
@@ -150,6 +155,8 @@ class AEKTLoss(LogitLoss):
         self, student: Tensor, teacher: Tensor, targets: Tensor, shares: Tensor | None, limit: float
     ) -> Tensor:
         square = self.temperature**2
+        if self.standardize:
+            student, teacher = standardize(student), standardize(teacher)
         ours, theirs = decouple(student, teacher, targets, self.temperature)
         binary, taught = ours.binary(), theirs.binary()
         target = _mean_divergence(binary, taught, shares, square)
@@ -182,7 +189,8 @@ class AEKTLoss(LogitLoss):
     def extra_repr(self) -> str:
         """Shows form, numbers, weight and at."""
         numbers = f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}"
-        first = f"form={self.form!r}, {numbers}, temperature={self.temperature}"
+        extra = ", standardize=True" if self.standardize else ""
+        first = f"form={self.form!r}, {numbers}, temperature={self.temperature}{extra}"
         return f"{first}, {super().extra_repr()}"
 
 

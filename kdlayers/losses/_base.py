@@ -147,8 +147,9 @@ class LogitLoss(DistillLoss):
         if isinstance(student, Tensor) and student.dim() == 4:
             raise ShapeError(
                 f"{type(self).__name__} compares logits [batch, classes], but it would get maps "
-                f"{check.shape(student)}, as segmentation and detection models return: use KD "
-                "layers (at=...) or losses on features, such as FitNetLoss(at=...)"
+                f"{check.shape(student)}, as segmentation and detection models return: use KDLoss "
+                "or ChannelWiseLoss for class maps, KD layers (at=...) or losses on features, such "
+                "as FitNetLoss(at=...)"
             )
         check.floats("student", student)
         check.floats("teacher", teacher)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kdlayers.functional import _checks as check
-from kdlayers.functional import dkd
+from kdlayers.functional import dkd, standardize
 from kdlayers.losses._base import LogitLoss, Weight
 
 
@@ -24,6 +24,8 @@ class DKDLoss(LogitLoss):
         beta: weight of the non-target-class term. Default 8, the authors' value for one pair of
             networks; their values run from 0.5 (ImageNet) to 8. Start lower on other data.
         temperature: above 0. Default 4; the authors use 1 on ImageNet.
+        standardize: standardise the logits of both first, by
+            :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
@@ -48,6 +50,7 @@ class DKDLoss(LogitLoss):
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
+        standardize: bool = False,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
@@ -60,13 +63,18 @@ class DKDLoss(LogitLoss):
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
+        self.standardize = standardize
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         """The weighted sum for logits ``[B, K]`` and labels ``[B]`` or ``[B, K]``."""
+        targets = check.given(targets, self)
+        if self.standardize:
+            check.logits(student, teacher)
+            student, teacher = standardize(student), standardize(teacher)
         return dkd(
             student,
             teacher,
-            check.given(targets, self),
+            targets,
             alpha=self.alpha,
             beta=self.beta,
             temperature=self.temperature,
@@ -75,4 +83,5 @@ class DKDLoss(LogitLoss):
     def extra_repr(self) -> str:
         """Shows the three numbers before weight and at."""
         numbers = f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
-        return f"{numbers}, {super().extra_repr()}"
+        extra = ", standardize=True" if self.standardize else ""
+        return f"{numbers}{extra}, {super().extra_repr()}"

@@ -4,7 +4,11 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
+from kdlayers.functional._checks import Reduction
+from kdlayers.functional._class_maps import check_class_maps, check_scores, is_map
+from kdlayers.functional._standardize import standardized
 from kdlayers.losses._base import LogitLoss, Weight
+from kdlayers.losses._class_maps import counted, mean_where, resized
 
 
 class KDLoss(LogitLoss):
@@ -13,19 +17,29 @@ class KDLoss(LogitLoss):
     .. math::
         L = T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z^T / T) \,\|\, \mathrm{softmax}(z^S / T)\big)
 
-    The sum over classes, averaged over samples; see :func:`kdlayers.functional.kd`. The loss does
-    not detach the teacher, so that a trainable teacher side gets its gradient, as in
+    The sum over classes, averaged over samples; see :func:`kdlayers.functional.kd`. Class maps
+    ``[B, K, H, W]``, as segmentation models return them, are compared at every pixel and averaged
+    over the pixels: the teacher's map is interpolated to the size of the student's, and pixels with
+    the label ``ignore_index`` do not count where labels are given. The loss does not detach the
+    teacher, so that a trainable teacher side gets its gradient, as in
     :class:`~kdlayers.losses.StudentFriendlyKDLoss`; :func:`kdlayers.attach_kd` runs the teacher
     without gradients.
 
     Args:
         temperature: above 0. Default 4, usual for CIFAR-100; 1 is usual for ImageNet.
+        standardize: standardise the logits of both first, by
+            :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False. Its
+            authors use a temperature of 2 and a weight of 9 with it.
+        ignore_index: label of the pixels that do not count, as in
+            :func:`torch.nn.functional.cross_entropy`; only read with class maps. Default -100; 255
+            is usual for segmentation data.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. A usual weight on
             CIFAR-100 is 0.9, with 0.1 times the cross-entropy.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
-        ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]``.
+        ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]`` or class maps
+            of the same images and classes, or the labels of class maps are not ``[B, H, W]``.
 
     Example:
         >>> import torch
@@ -38,6 +52,8 @@ class KDLoss(LogitLoss):
         self,
         *,
         temperature: float = 4.0,
+        standardize: bool = False,
+        ignore_index: int = -100,
         weight: Weight = 1.0,
         at: str | tuple[str, str] | None = None,
         name: str | None = None,
@@ -46,11 +62,36 @@ class KDLoss(LogitLoss):
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.positive("temperature", temperature)
         self.temperature = temperature
+        self.standardize = standardize
+        self.ignore_index = ignore_index
 
-    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """The divergence for logits ``[B, K]``; the labels are not used."""
-        return kd(student, teacher, temperature=self.temperature)
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Check the shapes of a dry run: logits, or class maps of any size."""
+        if is_map(student):
+            check_class_maps(student, teacher, sized=False)
+        else:
+            super().build(student, teacher)
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The divergence for logits ``[B, K]``, or maps whose labels say which pixels count."""
+        if not is_map(student):
+            return self._divergence(student, teacher, "mean")
+        check_class_maps(student, teacher, sized=False)
+        teacher = resized(teacher, student)
+        if targets is None:
+            return self._divergence(student, teacher, "mean")
+        counts = counted(targets, student, self.ignore_index)
+        return mean_where(self._divergence(student, teacher, "none"), counts)
+
+    def _divergence(self, student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
+        temperature = self.temperature
+        if not self.standardize:
+            return kd(student, teacher, temperature=temperature, reduction=reduction)
+        check_scores(student, teacher)
+        ours, theirs = (standardized(logits, temperature) for logits in (student, teacher))
+        return temperature**2 * kd(ours, theirs, temperature=1.0, reduction=reduction)
 
     def extra_repr(self) -> str:
         """Shows the temperature before weight and at."""
-        return f"temperature={self.temperature}, {super().extra_repr()}"
+        extra = ", standardize=True" if self.standardize else ""
+        return f"temperature={self.temperature}{extra}, {super().extra_repr()}"

@@ -1,0 +1,89 @@
+"""Keeps train-only parameters equal over the ranks of ``torch.distributed``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd import Variable
+
+from kdlayers._utils.distributed import world_size
+from kdlayers._utils.torch_internals import current_backward, joined, runs_on_all_ranks
+from kdlayers.errors import CaptureError
+
+
+class Ranks:
+    """Gives every rank rank 0's values, and the mean of all ranks' gradients after each backward.
+
+    For parameters that no DistributedDataParallel holds. The gradients are averaged at the end of
+    every backward pass through the student's logits or through the KD loss, so that a rank whose
+    step has no KD loss takes part with zeros. The mean of gradients that were averaged before is
+    unchanged by another mean, so gradient accumulation stays right.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
+        self.parameters = list(parameters)
+        self.names = ", ".join(names)
+        self._group: Any = None
+        self._backward: int | None = None
+
+    def start(self) -> None:
+        """Take over rank 0's values, once after the processes have been connected."""
+        if world_size() > 1 and self._group is not dist.group.WORLD:
+            for parameter in self.parameters:
+                dist.broadcast(parameter.data, src=0)
+            self._group = dist.group.WORLD
+
+    def forward(self, student: nn.Module) -> bool:
+        """Called before a forward; returns whether all ranks run it.
+
+        Raises:
+            CaptureError: inside DistributedDataParallel's ``join()``.
+        """
+        if world_size() == 1 or not runs_on_all_ranks(student):
+            return False
+        if joined():
+            raise CaptureError(
+                f"{self.names}: these losses have parameters of their own, whose gradients are "
+                "averaged over all ranks, but inside DistributedDataParallel.join() a rank may "
+                "have no batch left; give all ranks equally many batches, for instance by "
+                "DataLoader(..., drop_last=True) with DistributedSampler(..., drop_last=True), or "
+                "use losses without parameters"
+            )
+        self.start()
+        return True
+
+    def average_after(self, tensor: Tensor) -> None:
+        """Average the gradients at the end of a backward pass through ``tensor``."""
+        if world_size() > 1 and tensor.requires_grad:
+            tensor.register_hook(self._queue)
+
+    def _queue(self, _: Tensor) -> None:
+        backward = current_backward()
+        if backward == -1 or backward != self._backward:
+            self._backward = backward
+            engine: Any = Variable._execution_engine
+            queue: Callable[[Callable[[], None]], None] = engine.queue_callback
+            queue(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """One reduction of all gradients; those that no rank has stay None."""
+        if world_size() == 1:
+            return  # the processes have been disconnected
+        for kind in dict.fromkeys((p.device, p.dtype) for p in self.parameters):
+            _average_alike([p for p in self.parameters if (p.device, p.dtype) == kind])
+
+
+def _average_alike(parameters: Sequence[nn.Parameter]) -> None:
+    """Average the gradients of parameters of one device and dtype."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    present = grads[0].new_tensor([float(p.grad is not None) for p in parameters])
+    flat = torch.cat([present, *(grad.flatten() for grad in grads)])
+    dist.all_reduce(flat)
+    counts, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, count, mean, grad in zip(parameters, counts, means, grads, strict=True):
+        grad.copy_((mean / world_size()).view_as(grad))
+        if parameter.grad is None and count > 0:  # another rank has one
+            parameter.grad = grad

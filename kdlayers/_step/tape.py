@@ -1,0 +1,309 @@
+"""The tape: what one training forward of the student left for the losses."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._models.outputs import main_output, why_unclear
+from kdlayers._utils.tree import leaves, mapped
+from kdlayers.errors import (
+    ArgumentTypeError,
+    AttachError,
+    CaptureError,
+    ShapeError,
+    StaleCaptureError,
+)
+
+Scores: TypeAlias = tuple[Tensor, Tensor | None]
+"""Scores of a KD layer; or unit vectors, and the templates that are multiplied with them."""
+LOW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the losses read of a forward: scores and features by their points, and the logits."""
+
+    scores: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    logits: bool = False
+
+
+class Recorder(Protocol):
+    """A hook that records features, or a copy of them where a later module changes them."""
+
+    name: str
+    copies: bool | None
+
+
+class Forward:
+    """One forward of the student: its inputs, its output, and what the hooks recorded."""
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool = False
+    ) -> None:
+        self.given = (args, kwargs)
+        """The inputs as the student got them."""
+        self.copied = copies
+        if copies:
+            args, kwargs = mapped(self.given, lambda tensor: tensor.clone())
+        self.args = args
+        self.kwargs = kwargs
+        self.versions = versions_of(args, kwargs)
+        self.scores: dict[str, Scores] = {}
+        self.features: dict[str, Tensor] = {}
+        self.watched: list[tuple[Recorder, Tensor, int]] = []
+        """Features as the module gave them, with their in-place counters at that time."""
+        self.repeated: str | None = None
+        self.output: Any = None
+        self.logits: Tensor | None = None
+        self.version: int | None = None
+        """The in-place counter of the logits when the forward ended."""
+        self.compiled = False
+        """Whether torch.compile traced the end of the forward: outputs may then count from 0."""
+        self.on_all_ranks = False
+        """Whether DDP or FSDP runs this forward on all ranks together."""
+
+    def record_scores(self, name: str, scores: Scores) -> None:
+        """Keep the scores of the KD layer at the point ``name``."""
+        if name in self.scores:
+            self.repeated = name
+        self.scores[name] = scores
+
+    def record_features(self, name: str, features: Tensor) -> None:
+        """Keep the features at the point ``name``."""
+        if name in self.features:
+            self.repeated = name
+        self.features[name] = features
+
+    def autocast_dtype(self, student: nn.Module, logits: Tensor) -> torch.dtype | None:
+        """The dtype of the autocast that the forward ran under, as far as its tensors show it."""
+        scores = [scores for scores, _ in self.scores.values()]
+        dtypes = [t.dtype for t in (*scores, *self.features.values(), logits) if t.dtype in LOW]
+        if not dtypes or any(p.dtype in LOW for p in student.parameters()):
+            return None
+        return dtypes[0]
+
+
+class Tape:
+    """Whether to record, and the last forward that was recorded."""
+
+    def __init__(self, armed: bool = True) -> None:
+        self.armed = armed
+        self.manual = False
+        self.active = False
+        self.done = 0
+        """Completed forwards that no loss has read."""
+        self.generation = 0
+        self.forward: Forward | None = None
+        self.copies = False
+        """Whether the student works in place on its inputs, so that copies go to the teacher."""
+        self.ahead: Any = None
+        """What ``kd.teach`` learnt before the student runs."""
+        self.ranks: Any = None
+        """What keeps train-only parameters equal over the ranks, if there are any."""
+
+    def consume(self) -> None:
+        """Forget everything, also the count of forwards that no loss has read."""
+        self.forward = None
+        self.done = 0
+        self.generation += 1
+
+    def fail(self) -> None:
+        """Let go of what a forward that ended in an exception has left, and of its teacher's."""
+        self.active = False
+        self.ahead = None
+        self.forward = None
+
+    def read(self, wanted: Wanted, student: nn.Module, logits: Any) -> tuple[Forward, Tensor]:
+        """The last forward and its logits. They are consumed: a second reading is refused.
+
+        Raises:
+            CaptureError: if there is no forward to read, or a KD layer did not run in it.
+            StaleCaptureError: if there were several forwards, or a tensor was changed since.
+        """
+        forward, done = self.forward, self.done
+        self.consume()
+        if done == 0 or forward is None:
+            raise CaptureError(_no_forward(student))
+        if done > 1:
+            raise StaleCaptureError(
+                f"{done} training forwards since the last kd.loss(), which belongs to exactly one: "
+                "call kd.loss(y) after each forward, or kd.clear() after a forward that needs no "
+                "KD loss"
+            )
+        if forward.repeated is not None:
+            raise AttachError(
+                f"the module at {forward.repeated!r} ran more than once in this forward; choose a "
+                "point that runs once, find_points(model) lists them"
+            )
+        _check_recorded(forward, wanted)
+        _check_unchanged(forward, given=logits is not None)
+        output = forward.output if logits is None else logits
+        found = output
+        if not isinstance(output, Tensor):
+            unclear = why_unclear(output) if wanted.logits else None
+            if unclear is not None:
+                raise CaptureError(f"a loss reads the student's logits, but {unclear}")
+            found = main_output(output)
+        if found is None:
+            raise CaptureError(
+                "with kd.batch(x) the logits are not seen: call kd.loss(y, logits=...)"
+            )
+        if found.dim() and not found.shape[0]:
+            raise ShapeError(
+                "the student's last batch was empty, so there is nothing to compare: skip empty "
+                "batches, with their forward and kd.loss"
+            )
+        if wanted.logits and not found.requires_grad:
+            raise CaptureError(
+                "the logits have no gradient, so a loss on them would train nothing: give "
+                "kd.loss(y, logits=...) the logits as the student returned them, without detach()"
+            )
+        return forward, found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tape":
+        """Copies of the student record nothing, and take no tensors with them."""
+        return Tape(armed=False)
+
+    def __reduce__(self) -> tuple[type["Tape"], tuple[bool]]:
+        """Pickles like a copy: empty and disarmed."""
+        return (Tape, (False,))
+
+
+def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
+    """The in-place counters of all tensors among the inputs, to notice later changes."""
+    versions = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            versions.append(version_of(value))
+        elif isinstance(value, (tuple, list, dict)):
+            for _, tensor in leaves(value):
+                versions.append(version_of(tensor))
+    return versions
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The counter of in-place changes; None for an inference tensor, which has none."""
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return None
+    return tensor._version
+
+
+def check_labels(targets: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The labels on the device of ``logits``, checked to be those of the same batch.
+
+    Raises:
+        ArgumentTypeError: if ``targets`` is not a tensor, or requires grad, as the logits do.
+        StaleCaptureError: if the number of labels is not the number of images.
+    """
+    if targets is None:
+        return None
+    if not isinstance(targets, Tensor):
+        raise ArgumentTypeError(
+            f"kd.loss(targets) takes the labels as a tensor, got {type(targets).__name__}"
+        )
+    if targets.requires_grad:
+        raise ArgumentTypeError(
+            f"kd.loss(targets) takes the labels, got a {targets.dtype} tensor of shape "
+            f"{list(targets.shape)} with a gradient, as the student's logits have: these are "
+            "recorded when the student runs; call kd.loss(y) after student(x)"
+        )
+    if targets.dim() == 0 or targets.shape[0] != logits.shape[0]:
+        raise StaleCaptureError(
+            f"{tuple(targets.shape)} labels for a forward of {logits.shape[0]} images: these are "
+            "the labels of another batch; call kd.loss(y) with the y of the last student(x)"
+        )
+    return targets.to(logits.device)
+
+
+def check_taught(forward: Forward, ahead: Any) -> None:
+    """Check that the student ran on what the teacher was given by ``kd.teach``.
+
+    Raises:
+        StaleCaptureError: if not.
+    """
+    same = _same(forward.given, (ahead.args, ahead.kwargs))
+    changed = versions_of(ahead.args, ahead.kwargs) != ahead.versions and not forward.copied
+    if not same or changed:
+        raise StaleCaptureError(
+            "kd.teach(x) and student(x) were given different batches; call kd.teach with the very "
+            "tensors that the student gets next, or leave kd.teach out"
+        )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two inputs are the very same tensors in the same places."""
+    if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return _same(list(ours.items()), list(theirs.items()))
+    if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
+        return ours is theirs
+    plain = isinstance(ours, (str, int, float, type(None)))
+    return ours is theirs or (plain and type(ours) is type(theirs) and ours == theirs)
+
+
+def _no_forward(student: nn.Module) -> str:
+    state = "" if student.training else " (the student is in eval mode now: call student.train())"
+    return (
+        "kd.loss() found no training forward of the student since the last kd.loss() or "
+        f"backward(){state}; call student(x), not student.forward(x), in train mode with "
+        "gradients, then kd.loss(y), then backward(); wrap other ways of running it in `with "
+        "kd.batch(x):`"
+    )
+
+
+def _check_recorded(forward: Forward, wanted: Wanted) -> None:
+    cut = []
+    missing = [n for n in wanted.features if n not in forward.features]
+    for name in wanted.scores:
+        scores, templates = forward.scores.get(name, (None, None))
+        if scores is None:
+            missing.append(name)
+        elif not (scores.requires_grad or (templates is not None and templates.requires_grad)):
+            cut.append(name)
+    if missing:
+        raise CaptureError(
+            f"{', '.join(missing)}: nothing was recorded in this forward although the student ran, "
+            "so the hooks were bypassed: the model was compiled before attach_kd, or the module "
+            "was replaced since (convert_sync_batchnorm, fuse); attach after such changes"
+        )
+    cut += [name for name in wanted.features if not forward.features[name].requires_grad]
+    if cut:
+        raise CaptureError(
+            f"{', '.join(cut)}: recorded without a gradient, as reentrant gradient checkpointing "
+            "does; use checkpoint(..., use_reentrant=False), or check that this part is not under "
+            "no_grad"
+        )
+
+
+def _check_unchanged(forward: Forward, *, given: bool) -> None:
+    """Raise StaleCaptureError if the inputs, features or logits were changed in place since."""
+    if versions_of(forward.args, forward.kwargs) != forward.versions:
+        raise StaleCaptureError(
+            "the input batch was changed in place after the student's forward, so the teacher "
+            "would see other images than the student did; change a copy, or call kd.loss(y) before"
+        )
+    lost = []
+    for hook, features, version in forward.watched:
+        changed = features._version != version
+        if changed and not hook.copies and forward.features[hook.name] is features:
+            lost.append(hook.name)
+        hook.copies = changed
+    if lost:
+        raise StaleCaptureError(
+            f"{', '.join(lost)}: a later module changed these features in place in this forward, "
+            "which it had not done before, so what the losses would read is lost; from the next "
+            "forward on a copy is recorded: run student(x) again"
+        )
+    logits = None if given else forward.logits
+    if logits is not None and forward.version is not None:
+        version = logits._version
+        if version != forward.version and not (forward.compiled and version == 0):
+            raise StaleCaptureError(
+                "the student's logits were changed in place after its forward, so the losses would "
+                "compare other logits than the student gave; change a copy (logits / 100, not "
+                "logits.div_(100)), or call kd.loss(y) before"
+            )

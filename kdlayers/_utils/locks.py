@@ -1,0 +1,18 @@
+"""One lock for each model, for what must not run twice at a time on the same model."""
+
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_MAKING = Lock()
+
+
+def lock_of(model: nn.Module) -> RLock:
+    """The lock of ``model``, which the same thread may take again.
+
+    It is kept apart from the model, so that copies and pickles of the model do without it.
+    """
+    with _MAKING:
+        return _LOCKS.setdefault(model, RLock())

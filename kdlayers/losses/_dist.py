@@ -1,0 +1,70 @@
+"""DIST: correlation with the teacher's probabilities, as a loss."""
+
+from torch import Tensor
+
+from kdlayers.functional import _checks as check
+from kdlayers.functional import dist
+from kdlayers.losses._base import LogitLoss, Weight
+
+
+class DISTLoss(LogitLoss):
+    r"""DIST: distillation from a stronger teacher (Huang, You, Wang, Qian, Xu, NeurIPS 2022).
+
+    .. math:: L = T^2 \big( \beta \, L_\mathrm{inter} + \gamma \, L_\mathrm{intra} \big)
+
+    Each term is one minus Pearson's correlation of the student's and the teacher's probabilities:
+    over the classes of a sample (inter), and over the samples of a class (intra). See
+    :func:`kdlayers.functional.dist`. Only the ranking counts, not the scale, which helps where the
+    teacher is much stronger than the student. Needs no labels.
+
+    Args:
+        beta: weight of the inter-class relation. Default 1, as in the authors' code.
+        gamma: weight of the intra-class relation. Default 1, as in the authors' code.
+        temperature: above 0. Default 1, as in the authors' code.
+        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
+        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
+        name: key in ``kd.terms``.
+        teacher_index: index of the teacher to learn from, where there are several.
+
+    Raises:
+        ArgumentError: if a number is out of range.
+        ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]``, or ``gamma``
+            is above 0 and the batch holds one sample.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 0.0]])
+        >>> teacher = torch.tensor([[6.0, 1.0, -2.0], [0.0, 3.0, 1.0]])
+        >>> DISTLoss()(student, teacher)
+        tensor(0.0095)
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+        teacher_index: int | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
+        check.not_negative("beta", beta)
+        check.not_negative("gamma", gamma)
+        check.positive("temperature", temperature)
+        self.beta = beta
+        self.gamma = gamma
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The weighted sum for logits ``[B, K]``; the labels are not used."""
+        return dist(
+            student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature
+        )
+
+    def extra_repr(self) -> str:
+        """Shows the three numbers besides weight and at."""
+        numbers = f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
+        return f"{numbers}, {super().extra_repr()}"

@@ -1,0 +1,76 @@
+"""Relational knowledge distillation, as a loss."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from kdlayers.errors import ArgumentError
+from kdlayers.functional import _checks as check
+from kdlayers.functional._relations import samples
+from kdlayers.functional._rkd import rkd
+from kdlayers.losses._base import DistillLoss, Weight
+
+
+class RKDLoss(DistillLoss):
+    r"""Relational knowledge distillation (Park, Kim, Lu, Cho, CVPR 2019).
+
+    .. math:: L = \lambda_D \, L_\mathrm{distance} + \lambda_A \, L_\mathrm{angle}
+
+    compares how the samples of a batch lie to each other: the distances of every two of them, and
+    the angles of every three. See :func:`kdlayers.functional.rkd_distance` and
+    :func:`~kdlayers.functional.rkd_angle`. Nothing is learnt, and the widths may differ. The whole
+    features of a sample are one vector, so give the point after global pooling, as the paper does;
+    maps work too. The teacher is detached. Time grows with the cube of the batch.
+
+    Args:
+        distance: weight of the distances, 0 or more. Default 25, usual on CIFAR-100.
+        angle: weight of the angles, 0 or more. Default 50, usual on CIFAR-100.
+        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
+        at: a name or a pair (student's, teacher's); ``None`` (default): the models' outputs.
+        name: key in ``kd.terms``.
+        teacher_index: index of the teacher to learn from, where there are several.
+
+    Raises:
+        ArgumentError: if a weight is negative, or both are 0.
+        ShapeError: at the call, if the tensors are not features of the same 3 samples or more.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> teacher = torch.tensor([[0.0, 0.0, 1.0], [3.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> RKDLoss(at="avgpool")(student, teacher)
+        tensor(0.6522)
+    """
+
+    detaches_teacher: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        distance: float = 25.0,
+        angle: float = 50.0,
+        weight: Weight = 1.0,
+        at: str | tuple[str, str] | None = None,
+        name: str | None = None,
+        teacher_index: int | None = None,
+    ) -> None:
+        super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
+        check.not_negative("distance", distance)
+        check.not_negative("angle", angle)
+        if distance == angle == 0:
+            raise ArgumentError("distance and angle are both 0: RKDLoss would compare nothing")
+        self.distance = distance
+        self.angle = angle
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Check that both are features of the same samples."""
+        samples(student, teacher, least=1)
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The weighted sum for features ``[B, ...]``; the labels are not used."""
+        self.build(student, teacher)
+        return rkd(student, teacher.detach(), self.distance, self.angle)
+
+    def extra_repr(self) -> str:
+        """Shows both weights besides weight and at."""
+        return f"distance={self.distance}, angle={self.angle}, {super().extra_repr()}"

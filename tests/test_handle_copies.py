@@ -1,0 +1,111 @@
+"""Copies and pickles of a handle work on their own student."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd, attach_mutual
+from kdlayers.errors import AttachError
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def attached():
+    student, teacher = Net(4), Net(6)
+    point = KDPoint("last", targets=CodebookTargets(num_templates=4))
+    losses = [KDLoss(), FitNetLoss(at="first")]
+    kd = attach_kd(student, teacher, [point], losses=losses, example=IMAGES)
+    kd.fit([(IMAGES, LABELS)], progress=False)
+    return student.train(), teacher, kd
+
+
+def pickled(pair):
+    return pickle.loads(pickle.dumps(pair))
+
+
+def saved(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def steps(student, kd, count=3):
+    optimiser = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.05)
+    found = []
+    for _ in range(count):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(student(IMAGES), LABELS) + kd.loss(LABELS)
+        loss.backward()
+        optimiser.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("live", [False, True], ids=["", "with a forward recorded"])
+def test_a_copied_handle_trains_the_copied_student_and_no_other(copied, live):
+    student, teacher, kd = attached()
+    steps(student, kd, 1)
+    if live:
+        logits = student(IMAGES)
+    twin, twin_kd = copied((student, kd))
+    assert twin_kd.student is twin
+    assert twin_kd.step == 1
+    assert all(a is not b for a, b in zip(kd.parameters(), twin_kd.parameters(), strict=True))
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    if live:
+        (F.cross_entropy(logits, LABELS) + kd.loss(LABELS)).backward()
+        kd.step, student.grads = 1, None
+        student.zero_grad()
+        student.load_state_dict(before)
+        twin.load_state_dict(before)
+    found = steps(twin, twin_kd)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert found == steps(student, kd)
+    twin_kd.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+    assert any(m._forward_hooks for m in student.modules())
+    steps(student, kd)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_the_handle_alone_takes_its_student_along(copied):
+    student, _, kd = attached()
+    twin_kd = copied(kd)
+    assert twin_kd.student is not student
+    assert steps(twin_kd.student, twin_kd) == steps(student, kd)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_detached_handle_stays_detached(copied):
+    student, _, kd = attached()
+    kd.detach()
+    twin, twin_kd = copied((student, kd))
+    twin(IMAGES).sum().backward()
+    with pytest.raises(AttachError, match="this handle was detached"):
+        twin_kd.loss(LABELS)
+
+
+def test_copied_peers_teach_each_other():
+    a, b = Net(4).train(), Net(5).train()
+    kds = attach_mutual(a, b, example=IMAGES)
+    ours, theirs, (kd_a, kd_b) = copy.deepcopy((a, b, kds))
+    assert kd_a._teachers[0].model is theirs
+    assert kd_b._teachers[0].model is ours
+    assert not kd_a._teachers[0].eval_mode
+    assert steps(ours, kd_a) == steps(a, kds[0])
+
+
+def test_a_student_copied_without_its_handle_records_nothing():
+    student, _, kd = attached()
+    twin = copy.deepcopy(student)
+    twin(IMAGES)
+    student(IMAGES)
+    kd.loss(LABELS).backward()
+    assert kd._tape.forward is None
