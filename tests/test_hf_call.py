@@ -1,5 +1,7 @@
 """Hugging Face's call, ``model(pixel_values=x, labels=y)``, with teachers of every origin."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -78,3 +80,23 @@ def test_what_a_teacher_is_called_with():
     assert for_teacher(Named(), (IMAGES,), {}) == ((IMAGES,), {})
     args, kwargs = for_teacher(Named(), (IMAGES,), {"other": mask})  # its own error names it
     assert set(kwargs) == {"other"}
+
+
+def test_the_documented_trainer_keeps_label_smoothing(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("mlxtend")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    from hf_trainer import KDTrainer
+
+    student = hugging_face().train()
+    kd = attach_kd(student, Net(6), losses=[KDLoss()], example=IMAGES)
+    options = {"report_to": "none", "use_cpu": True, "label_smoothing_factor": 0.2}
+    trainer = KDTrainer(student, hf.TrainingArguments(str(tmp_path), **options), kd=kd)
+    batch = {"pixel_values": IMAGES, "labels": LABELS}
+    loss, outputs = trainer.compute_loss(student, dict(batch), return_outputs=True)
+    smoothed = nn.functional.cross_entropy(outputs.logits, LABELS, label_smoothing=0.2)
+    torch.testing.assert_close(loss, smoothed + kd.terms["total"])
+    trainer.model.eval()
+    loss, outputs = trainer.compute_loss(student, dict(batch), return_outputs=True)
+    smoothed = nn.functional.cross_entropy(outputs.logits, LABELS, label_smoothing=0.2)
+    torch.testing.assert_close(loss, smoothed)
