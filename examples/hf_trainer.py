@@ -12,7 +12,6 @@ from typing import Any
 
 import data
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from torch.utils.data import DataLoader, default_collate
 
@@ -30,13 +29,14 @@ class KDTrainer(hf.Trainer):
         self.kd = kd
         self.model_accepts_loss_kwargs = False  # compute_loss gives a mean over the batch
 
-    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
-        """Cross-entropy and, in training, the distillation; evaluation comes here too."""
-        # By position and without labels, for the teacher is called with the same arguments.
-        outputs = model(inputs["pixel_values"])
-        loss = F.cross_entropy(outputs.logits, inputs["labels"])
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, **options: Any
+    ) -> Any:
+        """Trainer's loss and, in training, the distillation; evaluation comes here too."""
+        labels = inputs["labels"]  # Trainer takes them out of the inputs where it smooths them
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if model.training and self.kd:
-            loss = loss + self.kd.loss(inputs["labels"])
+            loss = loss + self.kd.loss(labels)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def attach_kd(
     losses: Iterable[DistillLoss] = (),
     example: Any = None,
     teacher_weights: Sequence[float] | None = None,
-    teacher_transform: Transform | None = None,
+    teacher_transform: Transform | Literal["auto"] | None = None,
     memory: str = "normal",
 ) -> KDHandle:
     """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
@@ -74,14 +74,20 @@ def attach_kd(
             default: two zero images that suit the student.
         teacher_weights: weights of the teachers in the mean of their logits, made to sum to 1;
             default: all equal.
-        teacher_transform: function of the images that the teachers' inputs go through, for a
-            teacher of another resolution or normalisation; default: none.
+        teacher_transform: what the images go through before the teacher sees them. ``"auto"``, for
+            timm models: from the mean, std, size and interpolation that the student's
+            ``pretrained_cfg`` states to those of the teacher's. A :class:`Renormalize` for other
+            models, or any function of the images. Default: none.
         memory: ``"low"``: KD layers never hold the scores of all positions in training, but compute
             them again in parts; ``"normal"`` (default): so only where it takes no longer, in large
             layers of up to 128 channels. The numbers are the same.
 
     Returns:
         The :class:`KDHandle`, with ``fit``, ``loss``, ``detach`` and ``remove``.
+
+    Warns:
+        KDLayersWarning: if student and teacher state different normalisations, and no
+            ``teacher_transform`` is given.
 
     Raises:
         NoMatchError: if a name stands for no module that runs; the nearest names are listed.

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from kdlayers._layer.layer import KDLayer
 from kdlayers._models.undisturbed import cuda_devices
+from kdlayers._step.added import layers_of, parameters_of
 from kdlayers._step.batches import check_loader, split_batch
 from kdlayers._step.hooks import drop_recording, unguard_hooks
+from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch
 from kdlayers._step.plan import Plan
 from kdlayers._step.ranks import Ranks
@@ -78,6 +80,7 @@ class KDHandle:
         _keep_out_of_graphs()
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
+        self._images = ImageStatistics()
         own, added = _parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(own, added)
         self._ranks = _ranks(self._terms)
@@ -132,7 +135,8 @@ class KDHandle:
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
-            KDLayersWarning: if passes that need the same data began with different batches.
+            KDLayersWarning: if passes that need the same data began with different batches; at the
+                first training batches after it, if their images are not normalised alike.
         """
         self._need_teacher("fit")
         check_loader(loader)
@@ -149,11 +153,15 @@ class KDHandle:
             start = pass_seed(seed, active, index)
             for batch in passes.batches(start, title, progress=progress):
                 images, labels = split_batch(batch)
+                if index == 0:
+                    self._images.of_fit(images)
                 args = images if isinstance(images, tuple) else (images,)
                 tensors = plan.of_teachers(plan.teach(args, {}))
                 found = zip(plan.terms, tensors, strict=True)
                 yield [term.teacher_alone(tensor) for term, tensor in found], labels
 
+        if fitters:
+            self._images.begin_fit()
         with Passes(loader, devices) as passes:
             run_passes([fitter for _, fitter in fitters.values()], batches)
         for term, _ in fitters.values():
@@ -169,8 +177,8 @@ class KDHandle:
         yours. Each training forward is read once.
 
         Args:
-            targets: labels ``[B]``, as the losses need them. Labels of mixup ``[B, K]`` go
-                through where no loss reads them; those that do, such as ``DKDLoss``, refuse them.
+            targets: labels as the losses need them: class indices ``[B]``, or probabilities
+                ``[B, classes]`` after mixup, CutMix or label smoothing.
             logits: the student's logits, if it was run inside :meth:`batch`.
 
         Returns:
@@ -239,15 +247,40 @@ class KDHandle:
                     seen.add(parameter)
                     yield parameter
 
+    def added_parameters(self, *, decay: bool | None = None) -> list[nn.Parameter]:
+        """All parameters that attach_kd added: of the KD layers, and the train-only ones.
+
+        For a script that has made its optimiser before, or wants another rate for them::
+
+            optimizer.add_param_group({"params": kd.added_parameters()})
+
+        or, without weight decay on scales, norms and biases::
+
+            matrices, others = (kd.added_parameters(decay=decay) for decay in (True, False))
+            optimizer.add_param_group({"params": matrices})
+            optimizer.add_param_group({"params": others, "weight_decay": 0.0})
+
+        Add the groups before a learning-rate scheduler is made. An optimiser made after attach_kd
+        from ``student.parameters()`` holds the KD layers' already; it needs :meth:`parameters`.
+
+        Args:
+            decay: ``True``: only matrices, which weight decay suits; ``False``: only scales, norms
+                and biases; ``None`` (default): all.
+
+        Returns:
+            The parameters that require a gradient, those of the layers first.
+        """
+        return parameters_of(self.layers.values(), self.parameters(), decay)
+
     @property
     def layers(self) -> dict[str, KDLayer]:
-        """The student's KD layers by the names of their points, to be called or looked at.
+        """The KD layers of this handle by the names of their points, in the student's order.
 
         They share the student's parameters and batch norms; their ``alpha`` and ``memory`` are the
         values of now. In the student the layers act through hooks, and ``<point>...kd`` holds their
-        parts.
+        parts. They are there after :meth:`detach` too, and gone after :meth:`remove`.
         """
-        return {name: slot.as_layer() for name, slot in slots(self.student).items()}
+        return layers_of(self.student, self._tape)
 
     # ---------------------------------------------------------------- state
 
@@ -336,6 +369,7 @@ class KDHandle:
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
         labels = check_labels(targets, found)
+        self._images.of_training((forward.args, forward.kwargs))
         if ahead is None:
             autocast = forward.autocast_dtype(self.student, found)
             taught = self._plan.teach(forward.args, forward.kwargs, autocast)

@@ -54,7 +54,8 @@ class OptimiserWatch:
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
                 "attach_kd, or without kd.parameters(). Make it after attach_kd as "
-                "Optimizer([*student.parameters(), *kd.parameters()])",
+                "Optimizer([*student.parameters(), *kd.parameters()]), or give them to the one "
+                'there is: optimizer.add_param_group({"params": kd.added_parameters()})',
             )
 
     def _tell_frozen(self) -> None:

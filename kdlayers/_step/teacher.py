@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, image_size, trace
 from kdlayers._models.vectors import class_key
 from kdlayers._models.wrappers import check_pair, unwrap
+from kdlayers._step.call import for_teacher
+from kdlayers._step.normalisation import automatic, warn_of_difference
 from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
 from kdlayers._utils.locks import lock_of
@@ -76,6 +78,8 @@ class Teacher:
         Raises:
             CaptureError: if the teacher cannot run on the inputs, or a tapped module did not run.
         """
+        if kwargs:
+            args, kwargs = for_teacher(self.model, args, kwargs)
         if self.transform is not None:
             args, kwargs = transformed(args, kwargs, self.transform)
         like = self._like()
@@ -269,7 +273,7 @@ def make_teachers(
     given: nn.Module | Sequence[nn.Module] | None,
     example: tuple[Any, ...],
     weights: Sequence[float] | None,
-    transform: Transform | None,
+    transform: Transform | Literal["auto"] | None,
 ) -> list[Teacher]:
     """Check and dry-run the teachers that the user gave.
 
@@ -286,15 +290,14 @@ def make_teachers(
             f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
             f"{weights}"
         )
-    if models and transform is not None:
-        example = transformed(example, {}, transform)[0]
     teachers = []
     for model, weight in zip(models, weights, strict=True):
         inner, called = unwrap(model, "teacher")
         check_pair(student, inner)
+        own = _transform_for(student, inner, transform)
         with lock_of(inner):
-            traced = trace(inner, example, "teacher")
-        teachers.append(Teacher(inner, traced, called, weight / sum(weights), transform))
+            traced = trace(inner, transformed(example, {}, own)[0], "teacher")
+        teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
         raise ArgumentError(
@@ -302,3 +305,18 @@ def make_teachers(
             "teachers of the same classes"
         )
     return teachers
+
+
+def _transform_for(
+    student: nn.Module, teacher: nn.Module, transform: Transform | Literal["auto"] | None
+) -> Transform | None:
+    if transform is None:
+        warn_of_difference(student, teacher)
+        return None
+    if isinstance(transform, str):
+        if transform != "auto":
+            raise ArgumentError(
+                f'teacher_transform must be a function of the images or "auto", got {transform!r}'
+            )
+        return automatic(student, teacher)
+    return transform
