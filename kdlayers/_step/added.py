@@ -5,15 +5,14 @@ from collections.abc import Iterable
 from torch import nn
 
 from kdlayers._layer.layer import KDLayer
-from kdlayers._step.hooks import Tape
 from kdlayers._step.sites import inserts
+from kdlayers._step.tape import Tape
 
 
 def layers_of(student: nn.Module, tape: Tape) -> dict[str, KDLayer]:
     """The KD layers that write on ``tape``, by the names of their points."""
-    return {
-        h.name: h.slot(module).as_layer() for module, _, h in inserts(student) if h.tape is tape
-    }
+    own = [(hook, module) for module, _, hook in inserts(student) if hook.tape is tape]
+    return {hook.name: hook.slot(module).as_layer() for hook, module in own}
 
 
 def parameters_of(

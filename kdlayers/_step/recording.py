@@ -78,7 +78,9 @@ def _check_arguments(
     dataset: Any, *, views: int, batch_size: int, dtype: str, topk: int | None
 ) -> None:
     for name, value in (("views", views), ("batch_size", batch_size), ("topk", topk)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
             raise ArgumentError(f"{name} must be a whole number of 1 or more, got {value!r}")
     if dtype not in ("float16", "float32"):
         raise ArgumentError(f"dtype must be 'float16' or 'float32', got {dtype!r}")

@@ -296,7 +296,8 @@ def make_teachers(
         check_pair(student, inner)
         own = _transform_for(student, inner, transform)
         with lock_of(inner):
-            traced = trace(inner, transformed(example, {}, own)[0], "teacher")
+            images = example if own is None else transformed(example, {}, own)[0]
+            traced = trace(inner, images, "teacher")
         teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:

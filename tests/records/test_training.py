@@ -217,7 +217,9 @@ def test_a_second_call_opens_the_record_without_running(tmp_path, monkeypatch):
     (_, kd), recorded, teacher = setup("logits", "same grid", tmp_path)
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(1))
-    again = kd.record(recorded.dataset, tmp_path / "record", views=3, dtype="float32", batch_size=16)
+    again = kd.record(
+        recorded.dataset, tmp_path / "record", views=3, dtype="float32", batch_size=16
+    )
     assert len(calls) <= 1  # one image, for the shapes
     assert torch.equal(again[3][0], recorded[3][0])
     opened = open_record(tmp_path / "record", recorded.dataset)
