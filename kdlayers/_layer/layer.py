@@ -144,51 +144,8 @@ class TemplateHead(CosineProjection):
         return f"{self.in_channels}, {self.num_templates}, channel_dim={self.channel_dim}"
 
 
-class KDLayer(nn.Module):
-    r"""Learnable KD layer: what its templates recognise is added to the features.
-
-    .. math::
-        a &= \operatorname{cos}(x; W, s_t) \qquad&
-        p &= \operatorname{ReLU}(\operatorname{BN}(a)) \\
-        v &= \operatorname{cos}(p; V, s_v) \qquad&
-        \hat x &= x + \alpha v
-
-    where :math:`\operatorname{cos}` is the scaled cosine of :class:`TemplateHead`: x is normalised
-    over its channels, p over the templates, each template over C, and V over K for each output
-    channel. A position whose p is all zero passes unchanged. The KD loss acts on the scores a. The
-    layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds a position.
-
-    Args:
-        in_channels: channels C of the features.
-        num_templates: number of templates K.
-        alpha: value ratio, the factor of v; default 1, as in all but one of the authors'
-            configurations. 0 keeps the features as they are (the loss still acts on the scores).
-        channel_dim: axis of the channels; default 1 (NCHW). Use -1 for NHWC and for tokens.
-        memory: ``"low"``: never keep the scores of all positions, in training, but compute them
-            again in parts. ``"normal"`` (default): so only where it takes no longer: up to 128
-            channels, from 4 templates a channel and 524,288 scores. The numbers are the same.
-
-    Attributes:
-        head: the :class:`TemplateHead`, ``weight [K, C]`` and ``scale`` (initially 3).
-        norm: batch norm over the K scores (eps 1e-5, momentum 0.1).
-        value: ``weight [C, K]``, drawn from N(0, 2/K), and ``scale`` (initially 1).
-
-    Raises:
-        ArgumentError: if a size is below 1, ``alpha`` is negative, ``channel_dim`` is 0 or
-            ``memory`` unknown.
-        ArgumentTypeError: if a size is no integer or ``alpha`` no number.
-        ShapeError: in ``forward``, if the channels are not ``in_channels``.
-
-    Source: Gorgun, Gurbuz, Alatan, BMVC 2023; values and gradients follow the authors' code.
-
-    Example:
-        >>> import torch
-        >>> from kdlayers import KDLayer
-        >>> KDLayer(16, 32)(torch.randn(2, 16, 7, 7)).shape
-        torch.Size([2, 16, 7, 7])
-        >>> KDLayer(16, 32, channel_dim=-1)(torch.randn(2, 49, 16)).shape
-        torch.Size([2, 49, 16])
-    """
+class LayerParts(nn.Module):
+    """The parts of a KD layer and its arithmetic, shared by `KDLayer` and a student's slots."""
 
     def __init__(
         self,
@@ -208,10 +165,6 @@ class KDLayer(nn.Module):
         self.alpha = float(alpha)  # also a NumPy number, which files without code cannot hold
         self.channel_dim = channel_dim
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features with the recognised knowledge added: same shape, same dtype."""
-        return self.enhance(x)[0]
-
     def enhance(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The new features, and the scores with K in the place of C.
 
@@ -224,6 +177,7 @@ class KDLayer(nn.Module):
                     return self._as_node(x)
             elif self.why_plain(x.device) is None:
                 features = self.head.channels_last(x)
+                self._need_positions(features)
                 if self.fuses(x.device, features[..., 0].numel()):
                     return self._fused(x, features)
                 if self.frozen(x.device):
@@ -235,6 +189,16 @@ class KDLayer(nn.Module):
         assignment = F.relu(self.norm(last.flatten(0, -2))).view_as(last)
         value = self.value(assignment).movedim(-1, self.channel_dim)
         return x + (self.alpha * value).to(x.dtype), scores, None
+
+    @torch.jit.unused
+    def _need_positions(self, features: Tensor) -> None:
+        """Raise ShapeError for a training forward of one position, which has no variance."""
+        if self.norm.training and features.numel() == features.shape[-1] and not is_tracing():
+            raise ShapeError(
+                "a KD layer trains with the statistics of all positions in the batch, but this "
+                "batch is one image with one position; give two images or more (drop_last=True in "
+                "the DataLoader), larger images, or set the layer's .norm to eval mode"
+            )
 
     @torch.jit.unused
     def _as_node(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -330,6 +294,57 @@ class KDLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shows alpha in the printed module."""
         return f"alpha={self.alpha}"
+
+
+class KDLayer(LayerParts):
+    r"""Learnable KD layer: what its templates recognise is added to the features.
+
+    .. math::
+        a &= \operatorname{cos}(x; W, s_t) \qquad&
+        p &= \operatorname{ReLU}(\operatorname{BN}(a)) \\
+        v &= \operatorname{cos}(p; V, s_v) \qquad&
+        \hat x &= x + \alpha v
+
+    where :math:`\operatorname{cos}` is the scaled cosine of :class:`TemplateHead`: x is normalised
+    over its channels, p over the templates, each template over C, and V over K for each output
+    channel. A position whose p is all zero passes unchanged. The KD loss acts on the scores a. The
+    layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds a position.
+
+    Args:
+        in_channels: channels C of the features.
+        num_templates: number of templates K.
+        alpha: value ratio, the factor of v; default 1, as in all but one of the authors'
+            configurations. 0 keeps the features as they are (the loss still acts on the scores).
+        channel_dim: axis of the channels; default 1 (NCHW). Use -1 for NHWC and for tokens.
+        memory: ``"low"``: never keep the scores of all positions, in training, but compute them
+            again in parts. ``"normal"`` (default): so only where it takes no longer: up to 128
+            channels, from 4 templates a channel and 524,288 scores. The numbers are the same.
+
+    Attributes:
+        head: the :class:`TemplateHead`, ``weight [K, C]`` and ``scale`` (initially 3).
+        norm: batch norm over the K scores (eps 1e-5, momentum 0.1).
+        value: ``weight [C, K]``, drawn from N(0, 2/K), and ``scale`` (initially 1).
+
+    Raises:
+        ArgumentError: if a size is below 1, ``alpha`` is negative, ``channel_dim`` is 0 or
+            ``memory`` unknown.
+        ArgumentTypeError: if a size is no integer or ``alpha`` no number.
+        ShapeError: in ``forward``, if the channels are not ``in_channels``.
+
+    Source: Gorgun, Gurbuz, Alatan, BMVC 2023; values and gradients follow the authors' code.
+
+    Example:
+        >>> import torch
+        >>> from kdlayers import KDLayer
+        >>> KDLayer(16, 32)(torch.randn(2, 16, 7, 7)).shape
+        torch.Size([2, 16, 7, 7])
+        >>> KDLayer(16, 32, channel_dim=-1)(torch.randn(2, 49, 16)).shape
+        torch.Size([2, 49, 16])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features with the recognised knowledge added: same shape, same dtype."""
+        return self.enhance(x)[0]
 
 
 def enhanced(

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.batch_norm import as_affine
-from kdlayers._layer.layer import product_dtype
+from kdlayers._layer.layer import LayerParts, product_dtype
 from kdlayers._layer.recognise import recognise_frozen
 from kdlayers._leaving.bake import replace_layers
 from kdlayers._leaving.wrapped import student_inside
-from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import slots
 from kdlayers._utils.chunks import DEVICES
 from kdlayers._utils.norms import inverse_norm
@@ -34,7 +33,7 @@ class FoldedKDLayer(nn.Module):
     threshold: Tensor
     values: Tensor
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: LayerParts) -> None:
         super().__init__()
         head, norm, value = slot.head, slot.norm, slot.value
         gain, bias = as_affine(norm)

@@ -77,6 +77,13 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
         self._epoch.fill_(epoch)
 
     @property
+    def reader(self) -> Reader:
+        """The open record."""
+        if self._reader is None:
+            raise RecordError("a worker process draws images, and does not read the record")
+        return self._reader
+
+    @property
     def check_inputs(self) -> bool:
         """Whether ``kd.loss`` compares images of the batch with the recorded ones; default True.
 
@@ -86,9 +93,7 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
 
     @check_inputs.setter
     def check_inputs(self, value: bool) -> None:
-        if self._reader is None:
-            raise RecordError("set check_inputs in the process that trains, not in a worker")
-        self._reader.check_inputs = value
+        self.reader.check_inputs = value
 
     def __len__(self) -> int:
         return self.samples
@@ -138,16 +143,16 @@ def from_reader(reader: Reader, dataset: Any) -> RecordedDataset:
             f"the record {reader.path} was made with the transform {stated}, but the data set has "
             f"{found}; pass the data set that was recorded"
         )
+    reader = register(reader)
     recorded = RecordedDataset(dataset, reader)
     for sample in sorted({0, plan.samples // 2, plan.samples - 1}):
         recorded[sample]
-    register(reader)
     return recorded
 
 
-def register(reader: Reader) -> None:
-    """Let `reader_of` find this record by the keys of its samples."""
-    _OPEN[reader.tag] = reader
+def register(reader: Reader) -> Reader:
+    """Let `rows_of` find this record by its keys; return it, or the open one."""
+    return _OPEN.setdefault(reader.tag, reader)
 
 
 def rows_of(key: Tensor) -> tuple[Reader, list[int]]:

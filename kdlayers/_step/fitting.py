@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from kdlayers._models.undisturbed import cuda_devices
+from kdlayers._step.batches import split_batch
+from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.plan import Plan
 from kdlayers._step.recording import teacher_tensors
 from kdlayers._step.teacher import Teacher
@@ -16,6 +18,7 @@ def fit_terms(
     terms: Sequence[Term],
     teachers: Sequence[Teacher],
     loader: Iterable[Any],
+    images: ImageStatistics,
     *,
     seed: int,
     progress: bool,
@@ -32,8 +35,12 @@ def fit_terms(
         title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
         start = pass_seed(seed, active, index)
         for batch in passes.batches(start, title, progress=progress):
+            if index == 0:
+                images.of_fit(split_batch(batch)[0])
             yield teacher_tensors(plan, batch)
 
+    if fitters:
+        images.begin_fit()
     with Passes(loader, devices) as passes:
         run_passes([fitter for _, fitter in fitters.values()], batches)
     for term, _ in fitters.values():

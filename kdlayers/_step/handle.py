@@ -1,6 +1,6 @@
 """The handle that `attach_kd` returns: fit, loss, terms, state, and the ways out."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._records.dataset import RecordedDataset
+from kdlayers._step.attachment import Attachment
 from kdlayers._step.batches import check_loader
 from kdlayers._step.fitting import fit_terms
-from kdlayers._step.hooks import drop_recording
+from kdlayers._step.hooks import drop_recording, unguard_hooks
+from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
 from kdlayers._step.plan import Plan
 from kdlayers._step.ranks import ranks_of
 from kdlayers._step.recording import read_batch, record
-from kdlayers._step.sites import slots, take_out
-from kdlayers._step.state import load_state, state_of
-from kdlayers._step.summary import summarise
+from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Pair, Term, weighted_sum
@@ -31,7 +31,7 @@ from kdlayers.errors import (
 )
 
 
-class KDHandle:
+class KDHandle(Attachment):
     """Everything about a distillation that is not the student: made by :func:`kdlayers.attach_kd`.
 
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
@@ -78,6 +78,7 @@ class KDHandle:
         _keep_out_of_graphs()
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
+        self._images = ImageStatistics()
         own, added = parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(own, added)
         self._ranks = ranks_of(self._terms)
@@ -132,13 +133,22 @@ class KDHandle:
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
-            KDLayersWarning: if passes that need the same data began with different batches.
+            KDLayersWarning: if passes that need the same data began with different batches; at the
+                first training batches after it, if their images are not normalised alike.
         """
         self._need_teacher("fit")
         check_loader(loader)
         if self._ranks is not None:
             self._ranks.start()
-        fit_terms(self._terms, self._teachers, loader, seed=seed, progress=progress, refit=refit)
+        fit_terms(
+            self._terms,
+            self._teachers,
+            loader,
+            self._images,
+            seed=seed,
+            progress=progress,
+            refit=refit,
+        )
         self._look_again()
 
     def record(
@@ -201,8 +211,8 @@ class KDHandle:
         yours. Each training forward is read once.
 
         Args:
-            targets: labels ``[B]``, as the losses need them. Labels of mixup ``[B, K]`` go
-                through where no loss reads them; those that do, such as ``DKDLoss``, refuse them.
+            targets: labels as the losses need them: class indices ``[B]``, or probabilities
+                ``[B, classes]`` after mixup, CutMix or label smoothing.
             logits: the student's logits, if it was run inside :meth:`batch`.
             recorded: the keys of the batch, if a record takes the place of the teachers; see
                 :meth:`record`.
@@ -265,45 +275,7 @@ class KDHandle:
         self._tape.fail()
         self._tape.consume()
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Train-only parameters of the losses, for the optimiser; none of them is the student's."""
-        seen: set[nn.Parameter] = set()
-        for term in self._terms:
-            for parameter in term.loss.parameters():
-                if parameter.requires_grad and parameter not in seen:
-                    seen.add(parameter)
-                    yield parameter
-
-    # ---------------------------------------------------------------- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Targets, train-only parameters and the step: tensors and numbers, safe to save.
-
-        Together with the student's and the optimiser's state a resumed run goes on exactly. The
-        tensors are copies, and a checksum of them is part of the state.
-        """
-        return state_of(self._terms, self.step)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
-
-        All or nothing: if it fails, every loss is as it was before.
-
-        Raises:
-            CheckpointError: if the state is of other losses, of KD layers or a teacher of other
-                sizes, damaged, changed, or of an unknown version.
-        """
-        self.step = load_state(self._terms, self._teachers, slots(self.student), state)
-        self._look_again()
-
-    def summary(self) -> str:
-        """Points, shapes, parameters and multiply-adds added, and what is fitted, as a table."""
-        return summarise(self.student, self._terms)
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # ---------------------------------------------------------------- ways out
+    # ---------------------------------------------------------------- detaching and removal
 
     def detach(self) -> None:
         """Let go of teacher, captures and train-only parts; the student keeps its KD layers."""
@@ -316,6 +288,7 @@ class KDHandle:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
         self.detach()
         take_out(self.student, self._tape)
+        unguard_hooks()
 
     # ---------------------------------------------------------------- inside
 
@@ -325,12 +298,6 @@ class KDHandle:
                 f"kd.{method}() needs a teacher: this handle was detached, or attached with "
                 "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
             )
-
-    def _look_again(self) -> None:
-        """Ask the losses again whether they are fitted, and where their tensors are."""
-        self._fitted = False
-        for term in self._terms:
-            term.device = None
 
     def _need_fitted(self) -> None:
         unfitted = [term.name for term in self._terms if not term.loss.fitted]
@@ -360,6 +327,7 @@ class KDHandle:
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
         labels = check_labels(targets, found)
+        self._images.of_training((forward.args, forward.kwargs))
         plan = self._plan
         if recorded is not None:
             plan, tensors = read_batch(plan, recorded, forward, found, self.step)

@@ -47,8 +47,7 @@ class RecordedTeacher:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.reader = Reader(path)
-        register(self.reader)
+        self.reader = register(Reader(path))
 
     def __repr__(self) -> str:
         classes = ", ".join(known["class"] for known in self.reader.description.about["teachers"])
@@ -58,8 +57,9 @@ class RecordedTeacher:
 class AbsentModel(nn.Module):
     """Stands for a teacher that was recorded, and cannot run."""
 
-    def __init__(self, kind: str, weights: str, taps: Iterable[str]) -> None:
+    def __init__(self, kind: str, weights: str, taps: Iterable[str], reader: Reader) -> None:
         super().__init__()
+        self.reader = reader  # open for as long as a handle learns from it
         for tap in taps:  # the names under which a user asks for points
             place: nn.Module = self
             for part in tap.split("."):
@@ -85,7 +85,7 @@ def traces_of(reader: Reader) -> list[Trace]:
     traces = []
     for index, known in enumerate(about["teachers"]):
         taps = [tap for teacher, tap in about["taps"].values() if teacher == index]
-        model = AbsentModel(known["class"], known["weights"], taps)
+        model = AbsentModel(known["class"], known["weights"], taps, reader)
         logits = torch.zeros(2, about["classes"][index])
         traced = Trace(model, {}, logits, (1, 1), "recorded teacher")
         for name, (teacher, tap) in about["taps"].items():

@@ -15,6 +15,7 @@ from kdlayers._records.dataset import (
     RecordedDataset,
     from_reader,
     is_key,
+    register,
     rows_of,
     transform_of,
 )
@@ -85,7 +86,9 @@ def record(
     size = min(batch_size, len(dataset) * views)
     made = Description(len(dataset), views, seed, size, tuple(fields), about)
     write_record(dataset, path, made, say, num_workers=num_workers, progress=progress)
-    return from_reader(Reader(path), dataset)
+    recorded = from_reader(register(Reader(path)), dataset)
+    _plan_for(plan, recorded.reader)
+    return recorded
 
 
 def _check_arguments(
@@ -215,11 +218,16 @@ def _check_image(reader: Reader, rows: Sequence[int], forward: Forward, index: i
 
 def _read(plan: Plan, key: Tensor) -> tuple[Plan, list[Tensor]]:
     reader = rows_of(key)[0]
+    return _plan_for(plan, reader), read(plan.terms, key)
+
+
+def _plan_for(plan: Plan, reader: Reader) -> Plan:
+    """The plan whose terms read the record; it keeps the record open."""
     if reader.tag not in plan.recorded:
         terms = recorded_terms(plan.terms, reader)
         check_teachers(plan, reader)
-        plan.recorded[reader.tag] = Plan(terms, plan.teachers)
-    return plan.recorded[reader.tag], read(plan.terms, key)
+        plan.recorded[reader.tag] = (Plan(terms, plan.teachers), reader)
+    return plan.recorded[reader.tag][0]
 
 
 def recorded_terms(terms: Sequence[Term], reader: Reader) -> list[Term]:

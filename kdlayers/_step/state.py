@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._layer.layer import KDLayer
+from kdlayers._layer.layer import LayerParts
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Term
 from kdlayers._utils.checksums import checksum
@@ -41,7 +41,7 @@ def _copied(state: dict[str, Any]) -> OrderedDict[str, Any]:
 def load_state(
     terms: Sequence[Term],
     teachers: Sequence[Teacher],
-    layers: Mapping[str, KDLayer],
+    layers: Mapping[str, LayerParts],
     state: object,
 ) -> int:
     """Load what `state_of` gave into the losses, and return the step.
@@ -133,7 +133,7 @@ def _load(term: Term, state: dict[str, Any]) -> None:
 def _check_sizes(term: Term, teachers: Sequence[Teacher], layers: Mapping[str, nn.Module]) -> None:
     """Compare loaded template targets with the KD layer and the teacher that they are used with."""
     layer = layers.get(term.point or "")
-    if not isinstance(term.loss, TemplateLoss) or not isinstance(layer, KDLayer):
+    if not isinstance(term.loss, TemplateLoss) or not isinstance(layer, LayerParts):
         return
     targets = term.loss.template_targets
     found = getattr(targets, "num_templates", None)

@@ -9,9 +9,10 @@ from typing_extensions import override
 from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
 from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
 from kdlayers._targets.distances import affine
-from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad, rows_of
+from kdlayers._targets.divergence import decision_divergence, fuses, mixed_rows, needs_grad
 from kdlayers._targets.fitter import Fitter
-from kdlayers._targets.rows import RowFitter, check_features, expand_labels
+from kdlayers._targets.labels import soft_labels
+from kdlayers._targets.rows import RowFitter, check_features
 from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ArgumentError, CheckpointError
 from kdlayers.functional import _checks as check
@@ -35,6 +36,18 @@ class DecisionTargets(TemplateTargets):
         \qquad q_i = P_{h_1(z_i, y_i),\,\cdot}
 
     :math:`P` is a table of counts, without softmax and temperature; exact zeros are common.
+
+    Labels of mixup, CutMix and label smoothing are probabilities :math:`y_{ic}` of the classes. The
+    assignment is then the mean over the classes :math:`M_i` that hold weight:
+
+    .. math::
+        q_i = \frac{\sum_{c \in M_i} y_{ic} \, P_{h_1(z_i, c),\,\cdot}}
+        {\sum_{c \in M_i} y_{ic}}
+
+    :math:`M_i` are the classes with labels above the uniform part that smoothing adds: above
+    :math:`\epsilon / C`, which is found as the smallest label where more than half of the classes
+    share it. One-hot rows give exactly the assignment of the class. The extension to such labels is
+    ours.
 
     :meth:`fit` needs integer labels and reads the data two to four times: for the class statistics
     of the discriminant analysis (in float64; class frequencies as priors, covariance within classes
@@ -160,20 +173,23 @@ class DecisionTargets(TemplateTargets):
             features: ``[..., D]``, the channels last.
             labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
                 for features ``[B, H, W, D]``, where every position has its image's label.
+                Or floating-point probabilities with one axis more, such as ``[B, C]``. The cost
+                grows with the largest number of classes that hold weight in a row (2 after mixup);
+                finding them waits for the device once.
 
         Returns:
-            ``[..., K]``, rows of :attr:`decisions`, without gradient. A row for features without
-            finite distances begins with NaN.
+            ``[..., K]``, rows of :attr:`decisions` or their means, without gradient. A row for
+            features without finite distances begins with NaN.
 
         Raises:
             NotFittedError: before :meth:`fit`.
-            ArgumentError: without labels, or if a label is out of range (checked on the CPU; an
-                accelerator reports an indexing error).
-            ArgumentTypeError: if labels are not integers, as after mixup.
+            ArgumentError: without labels, or if a label is negative or out of range (checked on the
+                CPU; an accelerator reports an indexing error).
+            ArgumentTypeError: if labels are not a tensor of numbers.
             ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
-        own, decisions = self._own(features, labels)
-        return rows_of(decisions, own).reshape(*features.shape[:-1], len(decisions))
+        own, shares, decisions = self._own(features, labels)
+        return mixed_rows(decisions, own, shares).reshape(*features.shape[:-1], len(decisions))
 
     @override
     def divergence(
@@ -188,26 +204,38 @@ class DecisionTargets(TemplateTargets):
             student, templates
         ):
             return super().divergence(student, features, labels, templates=templates)
-        own, decisions = self._own(features, labels)
+        own, shares, decisions = self._own(features, labels)
         check_templates(student.shape[-1] if templates is None else len(templates), len(decisions))
         rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
-        value: Tensor = decision_divergence(rows, templates, own, decisions, needed)[0]
+        value: Tensor = decision_divergence(rows, templates, own, decisions, shares, needed)[0]
         return value
 
     @torch.no_grad()
-    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sub-class of each position, ``[N]``, and the table in the type to compute in."""
+    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sub-class of each position ``[N]`` (or several with their shares, ``[N, m]``); the table.
+
+        All in the type to compute in.
+        """
         projection, shift = self._need(self.projection), self._need(self.shift)
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
-        labels = expand_labels(features, labels).to(features.device).reshape(-1)
-        check.in_range("labels", labels, self._num_classes or 0)
+        classes, shares = soft_labels(features, labels, self._num_classes or 0)
         dtype = work_dtype(features, projection)
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
-            own = own_subclass(z, labels, centers.to(dtype), self.subclasses)
-        return own, decisions.to(dtype)
+            if shares is None:
+                classes = classes.to(features.device).reshape(-1)
+                check.in_range("labels", classes, self._num_classes or 0)
+                own = own_subclass(z, classes, centers.to(dtype), self.subclasses)
+                return own, None, decisions.to(dtype)
+            classes = classes.to(features.device).reshape(len(z), -1)
+            shares = shares.to(features.device, dtype).reshape(len(z), -1)
+            each = [
+                own_subclass(z, one, centers.to(dtype), self.subclasses)
+                for one in classes.unbind(dim=1)
+            ]
+        return torch.stack(each, dim=1), shares, decisions.to(dtype)
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:

@@ -5,8 +5,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdlayers._targets.labels import hard_labels
 from kdlayers._utils.chunks import work_dtype
-from kdlayers.errors import ArgumentError, FitError, ShapeError
+from kdlayers.errors import FitError, ShapeError
 from kdlayers.functional import _checks as check
 
 BLOCK = 4096
@@ -56,7 +57,7 @@ class RowFitter:
                     "DecisionTargets learns from labels, but fit() got batches without them; use a "
                     "loader of (images, labels), or CodebookTargets at this point"
                 )
-            labels = expand_labels(teacher, targets).reshape(-1)
+            labels = hard_labels(teacher, targets).reshape(-1)
         self._batch += 1
         for block in self._blocks.push(rows, labels.to(rows.device)):
             self._feed(current, *block)
@@ -142,29 +143,3 @@ def check_features(features: object, width: int | None = None) -> None:
             f"features must be [..., {width}], as at fit, got {check.shape(found)}; the channels "
             "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
         )
-
-
-def expand_labels(features: Tensor, labels: Tensor | None) -> Tensor:
-    """Class indices, int64, for every position [...] of features [..., D].
-
-    Raises:
-        ArgumentError: without labels.
-        ArgumentTypeError: if they are not integers, such as those of mixup or one-hot rows.
-        ShapeError: if their shape is not a leading part of ``[...]``.
-    """
-    if labels is None:
-        raise ArgumentError(
-            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
-            "features, labels) with integer labels, or use CodebookTargets at this point"
-        )
-    indices = check.class_indices(
-        "labels", labels, "pass unmixed batches, or use CodebookTargets at this point"
-    )
-    where = check.shape(features)[:-1]
-    if check.shape(indices) != where[: indices.dim()]:
-        raise ShapeError(
-            "labels must be integer classes, one for each image or position, so their shape must "
-            f"be a leading part of {where}, got {indices.dtype} of shape {check.shape(indices)}; "
-            "use integer labels, not one-hot rows"
-        )
-    return indices.reshape(indices.shape + (1,) * (len(where) - indices.dim())).expand(where)

@@ -73,6 +73,11 @@ def is_functional(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters by name, with those set to None."""
+    return module._parameters
+
+
 def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers by name, with those set to None; changing it changes the module."""
     return module._buffers

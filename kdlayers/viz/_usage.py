@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._layer.layer import KDLayer
+from kdlayers._layer.layer import LayerParts
 from kdlayers._models.wrappers import unwrap
 from kdlayers._step.batches import split_batch
 from kdlayers._utils.chunks import chunks
@@ -87,7 +87,7 @@ def template_usage(
 
 
 @torch.no_grad()
-def _count(layer: KDLayer, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _count(layer: LayerParts, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Counts ``[K]`` of features ``[N, C]``, without a tensor ``[N, K]``."""
     templates = layer.head.num_templates
     fires = torch.zeros(templates, dtype=torch.int64, device=rows.device)

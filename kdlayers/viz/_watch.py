@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlayers._layer.layer import KDLayer
+from kdlayers._layer.layer import KDLayer, LayerParts
 from kdlayers._models.layouts import Layout, find_layout
 from kdlayers._models.names import readings
 from kdlayers._models.trace import to_model
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import slots
 from kdlayers.errors import (
     ArgumentError,
@@ -23,7 +22,7 @@ from kdlayers.errors import (
 from kdlayers.functional import _checks as check
 
 
-def find_layer(student: nn.Module, at: str | None) -> tuple[str, KDLayer]:
+def find_layer(student: nn.Module, at: str | None) -> tuple[str, LayerParts]:
     """The name and the KD layer called ``at``, or those of the only one.
 
     A layer that hooks call has the name of its point; others have their names as modules.
@@ -33,12 +32,8 @@ def find_layer(student: nn.Module, at: str | None) -> tuple[str, KDLayer]:
         ArgumentError: if there are several and ``at`` is None.
         NoMatchError: if none has this name.
     """
-    layers: dict[str, KDLayer] = dict(slots(student))
-    layers |= {
-        name: module
-        for name, module in student.named_modules()
-        if isinstance(module, KDLayer) and not isinstance(module, Slot)
-    }
+    layers: dict[str, LayerParts] = dict(slots(student))
+    layers |= {n: module for n, module in student.named_modules() if isinstance(module, KDLayer)}
     names = ", ".join(map(repr, layers))
     if not layers:
         raise AttachError(
@@ -65,22 +60,20 @@ def check_images(images: Any) -> Tensor:
     return found
 
 
-def watched(student: nn.Module, layer: KDLayer, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+def watched(student: nn.Module, layer: LayerParts, images: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Features before and after ``layer``, for each of its calls in one forward of ``student``.
 
     The forward runs in eval mode; training flags and random states do not change.
     """
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(module, Slot):
-            if not kwargs.get("insert"):
-                return  # called by a parent that runs all its children
-            output = output[0]
-        # Copies, because later modules may change them in place.
-        seen.append((args[0].detach().clone(), output.detach().clone()))
+    def hook(_module: nn.Module, args: Any, output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        if after is not args[0]:  # a slot passes on what a parent gives it that runs its children
+            # Copies, because later modules may change them in place.
+            seen.append((args[0].detach().clone(), after.detach().clone()))
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handle = layer.register_forward_hook(hook)
     try:
         with undisturbed(student), torch.no_grad():
             student(*to_model((images,), student))
@@ -89,7 +82,9 @@ def watched(student: nn.Module, layer: KDLayer, images: Tensor) -> list[tuple[Te
     return seen
 
 
-def grid(features: Tensor, name: str, layer: KDLayer, student: nn.Module, images: Tensor) -> Tensor:
+def grid(
+    features: Tensor, name: str, layer: LayerParts, student: nn.Module, images: Tensor
+) -> Tensor:
     """Features of ``layer`` as ``[B, H, W, C]``, without prefix tokens.
 
     Raises:
@@ -113,7 +108,7 @@ def grid(features: Tensor, name: str, layer: KDLayer, student: nn.Module, images
     return find_layout(name, module, student, shape, size).to_grid(features)
 
 
-def assign(layer: KDLayer, features: Tensor) -> tuple[Tensor, Tensor]:
+def assign(layer: LayerParts, features: Tensor) -> tuple[Tensor, Tensor]:
     """Scores a and assignment p = ReLU(BN(a)), ``[..., K]``, of features ``[..., C]``.
 
     The batch norm uses its running statistics, as in eval mode.
