@@ -171,9 +171,11 @@ def test_another_teacher_is_refused(tmp_path):
     x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
     with torch.no_grad():
         teacher.fc.bias[0] += 1e-3
-    kd.student(x)
+    student = Net(6)
+    other = attach_kd(student, teacher, **LOSSES["logits"](), example=EXAMPLE)
+    student(x)
     with pytest.raises(RecordError, match="another teacher 0: its weights differ"):
-        kd.loss(y, recorded=key)
+        other.loss(y, recorded=key)
 
 
 def test_losses_that_were_not_recorded_are_refused(tmp_path):
