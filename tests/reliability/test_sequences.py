@@ -1,0 +1,21 @@
+"""Random sequences of calls: each works or is refused in words, and no value is wrong."""
+
+import pytest
+
+from kdlayers._step import tape
+from tests.reliability import sequences
+
+pytestmark = pytest.mark.filterwarnings("ignore::kdlayers.errors.KDLayersWarning")
+
+
+def test_random_sequences_of_calls():
+    counts = sequences.run(60, seed=0)
+    assert counts["tried"] == 60
+    assert counts["refused"] > 60
+    assert counts["calls"] > 2 * counts["refused"]
+    assert counts["silently wrong"] == counts["raw errors"] == 0
+
+
+def test_the_model_notices_a_missing_check(monkeypatch):
+    monkeypatch.setattr(tape, "_check_unchanged", lambda *_, **__: None)
+    assert sequences.run(25, seed=1)["silently wrong"] > 0
