@@ -97,7 +97,7 @@ def _held_sources(root: object) -> Iterator[Source]:
     """Sources of the generators that ``root`` and the objects in its attributes hold."""
     numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
     seen: set[int] = set()
-    layer = [root]
+    layer: list[Any] = [root]
     for _ in range(DEPTH):
         layer = [held for held in layer if id(held) not in seen]
         seen.update(map(id, layer))
