@@ -221,12 +221,12 @@ def one_of_the_zoo(rng: random.Random) -> str:
 
 
 def run(tries: int, seed: int) -> dict[str, int]:
-    """Counts of ``tries`` tries: one in fifty with the zoo, half of the others with pairs."""
+    """Counts of ``tries`` tries: one in a hundred with the zoo, half of the others with pairs."""
     rng, counts = random.Random(seed), Counter({"tried": 0, "right": 0, "refused": 0})
     counts["silently wrong"] = 0
     with torch.random.fork_rng(devices=[]):
         for index in range(tries):
-            attempt = one_of_the_zoo if index % 50 == 49 else (one_network, one_pair)[index % 2]
+            attempt = one_of_the_zoo if index % 100 == 99 else (one_network, one_pair)[index % 2]
             torch.manual_seed(seed * 1_000_003 + index)
             counts["tried"] += 1
             counts[attempt(rng)] += 1

@@ -7,6 +7,7 @@ import pytest
 from tests.reliability.layouts import known, one_of_the_zoo, run
 
 
+@pytest.mark.slow
 def test_nothing_is_read_the_wrong_way_round():
     counts = run(300, seed=7)
     assert counts["silently wrong"] == 0
@@ -25,6 +26,7 @@ def test_architectures_where_channels_are_as_many_as_rows_or_columns(seed):
     assert one_of_the_zoo(random.Random(seed)) != "silently wrong"
 
 
+@pytest.mark.slow
 def test_the_zoo_knows_both_layouts():
     assert set(known("resnet18")[1].values()) == {"NCHW"}
     assert "NHWC" in known("swin_t")[1].values()
