@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.layouts import Kind, Layout, Size, find_layout, stated_kind
+from kdlayers._models.layouts import (
+    Kind,
+    Layout,
+    Size,
+    find_layout,
+    measured_kind,
+    stated_kind,
+)
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
 from kdlayers._models.probe import Growth, growth
 from kdlayers._models.undisturbed import undisturbed
@@ -105,7 +112,18 @@ class Trace:
         module = self.model.get_submodule(name)
         found = self._grown().get(name) if len(call.shape) in (3, 4) else None
         evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
+        evidence["grids"] = self._grids() if len(call.shape) in (3, 4) else ()
         return find_layout(name, module, self.model, call.shape, self.image, **evidence)
+
+    def _grids(self) -> list[Size]:
+        """Rows and columns of all maps whose layout is measured or stated, in forward order."""
+        found: dict[Size, None] = {}
+        for name, call in self.calls.items():
+            if len(call.shape) == 4:
+                kind = measured_kind(self._grown().get(name)) or call.stated
+                if kind is not None:
+                    found[call.shape[2:] if kind == "NCHW" else call.shape[1:3]] = None  # type: ignore[index]
+        return list(found)
 
     def _grown(self) -> dict[str, Growth]:
         if self._growth is None:
