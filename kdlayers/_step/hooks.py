@@ -68,16 +68,16 @@ class Slot(LayerParts):
         local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
         # layers keep their values. load_state_dict works on its own copy of the dict.
         own = self.state_dict()
         if may_keep_values(state_dict, prefix, list(own), missing_keys):
             state_dict.update({prefix + key: value for key, value in own.items()})
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *args
-        )
+        reports = missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
 
 class InsertLayer:
