@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.distributions import Categorical
 
 from kdlayers import AttentionTransferLoss
 from tests.benchmark_modules import load
 
 accuracy = load("accuracy")
+supervision_table = load("_accuracy_words").supervision_table
 cifar, records, progress = (load(f"_accuracy_{name}") for name in ("cifar", "record", "progress"))
 data, teachers, train = (load(f"_accuracy_{name}") for name in ("data", "teacher", "train"))
 WORDS = (
@@ -231,6 +233,50 @@ def test_recorded_runs_have_full_lines(bench, tmp_path):
     assert lines[3]["parameters"] == lines[4]["parameters"]
     # The mean over an epoch's batches: it has fallen on colours that tell the classes apart.
     assert lines[0]["curve"][-1]["cross-entropy"] < lines[0]["curve"][0]["cross-entropy"]
+
+
+def test_what_the_teacher_says_is_measured(bench, root, checkpoint, cache, tmp_path, record):
+    supervision = load("supervision")
+    out = tmp_path / "tiny.teacher.json"
+    paths = ["--root", str(root), "--cache", str(cache), "--out", str(out)]
+    supervision.main([*OPTIONS, *paths, "--teacher-checkpoint", str(checkpoint)])
+    found = json.loads(out.read_text("utf-8"))
+    assert set(found["logits"]) == {"students' images", "their augmented views", "test images"}
+    splits = cifar.load_cifar("cifar100", str(root), cache, validation=100)
+    teacher, facts = teachers.given_teacher(checkpoint, "resnet8", splits, cache, None)
+    tested = found["logits"]["test images"]
+    assert tested["accuracy"] == pytest.approx(facts["test_accuracy"], abs=0.51)
+    with torch.no_grad():
+        logits = torch.cat([teacher(x) for x, _ in splits.test.batches(50)])
+    for temperature in (1, 4):
+        chances = [Categorical(logits=row / temperature) for row in logits]
+        expected = sum(float(chance.entropy().exp()) for chance in chances) / len(chances)
+        name = f"perplexity, temperature {temperature}"
+        assert tested[name] == pytest.approx(expected, rel=2e-3)
+    for place in found["codebook"].values():
+        scatter = [place[f"perplexity, sharpness {value}"] for value in ("1", "0.3", "0.1")]
+        assert 1 <= scatter[0] < scatter[1] < scatter[2] <= 8
+    assert all(0 < place["own class"] <= 1 for place in found["decisions"].values())
+    # With one sub-class a class both are the same; where the table was fitted it is surest.
+    assert all(p["own class"] == p["own sub-class"] for p in found["decisions"].values())
+    _, made = record
+    rows = supervision.Rows(supervision.Places(made, "layer3.0", "last"), "layer3.0")
+    features = torch.cat([x for x, _ in rows])
+    expected = torch.cat(
+        [
+            x.movedim(0, -1).flatten(0, 1)
+            for x in made.take(
+                "layer3.0", torch.zeros(120, dtype=torch.long), torch.arange(120)
+            ).float()
+        ]
+    )
+    torch.testing.assert_close(features, expected)
+    seen, views, _ = (place["own class"] for place in found["decisions"].values())
+    assert seen > views
+    lines = supervision_table(out).splitlines()
+    values = [f"{place['accuracy']:.4g}" for place in found["logits"].values()]
+    assert lines[4] == f"| logits: accuracy | {' | '.join(values)} |"
+    assert supervision_table(tmp_path / "none.json") == ""
 
 
 class Killed(Exception):

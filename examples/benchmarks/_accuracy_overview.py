@@ -94,11 +94,13 @@ class Entry:
     total: int
 
 
-def overview(shown: Sequence[Entry], others: Sequence[Entry]) -> str:
-    """The page. ``shown`` are in its figure and table, ``others`` are only linked."""
+def overview(shown: Sequence[Entry], others: Sequence[Entry], missing: Sequence[str]) -> str:
+    """The page. ``shown`` are in its figure and table, ``others`` linked, ``missing`` not run."""
     parts = [
         INTRODUCTION,
-        "\n".join(finding(entry) for entry in shown),
+        "\n".join(
+            [finding(entry) for entry in shown] + [f"- **{x}**: not run yet." for x in missing]
+        ),
         overview_table(shown),
         READING,
         "## All regimes\n\n" + "\n".join(link(entry) for entry in [*shown, *others]) + "\n",

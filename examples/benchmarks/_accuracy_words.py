@@ -156,10 +156,5 @@ def supervision_table(path: Path) -> str:
         "Targets are fitted to the first column's images. A perplexity is the number of classes or "
         "templates that would share the probability equally: 1 is one-hot."
     )
-    heads = {
-        "their images": "students' images",
-        "their views": "their views",
-        "test": "test images",
-    }
-    head = ("", *(heads[name] for name in found["logits"]))
+    head = ("", *found["logits"])
     return f"{note}\n\n{table(head, rows)}"

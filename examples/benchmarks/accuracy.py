@@ -1,21 +1,42 @@
-r"""Does it help, how much, and is it the supervision or the size? Measured on Fashion-MNIST.
+r"""Does it help, how much, and is it the supervision or the size?
 
-A teacher learns from all training images (but 5,000 for validation), once, and is kept in
-``--cache``. Students see a tenth of them. For each seed, every method starts from the same weights,
-and sees the same images in the same order with the same augmentation. The accuracy is that of the
-last epoch.
+For each seed, every method starts from the same weights, and sees the same images in the same order
+with the same augmentation. The accuracy is that of the last epoch. ``--regime`` sets data, teacher
+and recipe; every option may still be given.
 
-Every run is one JSON line in ``--out``, with its whole recipe. A run whose method, recipe and seed
-are there already is skipped, so this may be stopped at any time and called again. ``--tuning``
-leaves the test images alone.
+On Fashion-MNIST a teacher learns from all training images (but 5,000 for validation), once, and is
+kept in ``--cache``. Students see a tenth of them:
 
     python examples/benchmarks/accuracy.py --root data --download --out runs/accuracy.jsonl
 
-The committed runs are continued, with the committed teacher, on the device that they are of, by
+On CIFAR the teacher's weights are yours to bring. ``--root`` has torchvision's files, or
+``train/CLASS/*`` and ``test/CLASS/*`` in any image format:
+
+    python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
+        --teacher-checkpoint resnet56.pt --teacher-accuracy 72.63 --cache runs \
+        --out docs/data/results/cifar100-10000.jsonl
+    python examples/benchmarks/accuracy.py --regime cifar10-500 --root CIFAR10 \
+        --teacher-checkpoint resnet56.pt --teacher-data cifar100 --teacher-root CIFAR100 \
+        --cache runs --out docs/data/results/cifar10-500.jsonl
+
+As many epochs and templates as the papers have, for those with a GPU; the teacher runs each time:
+
+    python examples/benchmarks/accuracy.py --regime cifar100-all --root CIFAR100 --epochs 240 \
+        --teacher-checkpoint resnet56.pt --device cuda --templates 4096 --subclasses 8 \
+        --validation 500 --cache runs --out runs/cifar100-240.jsonl
+
+Every run is one JSON line in ``--out``, with its whole recipe. A run whose method, recipe and seed
+are there already is skipped; one that was stopped goes on after its last epoch, which ``--cache``
+has. So this may be stopped at any time and called again, and called twice at a time to use two
+cores: no run is done twice. ``--tuning`` leaves the test images alone.
+
+The committed runs on Fashion-MNIST are continued, with the committed teacher, on the device that
+they are of, by
 
     python examples/benchmarks/accuracy.py --cache docs/data/results \
         --out docs/data/results/fashion-mnist-6000.jsonl
-    python examples/benchmarks/report.py
+
+and ``python examples/benchmarks/report.py`` makes the pages.
 """
 
 from __future__ import annotations

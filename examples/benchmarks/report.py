@@ -111,7 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def pages(data: Path, first: str = PAGE.name) -> dict[str, str]:
     """All pages by file name; ``first`` is that of the overview."""
-    found = {first: overview(*entries(data))}
+    shown, others = entries(data)
+    missing = [words for stem, words in MAIN.items() if stem not in {e.stem for e in shown}]
+    found = {first: overview(shown, others, missing)}
     for path in regimes(data):
         found[f"results-{path.stem}.md"] = regime(path, by_method(read(path)))
     return found
