@@ -9,9 +9,9 @@ from kdlayers import (
     AEKTLoss,
     ChannelWiseLoss,
     CodebookTargets,
+    DecisionTargets,
     DISTLoss,
     DKDLoss,
-    DecisionTargets,
     KDLayer,
     KDLoss,
     MutualLoss,
@@ -19,7 +19,6 @@ from kdlayers import (
     SimilarityPreservingLoss,
     StudentFriendlyKDLoss,
     TemplateLoss,
-)
 )
 from tests.benchmark_modules import load
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.trace import undisturbed
+from kdlayers._models.undisturbed import undisturbed
 from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
