@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step.batches import check_loader, split_batch
+from kdlayers._step.gradient_norms import gradient_norms
 from kdlayers._step.hooks import drop_recording
 from kdlayers._step.optimizer_check import OptimiserWatch
 from kdlayers._step.plan import Plan
@@ -191,6 +192,30 @@ class KDHandle:
         total, logged = weighted_sum(self._terms, pairs, labels)
         self._done(total, logged)
         return total
+
+    def gradient_norms(
+        self, targets: Tensor | None = None, *, task: Tensor | None = None, logits: Any = None
+    ) -> dict[str, float]:
+        """Norm of each term's gradient, to choose weights: call it for a batch, in place of `loss`.
+
+        Norms are over the student's parameters that every term reaches. ``.grad`` stays as it is,
+        the step is not counted, and the forward is read, so run the student again for a step.
+
+        Args:
+            targets: labels, as for :meth:`loss`.
+            task: your own loss of the same forward, such as ``F.cross_entropy(student(x), y)``.
+            logits: the student's logits, if it was run inside :meth:`batch`.
+
+        Returns:
+            ``{name: norm}`` for every term, times its weight under ``name + ".weighted"``, and
+            ``"task"`` if it was given.
+
+        Raises:
+            ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
+            ArgumentError: if no parameter is reached by all of them; also as :meth:`loss`.
+        """
+        pairs, labels = self._read(targets, logits, compiling=False)
+        return gradient_norms(self.student, self._terms, pairs, labels, task)
 
     @contextmanager
     def batch(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
