@@ -30,6 +30,7 @@ from kdlayers._leaving.prune import prune_templates as prune_templates
 from kdlayers._leaving.save import load_student as load_student
 from kdlayers._leaving.save import save_student as save_student
 from kdlayers._step.handle import KDHandle as KDHandle
+from kdlayers._step.normalisation import Renormalize as Renormalize
 from kdlayers._targets import CodebookTargets as CodebookTargets
 from kdlayers._targets import DecisionTargets as DecisionTargets
 from kdlayers.losses import AEKTLoss as AEKTLoss

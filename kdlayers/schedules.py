@@ -1,11 +1,14 @@
 r"""Schedules of a loss weight: functions of the step, for ``weight=`` of any loss.
 
-A schedule is a small frozen object that maps the step (0, 1, 2, ..., the number of earlier
-``kd.loss`` calls) to a weight. Schedules pickle, compare equal when they are equal, and multiply:
+A schedule is a small frozen object that maps the step (0, 1, 2, ..., the number of earlier calls of
+``kd.loss``) to a weight. Schedules can be pickled, compared and multiplied:
 ``Cosine(100) * 0.9``, ``LinearWarmup(10) * Step(30)``.
 
 Lengths count steps. With ``steps_per_epoch=len(loader)`` they count epochs, and the value changes
-once an epoch, at its first step.
+at the first step of each epoch.
+
+The rules are those in the authors' code of Z. Huang et al., "Revisiting Knowledge Distillation: An
+Inheritance and Exploration Framework", CVPR 2021.
 """
 
 from abc import ABC, abstractmethod
@@ -22,8 +25,8 @@ __all__ = ["Constant", "Cosine", "LinearWarmup", "MultiStep", "Product", "Schedu
 class Schedule(ABC):
     """A weight as a function of the step.
 
-    A plain function does as well for ``weight=``; subclass this for something that multiplies, and
-    that pickles with the loss it is given to.
+    ``weight=`` also takes a plain function. Subclass this for a weight that can be multiplied, and
+    pickled with its loss.
 
     Example:
         >>> from dataclasses import dataclass
@@ -72,27 +75,24 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class LinearWarmup(Schedule):
-    r"""A straight line from ``start`` up to another schedule, which goes on from there.
+    r"""A straight line from ``start`` to another schedule, which follows it.
 
     .. math::
         w(t) = \begin{cases}
             s + t \, \frac{v(L) - s}{L} & t < L \\ v(t) & \text{else} \end{cases}
 
-    Decoupled distillation ramps by :math:`\min((e + 1) / L, 1)` over whole epochs :math:`e`: that
-    is ``LinearWarmup(L - 1, start=1 / L, steps_per_epoch=len(loader))``.
+    The ramp of decoupled distillation, :math:`\min((e + 1) / L, 1)` over whole epochs :math:`e`,
+    is ``LinearWarmup(L - 1, start=1 / L, steps_per_epoch=len(loader))``. The authors' code above
+    starts from 0.01.
 
     Args:
-        length: L, of the ramp, 0 or more; 0 is no ramp.
+        length: L, the length of the ramp, 0 or more; 0 is no ramp.
         then: v, the schedule after the ramp, or a number. Default 1.
         start: s, the weight at step 0. Default 0.
         steps_per_epoch: if given, ``length`` counts epochs; ``then`` always gets the step.
 
     Raises:
         ArgumentError: if a number is negative or not finite, or ``steps_per_epoch`` is below 1.
-
-    References:
-        The rule is checked against the authors' code of Z. Huang et al., "Revisiting Knowledge
-        Distillation: An Inheritance and Exploration Framework", CVPR 2021, which starts from 0.01.
 
     Example:
         >>> [LinearWarmup(4)(step) for step in range(6)]
@@ -122,9 +122,11 @@ class LinearWarmup(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    r"""Half a cosine from ``value`` down (or up) to ``end``, which then stays.
+    r"""Half a cosine from ``value`` to ``end``, where the weight then stays.
 
     .. math:: w(t) = e + (v - e) \, \tfrac12 \big(1 + \cos(\pi \min(t, L) / L)\big)
+
+    After the end the authors' code would swing back; here the weight stays.
 
     Args:
         length: L, above 0: usually the length of the training.
@@ -134,10 +136,6 @@ class Cosine(Schedule):
 
     Raises:
         ArgumentError: if ``length`` is not above 0, or another number is negative or not finite.
-
-    References:
-        With ``end=0`` as in the authors' code of Z. Huang et al., CVPR 2021 (inheritance and
-        exploration); after the end, where that code would swing back, the weight stays.
 
     Example:
         >>> [round(Cosine(4)(step), 3) for step in range(6)]
@@ -176,9 +174,6 @@ class Step(Schedule):
     Raises:
         ArgumentError: if ``every`` is not above 0, or another number is negative or not finite.
 
-    References:
-        As in the authors' code of Z. Huang et al., CVPR 2021 (inheritance and exploration).
-
     Example:
         >>> [Step(2, gamma=0.5)(step) for step in range(6)]
         [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
@@ -207,16 +202,14 @@ class MultiStep(Schedule):
     .. math:: w(t) = v \, \gamma^{n}, \qquad n = \#\{m \in \text{milestones} : m \le t\}
 
     Args:
-        milestones: steps, in rising order, each 0 or more.
+        milestones: a sequence of steps in rising order, each 0 or more.
         value: v, the weight before the first milestone. Default 1.
         gamma: factor, 0 or more. Default 0.1.
         steps_per_epoch: if given, the milestones count epochs.
 
     Raises:
         ArgumentError: if the milestones do not rise, or a number is negative or not finite.
-
-    References:
-        As in the authors' code of Z. Huang et al., CVPR 2021 (inheritance and exploration).
+        ArgumentTypeError: if ``milestones`` is not a sequence.
 
     Example:
         >>> [MultiStep((1, 3), gamma=0.5)(step) for step in range(5)]
@@ -267,7 +260,7 @@ class Product(Schedule):
         object.__setattr__(self, "factors", tuple(_schedule(factor) for factor in factors))
 
     def __call__(self, step: int) -> float:
-        """The product at ``step``."""
+        """The weight at ``step``."""
         return float(prod(factor(step) for factor in self.factors))
 
 

@@ -17,6 +17,7 @@ from kdlayers import (
     fold,
 )
 from kdlayers._layer import layer as layer_module
+from kdlayers._layer.layer import LayerParts
 from kdlayers._layer.recognise import recognise
 from kdlayers._targets.divergence import codebook_divergence, decision_divergence
 from kdlayers._utils import chunks
@@ -41,7 +42,7 @@ def path(request, monkeypatch):
 def use(path, monkeypatch):
     monkeypatch.setattr(layer_module, "CHEAP_CHANNELS", 0 if path == "kept" else 128)
     if path == "plain":
-        monkeypatch.setattr(KDLayer, "fuses", lambda *_: False)
+        monkeypatch.setattr(LayerParts, "fuses", lambda *_: False)
 
 
 def layer_of(channels=5, templates=7, dtype=torch.float64, **options):
@@ -247,7 +248,7 @@ def test_operators_pass_torchs_own_checks(keep):
     features, centers = torch.randn(6, 5), torch.randn(4, 5)
     torch.library.opcheck(codebook_divergence, (student, templates, features, centers, 0.5, True))
     own, table = torch.tensor([0, 1, 2, 3, 0, 1]), torch.rand(4, 4).softmax(1)
-    torch.library.opcheck(decision_divergence, (student, templates, own, table, True))
+    torch.library.opcheck(decision_divergence, (student, templates, own, table, None, True))
 
 
 @pytest.mark.parametrize(

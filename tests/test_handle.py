@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlayers import CodebookTargets, DistillLoss, KDLoss, KDPoint, attach_kd
+from kdlayers import CodebookTargets, DistillLoss, KDLayer, KDLoss, KDPoint, attach_kd
 from kdlayers.errors import (
     CaptureError,
     FitError,
@@ -293,3 +293,27 @@ def test_summary_tells_costs_and_state():
     kd.fit([(IMAGES, LABELS)])
     assert "not fitted" not in kd.summary()
     assert repr(kd) == kd.summary()
+
+
+def test_what_sits_in_the_model_says_what_it_is_and_the_layers_compute():
+    student, _, kd = attached(alpha=0.5)
+    held = student.last[1].kd
+    images = torch.randn(2, 5, 4, 4)
+    assert held(images) is images
+    assert not isinstance(held, KDLayer)
+    assert not any(isinstance(module, KDLayer) for module in student.modules())
+    assert "acts through a hook" in repr(student)
+    layer = kd.layers["last"]
+    assert type(layer) is KDLayer
+    assert layer.head is held.head
+    assert layer.alpha == 0.5
+    assert list(layer.state_dict()) == list(held.state_dict())
+    student.eval()
+    before = {}
+    hook = student.last.register_forward_hook(lambda m, a, out: before.update(after=out))
+    student(IMAGES)
+    hook.remove()
+    inner = student.last[0](student.first(student.stem(IMAGES))).relu()
+    torch.testing.assert_close(kd.layers["last"].eval()(inner), before["after"])
+    kd.remove()
+    assert kd.layers == {}

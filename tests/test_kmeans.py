@@ -15,6 +15,7 @@ from kdlayers._targets.hash import counter_keys, derive_seed, row_tags
 from kdlayers._targets.kmeans import kmeans, lloyd, principal_axes
 from kdlayers._targets.reservoir import Reservoir
 from kdlayers._targets.rows import BLOCK, Blocks
+from kdlayers._utils import chunks
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ def blobs(groups, size, width, spread=0.1, scale=10.0):
 def test_nearest_agrees_with_subtraction(dtype, monkeypatch):
     rows, centers = torch.randn(101, 7, dtype=dtype), torch.randn(13, 7, dtype=dtype)
     naive = ((rows[:, None] - centers[None]) ** 2).sum(-1)
-    monkeypatch.setattr(distances, "_CHUNK", 13 * 10)  # several chunks and a tail
+    monkeypatch.setitem(chunks._ENTRIES, "cpu", 13 * 10)  # several chunks and a tail
     distance, index = nearest(rows, centers)
     assert torch.equal(index, naive.argmin(1))
     torch.testing.assert_close(distance, naive.amin(1))
@@ -336,19 +337,18 @@ def test_tags_tell_rows_apart_by_content(dtype):
     assert torch.equal(row_tags(zeros), row_tags(-zeros))
 
 
-@given(st.lists(st.integers(0, 2 * BLOCK + 3), min_size=1, max_size=5), st.booleans())
-def test_blocks_are_full_but_the_last(sizes, labelled):
+@given(st.lists(st.integers(0, 2 * BLOCK + 3), min_size=1, max_size=5))
+def test_blocks_are_full_but_the_last(sizes):
     rows = torch.arange(float(sum(sizes))).unsqueeze(1)
     blocks, out = Blocks(), []
     for part in rows.split(sizes):
-        out += blocks.push(part, part.flatten().long() if labelled else None)
+        out += blocks.push(part, part.flatten().long())
     assert all(len(block) == BLOCK for block, _ in out)
     out += blocks.flush()
     assert not blocks.flush()
     assert torch.equal(torch.cat([rows[:0], *(block for block, _ in out)]), rows)
     for block, labels in out:
-        assert labels is None or torch.equal(labels, block.flatten().long())
-        assert (labels is not None) == labelled
+        assert torch.equal(labels, block.flatten().long())
 
 
 @pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # torch 2.9

@@ -74,14 +74,14 @@ def test_state_of_other_losses_is_refused():
     other = attach_kd(Net(4), Net(6), [KDPoint("last", targets=CodebookTargets(4))], example=IMAGES)
     with pytest.raises(CheckpointError, match="attach with the same points"):
         other.load_state_dict(kd.state_dict())
-    with pytest.raises(CheckpointError, match="no state of a KDHandle"):
+    with pytest.raises(CheckpointError, match="not a state of a KDHandle"):
         kd.load_state_dict(student.state_dict())
     with pytest.raises(CheckpointError, match="version"):
         kd.load_state_dict({**kd.state_dict(), "version": 99})
     for key in ("losses", "step"):
         whole = kd.state_dict()
         for damaged in ({**whole, key: None}, {k: v for k, v in whole.items() if k != key}):
-            with pytest.raises(CheckpointError, match="damaged: it has no losses or no step"):
+            with pytest.raises(CheckpointError, match="damaged: it has no losses, or no step"):
                 kd.load_state_dict(damaged)
 
 

@@ -288,11 +288,11 @@ def test_features_that_do_not_vary_are_grey():
 
 def test_wrong_layers_are_refused(net):
     images, _ = batch()
-    with pytest.raises(AttachError, match="this Net has no KD layers to look at; attach_kd puts"):
+    with pytest.raises(AttachError, match="this Net has no KD layers; call attach_kd"):
         viz.layer_view(Net(4), images)
     with pytest.raises(AttachError, match="of a folded copy pass the student"):
         viz.template_usage(fold(net), [images])
-    with pytest.raises(ArgumentError, match="KD layers at 'first', 'last'; say with at= which"):
+    with pytest.raises(ArgumentError, match="KD layers at 'first', 'last'; choose one with at="):
         viz.layer_view(net, images)
     with pytest.raises(NoMatchError, match="no KD layer at 'stem'; this student has them at 'fi"):
         viz.template_usage(net, [images], "stem")

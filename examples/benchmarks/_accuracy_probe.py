@@ -10,7 +10,7 @@ from _accuracy_data import Split, Splits
 from _accuracy_train import accuracy, device_of, macs, parameters
 from torch import Tensor, nn
 
-from kdlayers import KDLayer, prune_templates
+from kdlayers import prune_templates
 
 BUDGETS = (0.05, 0.3, 0.4)
 
@@ -53,7 +53,7 @@ def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
     hooks = [
         module.register_forward_hook(layer_hook(name.removesuffix(".kd")))
         for name, module in student.named_modules()
-        if isinstance(module, KDLayer)
+        if name.endswith(".kd")
     ]
     # Registered last, so it sees what the KD layer's own hook made of the output.
     output = student.get_submodule(last)
@@ -83,7 +83,7 @@ def discriminant(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> 
 def pruned(student: nn.Module, train: Split, test: Split, splits: Splits) -> list[dict[str, Any]]:
     """Size and accuracy after templates have gone that fire at few positions of ``train``."""
     results = []
-    for budget in BUDGETS if any(isinstance(m, KDLayer) for m in student.modules()) else ():
+    for budget in BUDGETS if any(".kd." in n for n, _ in student.named_parameters()) else ():
         smaller = copy.deepcopy(student)
         layers = prune_templates(smaller, train.to(device_of(student)).batches(500), budget=budget)
         results.append(

@@ -1,8 +1,10 @@
 """The KD layer of letKD and its first half, the template head."""
 
 from math import sqrt
+from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
@@ -11,8 +13,14 @@ from kdlayers._layer.batch_norm import as_affine, update_statistics, why_plain
 from kdlayers._layer.recognise import recognise, recognise_frozen
 from kdlayers._utils.chunks import worthwhile
 from kdlayers._utils.norms import inverse_norm
+from kdlayers._utils.torch_internals import has_hooks, runs_forward_of
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
+
+# Single nodes in graphs of torch.fx. Tools for quantisation leave them in float: eight bits are too
+# few for the norms.
+torch.fx.wrap("inverse_norm")
+torch.fx.wrap("enhanced")
 
 MEMORY = ("normal", "low")
 CHEAP_CHANNELS = 128
@@ -40,13 +48,13 @@ class CosineProjection(nn.Module):
         """The rows as unit vectors times the scale, in float32 or better."""
         return self.weight * (inverse_norm(self.weight) * self.scale)
 
+    def forward(self, vectors: Tensor) -> Tensor:
+        """`project`; what tools that wrap the module change."""
+        return self.project(vectors)
+
     def project(self, vectors: Tensor) -> Tensor:
         """Cosines of ``vectors`` [..., in_features] with the rows: [..., out_features]."""
-        weight = self.weight
-        unit = (weight * inverse_norm(weight)).to(weight.dtype)
-        product = F.linear(vectors, unit)
-        factor = inverse_norm(vectors) * self.scale
-        return (product * factor).to(product.dtype)
+        return _cosines(vectors, self.weight, self.scale)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -120,8 +128,8 @@ class TemplateHead(CosineProjection):
         return x.movedim(self.channel_dim, -1)
 
     def _check(self, x: Tensor) -> None:
-        if is_tracing():
-            return  # sizes are tensors then, and comparing them warns
+        if is_tracing() or not isinstance(x, Tensor):
+            return  # sizes are tensors or symbols then, which cannot be compared
         dim = self.channel_dim
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.in_channels:
             raise ShapeError(
@@ -136,7 +144,159 @@ class TemplateHead(CosineProjection):
         return f"{self.in_channels}, {self.num_templates}, channel_dim={self.channel_dim}"
 
 
-class KDLayer(nn.Module):
+class LayerParts(nn.Module):
+    """The parts of a KD layer and its arithmetic, shared by `KDLayer` and a student's slots."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_templates: int,
+        *,
+        alpha: float = 1.0,
+        channel_dim: int = 1,
+        memory: str = "normal",
+    ) -> None:
+        super().__init__()
+        check.not_negative("alpha", alpha)
+        self.memory = check_memory(memory)
+        self.head = TemplateHead(in_channels, num_templates, channel_dim=channel_dim)
+        self.norm = nn.BatchNorm1d(num_templates)
+        self.value = CosineProjection(num_templates, in_channels, scale=1.0)
+        self.alpha = float(alpha)  # also a NumPy number, which files without code cannot hold
+        self.channel_dim = channel_dim
+
+    def enhance(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The new features, and the scores with K in the place of C.
+
+        Or the latter in two parts, where they are not kept: unit vectors of the shape of x, and the
+        templates ``[K, C]`` whose products with them they are.
+        """
+        if not is_scripting():
+            if not isinstance(x, Tensor):  # torch.fx traces with symbols
+                if self.wrapped() is None:
+                    return self._as_node(x)
+            elif self.why_plain(x.device) is None:
+                features = self.head.channels_last(x)
+                self._need_positions(features)
+                if self.fuses(x.device, features[..., 0].numel()):
+                    return self._fused(x, features)
+                if self.frozen(x.device):
+                    return self._at_inference(x, features)
+        # The modules are called, for what pruning, weight norm or LoRA put round them.
+        scores = self.head(x)
+        last = scores.movedim(self.channel_dim, -1)
+        # Batch norm wants two axes: positions of all images, templates.
+        assignment = F.relu(self.norm(last.flatten(0, -2))).view_as(last)
+        value = self.value(assignment).movedim(-1, self.channel_dim)
+        return x + (self.alpha * value).to(x.dtype), scores, None
+
+    @torch.jit.unused
+    def _need_positions(self, features: Tensor) -> None:
+        """Raise ShapeError for a training forward of one position, which has no variance."""
+        if self.norm.training and features.numel() == features.shape[-1] and not is_tracing():
+            raise ShapeError(
+                "a KD layer trains with the statistics of all positions in the batch, but this "
+                "batch is one image with one position; give two images or more (drop_last=True in "
+                "the DataLoader), larger images, or set the layer's .norm to eval mode"
+            )
+
+    @torch.jit.unused
+    def _as_node(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `enhance`, for a symbol of torch.fx; no loss reads the scores of a traced student."""
+        head, norm, value = self.head, self.norm, self.value
+        batch_norm = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        training = norm.training or norm.running_mean is None
+        new = enhanced(
+            x,
+            (head.weight, head.scale),
+            (*batch_norm, training, norm.momentum or 0.0, norm.eps),
+            (value.weight, value.scale),
+            self.alpha,
+            self.channel_dim,
+        )
+        return new, new, None
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `enhance`, training with the batch's statistics, without tensors [positions, K]."""
+        norm, dtype = self.norm, product_dtype(x)
+        units = (features * inverse_norm(features)).to(dtype)
+        templates, values = self.head.kernels().to(dtype), self.value.kernels().to(dtype)
+        affine = [p.to(torch.promote_types(dtype, torch.float32)) for p in (norm.weight, norm.bias)]
+        value, scores, mean, variance, _ = recognise(
+            units.flatten(0, -2), templates, *affine, values, norm.eps, self.keeps_scores()
+        )
+        update_statistics(norm, mean.detach(), variance.detach(), value.shape[0])
+        value = value.view_as(features).movedim(-1, self.channel_dim)
+        new = x + (self.alpha * value).to(x.dtype)
+        if self.keeps_scores():
+            scores = scores.view(*features.shape[:-1], -1)
+            return new, scores.movedim(-1, self.channel_dim), None
+        return new, units.movedim(-1, self.channel_dim), templates
+
+    @torch.jit.unused
+    def _at_inference(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `enhance`, with the running statistics, without tensors [positions, K]."""
+        norm, dtype = self.norm, product_dtype(x)
+        units = (features * inverse_norm(features)).to(dtype)
+        templates = self.head.kernels()
+        gain, threshold = as_affine(norm)
+        matching = (templates * gain.unsqueeze(1)).to(dtype)
+        rows = units.flatten(0, -2)
+        value = recognise_frozen(rows, matching, threshold, self.value.kernels().to(dtype))
+        value = value.view_as(features).movedim(-1, self.channel_dim)
+        units = units.movedim(-1, self.channel_dim)
+        return x + (self.alpha * value).to(x.dtype), units, templates.to(dtype)
+
+    @torch.jit.unused
+    def frozen(self, device: torch.device) -> bool:
+        """Whether a forward now is inference, outside `torch.compile`, which does this itself."""
+        evaluating = not (self.training or self.norm.training or torch.is_grad_enabled())
+        ready = evaluating and self.why_plain(device) is None
+        return ready and not is_tracing() and not torch.compiler.is_compiling()
+
+    @torch.jit.unused
+    def fuses(self, device: torch.device, rows: int) -> bool:
+        """Whether a forward now takes the fused path rather than the plain operations.
+
+        Training forwards of enough positions (``rows``) do, on CPUs and CUDA devices, where head,
+        norm and value are as the layer made them; exports and traces see the plain operations.
+        """
+        if not (self.training and self.norm.training) or is_tracing():
+            return False
+        size = (self.head.in_channels, self.head.num_templates)
+        wanted = self.memory == "low" or worthwhile(rows, *size)
+        ready = self.why_plain(device) is None and not torch.compiler.is_exporting()
+        return wanted and ready and rows > 1
+
+    @torch.jit.unused
+    def why_plain(self, device: torch.device) -> str | None:
+        """Why the layer must compute by the plain operations; None if it need not."""
+        wrapped = self.wrapped()
+        return why_plain(self.norm, device) if wrapped is None else wrapped
+
+    @torch.jit.unused
+    def wrapped(self) -> str | None:
+        """What stands between the layer and its parameters, such as pruning; None if nothing."""
+        for name, part in (("head", self.head), ("value", self.value)):
+            if has_hooks(part):
+                return f"hooks on its {name}"
+            stock = TemplateHead if name == "head" else CosineProjection
+            if not runs_forward_of(part, stock):
+                return f"its {name} wrapped in {type(part).__name__}"
+        return None
+
+    @torch.jit.unused
+    def keeps_scores(self) -> bool:
+        """Whether the fused path keeps the scores of all positions for the backward pass."""
+        return self.memory == "normal" and self.head.in_channels > CHEAP_CHANNELS
+
+    def extra_repr(self) -> str:
+        """Shows alpha in the printed module."""
+        return f"alpha={self.alpha}"
+
+
+class KDLayer(LayerParts):
     r"""Learnable KD layer: what its templates recognise is added to the features.
 
     .. math::
@@ -182,106 +342,33 @@ class KDLayer(nn.Module):
         torch.Size([2, 49, 16])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_templates: int,
-        *,
-        alpha: float = 1.0,
-        channel_dim: int = 1,
-        memory: str = "normal",
-    ) -> None:
-        super().__init__()
-        check.not_negative("alpha", alpha)
-        self.memory = check_memory(memory)
-        self.head = TemplateHead(in_channels, num_templates, channel_dim=channel_dim)
-        self.norm = nn.BatchNorm1d(num_templates)
-        self.value = CosineProjection(num_templates, in_channels, scale=1.0)
-        self.alpha = float(alpha)  # also a NumPy number, which files without code cannot hold
-
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
         return self.enhance(x)[0]
 
-    def enhance(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The new features, and the scores with K in the place of C.
 
-        Or the latter in two parts, where they are not kept: unit vectors of the shape of x, and the
-        templates ``[K, C]`` whose products with them they are.
-        """
-        features = self.head.channels_last(x)
-        if not is_scripting() and self.fuses(x.device, features[..., 0].numel()):
-            return self._fused(x, features)
-        if not is_scripting() and self.frozen(x.device):
-            return self._at_inference(x, features)
-        scores = self.head.project(features)
-        # Batch norm wants two axes: positions of all images, templates.
-        assignment = F.relu(self.norm(scores.flatten(0, -2))).view_as(scores)
-        value = self.value.project(assignment).movedim(-1, self.head.channel_dim)
-        scores = scores.movedim(-1, self.head.channel_dim)
-        return x + (self.alpha * value).to(x.dtype), scores, None
+def enhanced(
+    x: Tensor,
+    head: tuple[Tensor, Tensor],
+    norm: tuple[Any, ...],
+    value: tuple[Tensor, Tensor],
+    alpha: float,
+    channel_dim: int,
+) -> Tensor:
+    """The new features, by plain operations, from ``(weight, scale)`` and batch norm's arguments.
 
-    @torch.jit.unused
-    def _fused(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `enhance`, training with the batch's statistics, without tensors [positions, K]."""
-        norm, dtype = self.norm, product_dtype(x)
-        units = (features * inverse_norm(features)).to(dtype)
-        templates, values = self.head.kernels().to(dtype), self.value.kernels().to(dtype)
-        affine = [p.to(torch.promote_types(dtype, torch.float32)) for p in (norm.weight, norm.bias)]
-        value, scores, mean, variance, _ = recognise(
-            units.flatten(0, -2), templates, *affine, values, norm.eps, self.keeps_scores()
-        )
-        update_statistics(norm, mean.detach(), variance.detach(), value.shape[0])
-        value = value.view_as(features).movedim(-1, self.head.channel_dim)
-        new = x + (self.alpha * value).to(x.dtype)
-        if self.keeps_scores():
-            scores = scores.view(*features.shape[:-1], -1)
-            return new, scores.movedim(-1, self.head.channel_dim), None
-        return new, units.movedim(-1, self.head.channel_dim), templates
+    This is what a graph of torch.fx calls.
+    """
+    scores = _cosines(x.movedim(channel_dim, -1), *head)
+    assignment = F.relu(F.batch_norm(scores.flatten(0, -2), *norm)).view_as(scores)
+    added = _cosines(assignment, *value).movedim(-1, channel_dim)
+    return x + (alpha * added).to(x.dtype)
 
-    @torch.jit.unused
-    def _at_inference(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `enhance`, with the running statistics, without tensors [positions, K]."""
-        norm, dtype = self.norm, product_dtype(x)
-        units = (features * inverse_norm(features)).to(dtype)
-        templates = self.head.kernels()
-        gain, threshold = as_affine(norm)
-        matching = (templates * gain.unsqueeze(1)).to(dtype)
-        rows = units.flatten(0, -2)
-        value = recognise_frozen(rows, matching, threshold, self.value.kernels().to(dtype))
-        value = value.view_as(features).movedim(-1, self.head.channel_dim)
-        units = units.movedim(-1, self.head.channel_dim)
-        return x + (self.alpha * value).to(x.dtype), units, templates.to(dtype)
 
-    @torch.jit.unused
-    def frozen(self, device: torch.device) -> bool:
-        """Whether a forward now is inference, outside `torch.compile`, which does this itself."""
-        evaluating = not (self.training or self.norm.training or torch.is_grad_enabled())
-        ready = evaluating and why_plain(self.norm, device) is None
-        return ready and not is_tracing() and not torch.compiler.is_compiling()
-
-    @torch.jit.unused
-    def fuses(self, device: torch.device, rows: int) -> bool:
-        """Whether a forward now takes the fused path rather than the plain operations.
-
-        Training forwards of enough positions (``rows``) do, on CPUs and CUDA devices, with an
-        ordinary batch norm; exports and traces see the plain operations.
-        """
-        if not (self.training and self.norm.training) or is_tracing():
-            return False
-        size = (self.head.in_channels, self.head.num_templates)
-        wanted = self.memory == "low" or worthwhile(rows, *size)
-        ready = why_plain(self.norm, device) is None and not torch.compiler.is_exporting()
-        return wanted and ready and rows > 1
-
-    @torch.jit.unused
-    def keeps_scores(self) -> bool:
-        """Whether the fused path keeps the scores of all positions for the backward pass."""
-        return self.memory == "normal" and self.head.in_channels > CHEAP_CHANNELS
-
-    def extra_repr(self) -> str:
-        """Shows alpha in the printed module."""
-        return f"alpha={self.alpha}"
+def _cosines(vectors: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    unit = (weight * inverse_norm(weight)).to(weight.dtype)
+    product = F.linear(vectors, unit)
+    return (product * (inverse_norm(vectors) * scale)).to(product.dtype)
 
 
 def check_memory(memory: str) -> str:

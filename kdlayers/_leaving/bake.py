@@ -5,12 +5,10 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import nn
 
-from kdlayers._layer.layer import KDLayer
 from kdlayers._leaving.wrapped import refuse_shards, student_inside
-from kdlayers._step.hooks import Slot
+from kdlayers._step.hooks import Slot, is_recording
 from kdlayers._step.sites import displace, inserts
 from kdlayers._utils.torch_internals import child_table, drop_hooks
 from kdlayers._utils.tree import Path, pick, put
@@ -55,7 +53,7 @@ def bake(student: nn.Module) -> nn.Module:
         >>> torch.equal(bake(student)(images), student(images))
         True
     """
-    return replace_layers(student, _plain, "bake")
+    return replace_layers(student, Slot.as_layer, "bake")
 
 
 def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: str) -> nn.Module:
@@ -93,15 +91,6 @@ def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
     return point
 
 
-def _plain(slot: Slot) -> KDLayer:
-    with torch.random.fork_rng(devices=[]):
-        layer = KDLayer(1, 1, channel_dim=slot.head.channel_dim, memory=slot.memory)
-    layer.alpha = float(slot.alpha)
-    layer.head, layer.norm, layer.value = slot.head, slot.norm, slot.value
-    layer.training = slot.training
-    return layer
-
-
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in list(model.modules()):
         if parent is new or parent is old:
@@ -113,5 +102,5 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _without_record_hooks(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        drop_hooks(module, lambda hook: type(hook).__module__ == "kdlayers._step.hooks")
+        drop_hooks(module, is_recording)
     return model

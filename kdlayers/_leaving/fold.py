@@ -1,17 +1,23 @@
 """Folding: everything that is constant at inference becomes two matrices and a bias."""
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.batch_norm import as_affine
-from kdlayers._layer.layer import product_dtype
+from kdlayers._layer.layer import LayerParts, product_dtype
 from kdlayers._layer.recognise import recognise_frozen
 from kdlayers._leaving.bake import replace_layers
-from kdlayers._step.hooks import Slot
+from kdlayers._leaving.wrapped import student_inside
+from kdlayers._step.sites import slots
 from kdlayers._utils.chunks import DEVICES
 from kdlayers._utils.norms import inverse_norm
+from kdlayers.errors import AttachError
+
+# A single node in graphs of torch.fx, which tools for quantisation leave in float.
+torch.fx.wrap("folded")
 
 
 class FoldedKDLayer(nn.Module):
@@ -27,7 +33,7 @@ class FoldedKDLayer(nn.Module):
     threshold: Tensor
     values: Tensor
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: LayerParts) -> None:
         super().__init__()
         head, norm, value = slot.head, slot.norm, slot.value
         gain, bias = as_affine(norm)
@@ -41,14 +47,10 @@ class FoldedKDLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
-        features = x.movedim(self.channel_dim, -1)
-        if not is_scripting() and self.chunked(x.device):
-            return x + self._in_chunks(x, features)
-        # The norms come after the products, on K or C numbers a position rather than before both.
-        scores = F.linear(features, self.matching) * inverse_norm(features)
-        assignment = F.relu(scores + self.threshold)
-        value = F.linear(assignment.to(x.dtype), self.values) * inverse_norm(assignment)
-        return x + value.movedim(-1, self.channel_dim).to(x.dtype)
+        plain = is_scripting() or not isinstance(x, Tensor)  # torch.fx traces with symbols
+        if not plain and self.chunked(x.device):
+            return x + self._in_chunks(x, x.movedim(self.channel_dim, -1))
+        return folded(x, self.matching, self.threshold, self.values, self.channel_dim)
 
     @torch.jit.unused
     def chunked(self, device: torch.device) -> bool:
@@ -66,6 +68,18 @@ class FoldedKDLayer(nn.Module):
         return value.movedim(-1, self.channel_dim).to(x.dtype)
 
 
+def folded(
+    x: Tensor, matching: Tensor, threshold: Tensor, values: Tensor, channel_dim: int
+) -> Tensor:
+    """The layer's features by plain operations."""
+    features = x.movedim(channel_dim, -1)
+    # The norms come after the products, on K or C numbers a position rather than before both.
+    scores = F.linear(features, matching) * inverse_norm(features)
+    assignment = F.relu(scores + threshold)
+    value = F.linear(assignment.to(x.dtype), values) * inverse_norm(assignment)
+    return x + value.movedim(-1, channel_dim).to(x.dtype)
+
+
 def _unit_rows(weight: Tensor) -> Tensor:
     return F.normalize(weight.detach().double(), dim=1, eps=1e-12)
 
@@ -81,7 +95,8 @@ def fold(student: nn.Module) -> nn.Module:
             moving average wrap round it is left out of the copy.
 
     Raises:
-        AttachError: if the model has no KD layers, or FSDP has split its parameters.
+        AttachError: if the model has no KD layers, FSDP has split its parameters, or a layer is
+            pruned, reparametrised by hooks or wrapped.
 
     Example:
         >>> import torch
@@ -93,6 +108,14 @@ def fold(student: nn.Module) -> nn.Module:
         >>> torch.allclose(fold(student)(images), student(images), atol=1e-5)
         True
     """
+    for name, slot in slots(student_inside(student)).items():
+        wrapped = slot.wrapped()
+        if wrapped is not None:
+            raise AttachError(
+                f"the KD layer at {name!r} cannot be folded with {wrapped}, because its parameters "
+                "alone are not what it computes; make the change permanent first, for instance "
+                "with torch.nn.utils.prune.remove or by merging the adapter, or use bake(student)"
+            )
     with torch.no_grad():
-        folded = replace_layers(student, FoldedKDLayer, "fold")
-    return folded.eval()
+        copied = replace_layers(student, FoldedKDLayer, "fold")
+    return copied.eval()

@@ -242,8 +242,10 @@ def _map_kind(
 
 
 _AXES: dict[tuple[int, int], Kind] = {(2, 3): "NCHW", (1, 2): "NHWC"}
-_MAPS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.MaxPool2d)
-_MAPS += (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d, nn.GroupNorm)
+_MAPS = (
+    *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d),
+)
 
 
 def stated_kind(module: nn.Module) -> Kind | None:

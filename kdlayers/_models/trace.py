@@ -13,7 +13,7 @@ from kdlayers._models.layouts import Kind, Layout, Size, find_layout, stated_kin
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
 from kdlayers._models.probe import Growth, growth
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick
+from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick, put
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 
 
@@ -219,8 +219,12 @@ def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> se
     """Those of the modules ``names`` whose features the model's output does not depend on."""
     model, features = traced.model, dict[str, Tensor]()
 
-    def keep(name: str, output: Any) -> None:
-        features[name] = pick(output, traced.calls[name].path)
+    def keep(name: str, output: Any) -> Any:
+        # In the place of the features, as a KD layer's are: a part of the output computed from
+        # them before, such as the pooled features beside them, does not count.
+        path = traced.calls[name].path
+        features[name] = pick(output, path).clone()
+        return put(output, path, features[name])
 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))

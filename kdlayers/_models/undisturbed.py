@@ -82,7 +82,8 @@ def _equal(a: Tensor | None, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-_INTERNAL = frozenset(vars(nn.Module()))
+# What the module classes themselves keep, and what putting a layer in sets on its module.
+_INTERNAL = frozenset((*vars(nn.Module()), "__module__"))
 
 
 class _Attributes:

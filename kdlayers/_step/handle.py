@@ -9,14 +9,18 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
+from kdlayers._layer.layer import KDLayer
 from kdlayers._models.undisturbed import cuda_devices
+from kdlayers._step.added import layers_of, parameters_of
 from kdlayers._step.batches import check_loader, split_batch
 from kdlayers._step.gradient_norms import gradient_norms
-from kdlayers._step.hooks import drop_recording
+from kdlayers._step.hooks import drop_recording, unguard_hooks
+from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch
 from kdlayers._step.plan import Plan
 from kdlayers._step.ranks import Ranks
 from kdlayers._step.sites import slots, take_out
+from kdlayers._step.state import load_state, state_of
 from kdlayers._step.summary import summarise
 from kdlayers._step.tape import Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Taught, Teacher
@@ -26,11 +30,8 @@ from kdlayers._targets.passes import Passes
 from kdlayers.errors import (
     AttachError,
     CaptureError,
-    CheckpointError,
     NotFittedError,
 )
-
-STATE_VERSION = 1
 
 
 class KDHandle:
@@ -80,6 +81,7 @@ class KDHandle:
         _keep_out_of_graphs()
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
+        self._images = ImageStatistics()
         own, added = _parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(own, added)
         self._ranks = _ranks(self._terms)
@@ -134,7 +136,8 @@ class KDHandle:
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
-            KDLayersWarning: if passes that need the same data began with different batches.
+            KDLayersWarning: if passes that need the same data began with different batches; at the
+                first training batches after it, if their images are not normalised alike.
         """
         self._need_teacher("fit")
         check_loader(loader)
@@ -151,11 +154,15 @@ class KDHandle:
             start = pass_seed(seed, active, index)
             for batch in passes.batches(start, title, progress=progress):
                 images, labels = split_batch(batch)
+                if index == 0:
+                    self._images.of_fit(images)
                 args = images if isinstance(images, tuple) else (images,)
                 tensors = plan.of_teachers(plan.teach(args, {}))
                 found = zip(plan.terms, tensors, strict=True)
                 yield [term.teacher_alone(tensor) for term, tensor in found], labels
 
+        if fitters:
+            self._images.begin_fit()
         with Passes(loader, devices) as passes:
             run_passes([fitter for _, fitter in fitters.values()], batches)
         for term, _ in fitters.values():
@@ -171,8 +178,8 @@ class KDHandle:
         yours. Each training forward is read once.
 
         Args:
-            targets: labels ``[B]``, as the losses need them. Labels of mixup ``[B, K]`` go
-                through where no loss reads them; those that do, such as ``DKDLoss``, refuse them.
+            targets: labels as the losses need them: class indices ``[B]``, or probabilities
+                ``[B, classes]`` after mixup, CutMix or label smoothing.
             logits: the student's logits, if it was run inside :meth:`batch`.
 
         Returns:
@@ -265,43 +272,61 @@ class KDHandle:
                     seen.add(parameter)
                     yield parameter
 
+    def added_parameters(self, *, decay: bool | None = None) -> list[nn.Parameter]:
+        """All parameters that attach_kd added: of the KD layers, and the train-only ones.
+
+        For a script that has made its optimiser before, or wants another rate for them::
+
+            optimizer.add_param_group({"params": kd.added_parameters()})
+
+        or, without weight decay on scales, norms and biases::
+
+            matrices, others = (kd.added_parameters(decay=decay) for decay in (True, False))
+            optimizer.add_param_group({"params": matrices})
+            optimizer.add_param_group({"params": others, "weight_decay": 0.0})
+
+        Add the groups before a learning-rate scheduler is made. An optimiser made after attach_kd
+        from ``student.parameters()`` holds the KD layers' already; it needs :meth:`parameters`.
+
+        Args:
+            decay: ``True``: only matrices, which weight decay suits; ``False``: only scales, norms
+                and biases; ``None`` (default): all.
+
+        Returns:
+            The parameters that require a gradient, those of the layers first.
+        """
+        return parameters_of(self.layers.values(), self.parameters(), decay)
+
+    @property
+    def layers(self) -> dict[str, KDLayer]:
+        """The KD layers of this handle by the names of their points, in the student's order.
+
+        They share the student's parameters and batch norms; their ``alpha`` and ``memory`` are the
+        values of now. In the student the layers act through hooks, and ``<point>...kd`` holds their
+        parts. They are there after :meth:`detach` too, and gone after :meth:`remove`.
+        """
+        return layers_of(self.student, self._tape)
+
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Targets, train-only parameters and the step: tensors and numbers, safe to save.
 
-        Together with the student's and the optimiser's state a resumed run goes on exactly.
+        Together with the student's and the optimiser's state a resumed run goes on exactly. The
+        tensors are copies, and a checksum of them is part of the state.
         """
-        losses = {term.name: term.loss.state_dict() for term in self._terms}
-        return {"version": STATE_VERSION, "step": self.step, "losses": losses}
+        return state_of(self._terms, self.step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
 
+        All or nothing: if it fails, every loss is as it was before.
+
         Raises:
-            CheckpointError: if the state is of other losses, damaged, or of an unknown version.
+            CheckpointError: if the state is of other losses, of KD layers or a teacher of other
+                sizes, damaged, changed, or of an unknown version.
         """
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, dict) else type(state).__name__
-            raise CheckpointError(
-                f"this is no state of a KDHandle of version {STATE_VERSION} (found {found!r}); "
-                "pass what kd.state_dict() returned"
-            )
-        losses, step = state.get("losses"), state.get("step")
-        if not isinstance(losses, dict) or not isinstance(step, int):
-            raise CheckpointError(
-                "the state of a KDHandle is damaged: it has no losses or no step; pass what "
-                "kd.state_dict() returned"
-            )
-        ours, theirs = [term.name for term in self._terms], list(losses)
-        if set(ours) != set(theirs):
-            raise CheckpointError(
-                f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
-                "same points and losses as when it was saved"
-            )
-        for term in self._terms:
-            _load(term, losses[term.name])
-        self.step = step
+        self.step = load_state(self._terms, self._teachers, slots(self.student), state)
         self._look_again()
 
     def summary(self) -> str:
@@ -324,6 +349,7 @@ class KDHandle:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
         self.detach()
         take_out(self.student, self._tape)
+        unguard_hooks()
 
     # ---------------------------------------------------------------- inside
 
@@ -338,7 +364,7 @@ class KDHandle:
         """Ask the losses again whether they are fitted, and where their tensors are."""
         self._fitted = False
         for term in self._terms:
-            term.device = None
+            term.place = None
 
     def _need_fitted(self) -> None:
         unfitted = [term.name for term in self._terms if not term.loss.fitted]
@@ -368,6 +394,7 @@ class KDHandle:
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
         labels = check_labels(targets, found)
+        self._images.of_training((forward.args, forward.kwargs))
         if ahead is None:
             autocast = forward.autocast_dtype(self.student, found)
             taught = self._plan.teach(forward.args, forward.kwargs, autocast)
@@ -425,13 +452,6 @@ def _release(student: nn.Module, tape: Tape) -> None:
     tape.consume()
     tape.armed, tape.ranks = False, None
     drop_recording(student, tape)
-
-
-def _load(term: Term, state: dict[str, Any]) -> None:
-    try:
-        term.loss.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
 
 
 def _parameter_groups(

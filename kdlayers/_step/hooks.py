@@ -12,45 +12,72 @@ an empty tape that never records.
 
 import sys
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from kdlayers._layer.layer import KDLayer
+from kdlayers._layer.layer import KDLayer, LayerParts
 from kdlayers._models.outputs import main_output
+from kdlayers._step.plain_state import may_keep_values
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import current_backward, drop_hooks
 from kdlayers._utils.tree import Path, pick, put
+from kdlayers.errors import AttachError
 
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
 _CONFUSES_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
 
-class Slot(KDLayer):
-    """A KD layer stored inside a model: it acts when its hook calls it, and only then.
+_LIVE: "WeakSet[InsertLayer]" = WeakSet()
+"""Every hook of a KD layer in this process, also those of copies."""
+_FOUND: list[bool] = []
+"""torch.compile's setting before the first of them."""
 
-    Called as a module it returns its input, so a parent that runs all its children is undisturbed.
+
+class Slot(LayerParts):
+    """The parts of a KD layer inside a model. Only its hook makes it act; it is not a `KDLayer`.
+
+    Called as a module it returns its input, so that a parent which runs all its children does not
+    run it. `as_layer` gives the layer that can be called.
     """
 
     def forward(self, x: Any, *_: Any, insert: bool = False, **__: Any) -> Any:
-        """``x`` unchanged; with ``insert``, what `KDLayer.enhance` gives."""
+        """``x`` unchanged; with ``insert``, what `enhance` gives."""
         return self.enhance(x) if insert else x
+
+    def as_layer(self) -> KDLayer:
+        """A KD layer of the very same parts, with the alpha and memory of now."""
+        with torch.random.fork_rng(devices=[]):
+            layer = KDLayer(1, 1, channel_dim=self.channel_dim, memory=self.memory)
+        layer.alpha = float(self.alpha)
+        layer.head, layer.norm, layer.value = self.head, self.norm, self.value
+        layer.training = self.training
+        return layer
+
+    def extra_repr(self) -> str:
+        """Shows alpha, and that the layer acts through its hook."""
+        return f"{super().extra_repr()}, acts through a hook"
 
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
         prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
         *args: Any,
-        **kwargs: Any,
     ) -> None:
-        # A checkpoint of the plain student has no keys of this layer: it loads strictly, and the
-        # layer keeps its values. load_state_dict works on its own copy of the dict.
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
+        # layers keep their values. load_state_dict works on its own copy of the dict.
+        own = self.state_dict()
+        if may_keep_values(state_dict, prefix, list(own), missing_keys):
+            state_dict.update({prefix + key: value for key, value in own.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
 
 
 class InsertLayer:
@@ -61,15 +88,28 @@ class InsertLayer:
         self.store = store
         self.path = path
         self.tape = tape
+        _LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled or copied students are compiled too."""
         self.__dict__.update(state)
+        _LIVE.add(self)
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
-        """The layer that belongs to ``module``."""
-        return descend(module, self.store)._modules[SLOT]  # type: ignore[return-value]
+        """The layer that belongs to ``module``.
+
+        Raises:
+            AttachError: if another tool has moved the hook to a module without the layer.
+        """
+        layer = descend(module, self.store)._modules.get(SLOT)
+        if layer is None:
+            raise AttachError(
+                f"the KD layer at {self.name!r} is gone: its module was replaced by a "
+                f"{type(module).__name__}, as fuse_modules does; fuse before attach_kd, or take a "
+                "copy with plain submodules, bake(student), and fuse that"
+            )
+        return layer  # type: ignore[return-value]
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """The output with the layer's features in the place of the module's."""
@@ -185,10 +225,12 @@ def watch_backward(tape: Tape, forward: Forward, logits: Tensor) -> None:
 def drop_recording(student: nn.Module, tape: Tape) -> None:
     """Take away the hooks that only record on this tape; KD layers stay."""
     for module in student.modules():
-        drop_hooks(module, lambda hook: isinstance(hook, _RECORDING) and hook.tape is tape)
+        drop_hooks(module, lambda hook: is_recording(hook) and getattr(hook, "tape", None) is tape)
 
 
-_RECORDING = (OpenForward, CloseForward, Capture)
+def is_recording(hook: Any) -> bool:
+    """Whether this is a hook that only records."""
+    return isinstance(hook, (OpenForward, CloseForward, Capture))
 
 
 def guard_hooks(*, reset: bool = False) -> None:
@@ -201,15 +243,25 @@ def guard_hooks(*, reset: bool = False) -> None:
     if reset or "torch._dynamo" in sys.modules:
         from torch import _dynamo
 
+        if not _FOUND:
+            _FOUND.append(_dynamo.config.skip_nnmodule_hook_guards)
         _dynamo.config.skip_nnmodule_hook_guards = False
         if reset:
             _dynamo.reset()
 
 
+def unguard_hooks() -> None:
+    """Give torch.compile's setting back as it was found, once no KD layer is left in any model."""
+    if _FOUND and not _LIVE:
+        from torch import _dynamo
+
+        _dynamo.config.skip_nnmodule_hook_guards = _FOUND.pop()
+
+
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
     """The descendant of ``module`` that the child names lead to."""
     for name in store:
-        module = module._modules[name]  # type: ignore[assignment]
+        module = module._modules.get(name, module)  # type: ignore[assignment]
     return module
 
 

@@ -18,10 +18,13 @@ class OptimiserWatch:
     def __init__(
         self, own: Iterable[nn.Parameter], added: Mapping[str, Iterable[nn.Parameter]]
     ) -> None:
-        self.own = [p for p in own if p.requires_grad][-1:]
+        everything = [p for p in own if p.requires_grad]
+        self.all_own = everything
+        self.own = everything[-1:]
         groups = {name: [p for p in group if p.requires_grad] for name, group in added.items()}
         self.unjudged = {name: group for name, group in groups.items() if group and self.own}
         self.own_before: Tensor | None = None
+        self.dtypes: list[torch.dtype] = []
         self.before: dict[str, Tensor] = {}
 
     def look(self, live: Collection[str]) -> None:
@@ -29,22 +32,43 @@ class OptimiserWatch:
 
         Warns about groups that the last optimiser step left out.
         """
+        if self.all_own:
+            self._tell_frozen()
         if not self.unjudged:
             return
         own = _probe(self.own)
-        if self.own_before is not None and not torch.equal(own, self.own_before):
+        dtypes = [p.dtype for p in self.own]
+        stepped = self.own_before is not None and not torch.equal(own, self.own_before)
+        if stepped and dtypes == self.dtypes:  # student.half() changes values too
             self._judge()
+        self.dtypes = dtypes
         self.own_before = own
         self.before = {name: _probe(g) for name, g in self.unjudged.items() if name in live}
 
     def _judge(self) -> None:
         groups = {name: self.unjudged.pop(name) for name in self.before}
+        # Parameters that were frozen after attach are meant to stay.
+        groups = {name: g for name, g in groups.items() if any(p.requires_grad for p in g)}
         still = [name for name, g in groups.items() if torch.equal(_probe(g), self.before[name])]
         if still:
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
                 "attach_kd, or without kd.parameters(). Make it after attach_kd as "
-                "Optimizer([*student.parameters(), *kd.parameters()])",
+                "Optimizer([*student.parameters(), *kd.parameters()]), or give them to the one "
+                'there is: optimizer.add_param_group({"params": kd.added_parameters()})',
+            )
+
+    def _tell_frozen(self) -> None:
+        """Warn once, at the first step, where a tool has frozen all that it did not add itself."""
+        own, self.all_own = self.all_own, []
+        added = {name: g for name, g in self.unjudged.items() if g}
+        frozen = [name for name, g in added.items() if not any(p.requires_grad for p in g)]
+        if frozen and not any(p.requires_grad for p in own):
+            warn(
+                f"everything that the student had at attach_kd is frozen now, and so are "
+                f"{', '.join(frozen)}, as after peft's get_peft_model: the KD layers do not learn. "
+                "Set requires_grad_(True) on their parameters, the names with '.kd.', or give "
+                "the layers as modules_to_save, before the optimiser is made",
             )
 
 

@@ -78,9 +78,10 @@ class Plan:
             elif term.student_layout is not None and term.student_layout.kind == "tokens":
                 image = image_size((forward.args, forward.kwargs))
                 student = term.student_layout.on_grid(student, image)
-            if term.device != student.device:
-                _follow(term.loss, student.device)
-                term.device = student.device
+            place = (student.device, student.dtype == torch.float64)
+            if term.place != place:
+                _follow(term.loss, *place)
+                term.place = place
             pairs.append(Pair(student, templates, teacher, term.loss.weight_at(step)))
         return pairs
 
@@ -94,8 +95,15 @@ class Plan:
         return torch.stack(parts).sum(0)
 
 
-def _follow(loss: nn.Module, device: torch.device) -> None:
-    """Move the loss to the student's device; parameters keep their identity for the optimiser."""
+def _follow(loss: nn.Module, device: torch.device, double: bool) -> None:
+    """Move the loss to the student's device, and to float64 with a student in float64.
+
+    Losses compute in float32 for all other dtypes. Parameters keep their identity for the
+    optimiser.
+    """
     tensors = (*loss.parameters(), *loss.buffers())
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     if any(tensor.device != device for tensor in tensors):
         loss.to(device)
+    if double and any(tensor.dtype != torch.float64 for tensor in floats):
+        loss.to(torch.float64)

@@ -71,7 +71,14 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
         AttachError: if there is one already.
     """
     site, home = hook_site(model, name), home_of(model, name)
-    if hasattr(home, SLOT):
+    present = getattr(home, SLOT, None)
+    if hasattr(home, SLOT) and not isinstance(present, Slot):
+        raise AttachError(
+            f"the module at {name!r} ({type(home).__name__}) has an attribute {SLOT!r} of its own, "
+            "the name that its KD layer would get; rename that attribute or choose another point, "
+            "find_points(student) lists them"
+        )
+    if present is not None:
         raise AttachError(
             f"there is a {SLOT!r} at {name!r} already: two points stand for the same module (a "
             "stage and its last block, say), or the student was attached before; choose one, or "
@@ -80,6 +87,9 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
     store = store_path(site)  # before the slot is there: it would be taken for a child
     home.add_module(SLOT, slot)
     site.register_forward_hook(InsertLayer(name, store, path, tape))
+    # torch.fx takes modules of torch.nn as single nodes, without their hooks, and quantisation then
+    # replaces them; this one must be looked into.
+    site.__module__ = __name__
 
 
 def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:
@@ -108,3 +118,5 @@ def displace(module: nn.Module, key: int, hook: InsertLayer) -> None:
     """Undo `place`, for one of the `inserts`."""
     del forward_hooks(module)[key]
     child_table(descend(module, hook.store)).pop(SLOT)
+    if not any(isinstance(other, InsertLayer) for other in forward_hooks(module).values()):
+        vars(module).pop("__module__", None)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kdlayers._layer.batch_norm import why_plain
 from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import slots
 from kdlayers._step.terms import Term
@@ -45,7 +44,7 @@ def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
 
 def _path(slot: Slot) -> str:
     """How the layer computes in training."""
-    plain = why_plain(slot.norm, slot.head.weight.device)
+    plain = slot.why_plain(slot.norm.weight.device)
     if plain is not None:
         return f"plain ({plain})"
     how = "scores kept" if slot.keeps_scores() else "scores computed again"

@@ -79,11 +79,14 @@ class Forward:
 
     def autocast_dtype(self, student: nn.Module, logits: Tensor) -> torch.dtype | None:
         """The dtype of the autocast that the forward ran under, as far as its tensors show it."""
-        scores = [scores for scores, _ in self.scores.values()]
-        dtypes = [t.dtype for t in (*scores, *self.features.values(), logits) if t.dtype in LOW]
-        if not dtypes or any(p.dtype in LOW for p in student.parameters()):
-            return None
-        return dtypes[0]
+        tensors = [*self.features.values(), logits]
+        for scores, _ in self.scores.values():
+            tensors.insert(0, scores)
+        for tensor in tensors:
+            if tensor.dtype in LOW:
+                half = any(p.dtype in LOW for p in student.parameters())
+                return None if half else tensor.dtype
+        return None
 
 
 class Tape:
@@ -138,7 +141,7 @@ class Tape:
                 f"the module at {forward.repeated!r} ran more than once in this forward; choose a "
                 "point that runs once, find_points(model) lists them"
             )
-        _check_recorded(forward, wanted)
+        _check_recorded(forward, wanted, student)
         _check_unchanged(forward, given=logits is not None)
         output = forward.output if logits is None else logits
         found = output
@@ -255,9 +258,19 @@ def _no_forward(student: nn.Module) -> str:
     )
 
 
-def _check_recorded(forward: Forward, wanted: Wanted) -> None:
-    cut = []
-    missing = [n for n in wanted.features if n not in forward.features]
+def _frozen(student: nn.Module, name: str) -> bool:
+    """Whether nothing inside the module, its KD layer included, can be trained."""
+    parameters = list(student.get_submodule(name).parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _check_recorded(forward: Forward, wanted: Wanted, student: nn.Module) -> None:
+    missing, cut = [], []
+    for name in wanted.features:
+        if name not in forward.features:
+            missing.append(name)
+        elif not forward.features[name].requires_grad:
+            cut.append(name)
     for name in wanted.scores:
         scores, templates = forward.scores.get(name, (None, None))
         if scores is None:
@@ -270,7 +283,13 @@ def _check_recorded(forward: Forward, wanted: Wanted) -> None:
             "so the hooks were bypassed: the model was compiled before attach_kd, or the module "
             "was replaced since (convert_sync_batchnorm, fuse); attach after such changes"
         )
-    cut += [name for name in wanted.features if not forward.features[name].requires_grad]
+    frozen = [name for name in cut if _frozen(student, name)]
+    if frozen:
+        raise CaptureError(
+            f"{', '.join(frozen)}: nothing there or before it can learn, because requires_grad is "
+            "False for all these parameters of the student, its KD layers included, so the loss "
+            "would have no gradient; unfreeze them, or attach at a later point"
+        )
     if cut:
         raise CaptureError(
             f"{', '.join(cut)}: recorded without a gradient, as reentrant gradient checkpointing "

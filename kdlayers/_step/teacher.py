@@ -1,20 +1,25 @@
 """Runs a teacher on the student's batch, and leaves it as it was found."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from math import inf
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import main_output, why_unclear
-from kdlayers._models.trace import Trace, image_size, placement, trace
+from kdlayers._models.trace import Call, Trace, image_size, trace
 from kdlayers._models.vectors import class_key
 from kdlayers._models.wrappers import check_pair, unwrap
+from kdlayers._step.call import for_teacher
+from kdlayers._step.normalisation import automatic, warn_of_difference
 from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
 from kdlayers._utils.locks import lock_of
+from kdlayers._utils.torch_internals import buffer_table, parameter_table
 from kdlayers._utils.tree import leaves, mapped, pick
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
@@ -47,6 +52,8 @@ class Teacher:
         """False for the peer of mutual learning, which runs in the mode it is in."""
         self.lock = lock_of(model)
         """One thread at a time runs the model: its mode and its hooks belong to that thread."""
+        self._points: dict[str, _Point] = {}
+        self._place: tuple[Mapping[str, Tensor | None], str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles take the model along, and its copy has a lock of its own."""
@@ -71,19 +78,18 @@ class Teacher:
         Raises:
             CaptureError: if the teacher cannot run on the inputs, or a tapped module did not run.
         """
-        device, dtype = placement(self.model)
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None)
-
-        args, kwargs = mapped(transformed(args, kwargs, self.transform), move)
-        plain = autocast is None or torch.is_autocast_enabled(device.type)
-        precision = nullcontext() if plain else torch.autocast(device.type, dtype=autocast)
+        if kwargs:
+            args, kwargs = for_teacher(self.model, args, kwargs)
+        if self.transform is not None:
+            args, kwargs = transformed(args, kwargs, self.transform)
+        like = self._like()
+        args = tuple(_moved(value, like) for value in args)
+        kwargs = {key: _moved(value, like) for key, value in kwargs.items()}
+        device = like.device.type
+        plain = autocast is None or torch.is_autocast_enabled(device)
+        precision = nullcontext() if plain else torch.autocast(device, dtype=autocast)
         with self.lock, torch.no_grad(), precision:
-            output, taps = self._forward(args, kwargs, names, logits)
-            if [tap for tap in taps if tap.is_lost()]:
-                output, taps = self._forward(args, kwargs, names, logits)  # now with copies
-        features = self._on_grids(taps, args, kwargs)
+            output, features = self._forward(args, kwargs, names, logits)
         if isinstance(output, Tensor) or not logits:
             return output if isinstance(output, Tensor) else None, features
         unclear = why_unclear(output)
@@ -94,40 +100,43 @@ class Teacher:
             raise CaptureError("the teacher returned no tensor, though it did at attach")
         return found, features
 
-    def _on_grids(
-        self, taps: Sequence["_Tap"], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """The taps, with tokens on the grid that they form for images of this size."""
-        features = {}
-        for tap in taps:
-            if tap.features is not None:
-                features[tap.call.name] = tap.features
-            if tap.features is not None and tap.layout.kind == "tokens":
-                image = image_size((args, kwargs))
-                features[tap.call.name] = tap.layout.on_grid(tap.features, image)
-                features[class_key(tap.call.name)] = tap.features[:, 0]
-        return features
+    def _like(self) -> Tensor:
+        """The first floating parameter or buffer: its device and dtype are the model's."""
+        if self._place is not None:
+            tensor = self._place[0].get(self._place[1])
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+        for module in self.model.modules():
+            for tables in (parameter_table(module), buffer_table(module)):
+                for key, tensor in tables.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        self._place = (tables, key)
+                        return tensor
+        return torch.empty(0)
 
     def _forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], logits: bool
-    ) -> tuple[Any, list["_Tap"]]:
-        """The output, None where the forward ended early, and the taps after they have run."""
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The output, None where the forward ended early, and the taps."""
         ends, missing = not logits and self._stoppable(), set(names)
-        taps = [_Tap(self, name, missing, ends) for name in names]
-        if self.traced.changes_input:
-            args, kwargs = mapped((args, kwargs), lambda tensor: tensor.clone())
-        hooks = [hook_site(self.model, t.call.name).register_forward_hook(t) for t in taps]
-        training = [m for m in self.model.modules() if self.eval_mode and m.training]
-        for module in training:
-            module.training = False
+        given = mapped((args, kwargs), torch.clone) if self.traced.changes_input else (args, kwargs)
+        taps, hooks, training = [], [], []
+        for name in names:
+            point = self._point(name)
+            taps.append(_Tap(point, self.eval_mode, missing, ends))
+            hooks.append(point.site.register_forward_hook(taps[-1]))
+        for module in self.model.modules() if self.eval_mode else ():
+            if module.training:
+                training.append(module)
+                module.training = False
         try:
-            output = self.called(*args, **kwargs)
+            output = self.called(*given[0], **given[1])
         except _Enough:
-            return None, taps
+            output = None
         except (KDLayersError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise _failed(self.model, (args, kwargs), error) from error
+            raise _failed(self.model, given, error) from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -139,12 +148,41 @@ class Teacher:
                 "did at attach; a teacher compiled and called before attach_kd skips new hooks: "
                 "pass the teacher uncompiled, or attach before its first call"
             )
-        return output, taps
+        features: dict[str, Tensor] = {}
+        for tap in taps:
+            point = tap.point
+            if version_of(tap.features) != tap.version:
+                point.call.changed = True  # a later module works in place: copies from now on
+                return self._forward(args, kwargs, names, logits)
+            features[point.call.name] = tap.features
+            if point.layout.kind == "tokens":
+                features[point.call.name] = point.layout.on_grid(tap.features, image_size(given))
+                features[class_key(point.call.name)] = tap.features[:, 0]
+        return output, features
+
+    def _point(self, name: str) -> "_Point":
+        """Where features are taken; looked up again where the module was replaced meanwhile."""
+        found = self._points.get(name)
+        if found is None or found.module is not self.model.get_submodule(name):
+            module, site = self.model.get_submodule(name), hook_site(self.model, name)
+            found = _Point(module, site, self.traced.call(name), self.traced.layout(name))
+            self._points[name] = found
+        return found
 
     def _stoppable(self) -> bool:
         """Whether a forward may be left early: not a graph's, a peer's, or with parts gathered."""
         plain = self.called is self.model and self.eval_mode
         return plain and not any(hasattr(p, "placements") for p in self.model.parameters())
+
+
+@dataclass
+class _Point:
+    """A module of the teacher, where its hook goes, and how to read its output."""
+
+    module: nn.Module
+    site: nn.Module
+    call: Call
+    layout: Layout
 
 
 class _Enough(BaseException):
@@ -154,30 +192,32 @@ class _Enough(BaseException):
 class _Tap:
     """Forward hook that records features, and may end the forward once nothing is missing."""
 
-    def __init__(self, teacher: Teacher, name: str, missing: set[str], ends: bool) -> None:
-        self.call = teacher.traced.call(name)
-        self.layout = teacher.traced.layout(name)
+    features: Tensor
+    version: int | None
+
+    def __init__(self, point: _Point, eval_mode: bool, missing: set[str], ends: bool) -> None:
+        self.point = point
         # A peer in training mode may change features that an eval-mode forward leaves alone.
-        self.copies = self.call.changed or not teacher.eval_mode
+        self.copies = point.call.changed or not eval_mode
         self.missing = missing
         self.ends = ends
-        self.features: Tensor | None = None
-        self.version: int | None = None
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Record the features, or a copy where a later module changes them in place."""
-        features: Tensor = pick(output, self.call.path)
+        path = self.point.call.path
+        features = pick(output, path) if path else output
         self.features = features.clone() if self.copies else features
         self.version = version_of(self.features)
-        self.missing.discard(self.call.name)
+        self.missing.discard(self.point.call.name)
         if self.ends and not self.missing:
             raise _Enough
 
-    def is_lost(self) -> bool:
-        """Whether a later module changed the features in place; later runs record copies."""
-        lost = self.features is not None and version_of(self.features) != self.version
-        self.call.changed = self.call.changed or lost
-        return lost
+
+def _moved(value: Any, like: Tensor) -> Any:
+    """Tensors in ``value`` on the device of ``like``; floating-point ones in its dtype."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+    return mapped(value, lambda tensor: _moved(tensor, like))
 
 
 def _failed(model: nn.Module, inputs: Any, error: Exception) -> CaptureError:
@@ -190,14 +230,12 @@ def _failed(model: nn.Module, inputs: Any, error: Exception) -> CaptureError:
 
 
 def transformed(
-    args: tuple[Any, ...], kwargs: dict[str, Any], transform: Transform | None
+    args: tuple[Any, ...], kwargs: dict[str, Any], transform: Transform
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs of a forward with the images sent through ``transform``.
 
     The images are the first argument, or the first tensor among the keywords.
     """
-    if transform is None:
-        return args, kwargs
     if args:
         return (transform(args[0]), *args[1:]), kwargs
     for key, value in kwargs.items():
@@ -235,7 +273,7 @@ def make_teachers(
     given: nn.Module | Sequence[nn.Module] | None,
     example: tuple[Any, ...],
     weights: Sequence[float] | None,
-    transform: Transform | None,
+    transform: Transform | Literal["auto"] | None,
 ) -> list[Teacher]:
     """Check and dry-run the teachers that the user gave.
 
@@ -252,14 +290,15 @@ def make_teachers(
             f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
             f"{weights}"
         )
-    example = transformed(example, {}, transform)[0] if models else example
     teachers = []
     for model, weight in zip(models, weights, strict=True):
         inner, called = unwrap(model, "teacher")
         check_pair(student, inner)
+        own = _transform_for(student, inner, transform)
         with lock_of(inner):
-            traced = trace(inner, example, "teacher")
-        teachers.append(Teacher(inner, traced, called, weight / sum(weights), transform))
+            images = example if own is None else transformed(example, {}, own)[0]
+            traced = trace(inner, images, "teacher")
+        teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
         raise ArgumentError(
@@ -267,3 +306,18 @@ def make_teachers(
             "teachers of the same classes"
         )
     return teachers
+
+
+def _transform_for(
+    student: nn.Module, teacher: nn.Module, transform: Transform | Literal["auto"] | None
+) -> Transform | None:
+    if transform is None:
+        warn_of_difference(student, teacher)
+        return None
+    if isinstance(transform, str):
+        if transform != "auto":
+            raise ArgumentError(
+                f'teacher_transform must be a function of the images or "auto", got {transform!r}'
+            )
+        return automatic(student, teacher)
+    return transform

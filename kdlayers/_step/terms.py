@@ -59,8 +59,8 @@ class Term:
     positions: int = 1
     """Positions of the student at this point, for images of the size of the example."""
 
-    device: torch.device | None = None
-    """Where the loss was put last, to follow a student that moves."""
+    place: tuple[torch.device, bool] | None = None
+    """Device of the student's tensor that the loss followed last, and whether it was float64."""
 
     def value(
         self, student: Tensor, teacher: Tensor, targets: Tensor | None, templates: Tensor | None

@@ -1,6 +1,7 @@
-"""What the teacher says the scores should be: codebooks, decisions, and their fits.
+"""Targets of the templates' scores, learnt from the teacher: codebooks, decisions, their fits.
 
-It imports `functional`, `_utils` and `errors`; `losses` and the rooms above import it.
+This folder imports `functional`, `_utils` and `errors`; `losses` and the folders above it import
+this one.
 """
 
 from kdlayers._targets.base import TemplateTargets as TemplateTargets

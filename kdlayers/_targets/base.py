@@ -1,4 +1,4 @@
-"""What both kinds of template targets have in common: fitting, state, checks."""
+"""What both kinds of template targets share: fitting, state, checks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
+from kdlayers._utils.plain_tensors import finite, why_not_plain
 from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import template_kl
 
@@ -16,7 +17,7 @@ class TemplateTargets(nn.Module):
     """Base class: turns the teacher's features into soft assignments over K templates.
 
     A module without parameters. Its buffers are ``None``, and absent from ``state_dict()``, until
-    :meth:`fit` or ``load_state_dict`` has filled them; loading takes the sizes from the state. Use
+    :meth:`fit` or ``load_state_dict`` fills them; loading takes their sizes from the state. Use
     :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`.
     """
 
@@ -26,7 +27,7 @@ class TemplateTargets(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Remembers device and dtype of an unfitted module that is moved.
+        # Remembers the device if an unfitted module is moved.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         for name in self._state_names:
             self.register_buffer(name, None)
@@ -38,35 +39,40 @@ class TemplateTargets(nn.Module):
 
     @property
     def num_templates(self) -> int | None:
-        """K, or None where it depends on data that :meth:`fit` has not seen yet."""
+        """K, or None if it depends on data that :meth:`fit` has not seen yet."""
         raise NotImplementedError
 
+    @property
+    def num_features(self) -> int | None:
+        """D, the channels of the teacher's features that :meth:`fit` has seen, or None before."""
+        return None
+
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, seed: int = 0) -> Self:
-        """Learn from ``batches``, in a few passes, without keeping the features.
+        """Learn from ``batches`` in a few passes, without keeping the features.
 
         Args:
             batches: an iterable of (features ``[..., D]``, labels) that can be iterated again, such
                 as a list. Labels are integers of shape ``[...]`` or of a leading part of it, such
-                as ``[B]`` for ``[B, H, W, D]``, or ``None`` where they are not needed.
-            seed: seed of sampling and clustering, default 0. Global random state is neither read
-                nor changed. Equal rows and seed give equal results, however they are batched.
+                as ``[B]`` for ``[B, H, W, D]``, or ``None`` if they are not needed.
+            seed: seed of sampling and clustering, default 0. The global random state is neither
+                read nor changed. The same rows and seed give the same result for any batch size.
 
         Returns:
-            The targets themselves. If fitting fails they are left as they were.
+            The targets themselves. If fitting fails they do not change.
 
         Raises:
             FitError: if the data cannot be learnt from.
-            ShapeError: if widths or numbers of labels do not fit together.
+            ShapeError: if widths or numbers of labels do not match.
         """
         fit_rows(self.fitter(seed=seed), batches)
         return self
 
     def fitter(self, *, seed: int = 0) -> Fitter:
-        """What fills these targets when fed whole passes of batches, as :meth:`fit` does it."""
+        """What fills these targets from whole passes over the data; :meth:`fit` drives it."""
         raise NotImplementedError
 
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Features ``[..., D]`` to probabilities ``[..., K]``, without gradient."""
+        """Probabilities ``[..., K]`` for features ``[..., D]``, without gradient."""
         raise NotImplementedError
 
     def divergence(
@@ -80,10 +86,10 @@ class TemplateTargets(nn.Module):
         """Mean KL divergence of template scores from :meth:`soft_assignment`, a scalar.
 
         Args:
-            student: scores ``[..., K]``; or with ``templates`` unit vectors ``[..., C]``.
+            student: scores ``[..., K]``; with ``templates`` unit vectors ``[..., C]``.
             features: the teacher's, ``[..., D]``.
             labels: as for :meth:`soft_assignment`.
-            templates: ``[K, C]``, whose products with the unit vectors are the scores.
+            templates: ``[K, C]``; their products with the unit vectors are the scores.
 
         Raises:
             ShapeError: if there are scores for another number of templates.
@@ -105,7 +111,7 @@ class TemplateTargets(nn.Module):
         self._anchor = buffers["centers"].new_empty(0)
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
-        """Raise CheckpointError unless the tensors fit together; take over sizes they imply."""
+        """Raise CheckpointError unless the tensors match; take over the sizes they imply."""
         raise NotImplementedError
 
     def _load_from_state_dict(
@@ -134,24 +140,26 @@ class TemplateTargets(nn.Module):
                 f"{', '.join(missing)}; save state_dict() as a whole"
             )
         for name, value in state.items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"the state of {owner} is damaged: {name} is no tensor but a "
-                    f"{type(value).__name__}"
-                )
-            if value.is_floating_point() and not value.is_meta and not value.isfinite().all():
-                raise CheckpointError(
-                    f"the state of {owner} is damaged: {name} has NaN or infinite values"
-                )
+            why = why_not_plain(value)
+            if why is None and value.is_complex():
+                why = "has complex values"
+            if why is None and name != "counts" and not value.is_floating_point():
+                why = f"must be a float tensor, got {value.dtype}"
+            if why is None and not finite(value):
+                why = "has NaN or infinite values"
+            if why is None and name in ("counts", "inertia") and (value < 0).any():
+                why = "has negative values"
+            if why is not None:
+                raise CheckpointError(f"the state of {owner} is damaged: {name} {why}")
 
 
 def scores_of(student: Tensor, templates: Tensor | None) -> Tensor:
-    """Scores ``[..., K]``, given as they are or as unit vectors and templates."""
+    """Scores ``[..., K]``, from unit vectors and templates if there are templates."""
     return student if templates is None else student @ templates.T
 
 
 def divergence_from(assignment: Tensor, student: Tensor, templates: Tensor | None) -> Tensor:
-    """Mean KL divergence of the scores from an assignment of the teacher's, ``[..., K]``."""
+    """Mean KL divergence of the scores from the teacher's assignment ``[..., K]``."""
     scores = scores_of(student, templates)
     check_templates(scores.shape[-1], assignment.shape[-1])
     return template_kl(scores, assignment)
@@ -169,10 +177,10 @@ def check_templates(scored: int, wanted: int) -> None:
 def check_shapes(
     owner: object, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError where a tensor of the state has another shape than expected."""
+    """Raise CheckpointError if a tensor of the state has an unexpected shape."""
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise CheckpointError(
                 f"the state of {type(owner).__name__} is damaged: {name} has shape "
-                f"{list(state[name].shape)}, the other tensors ask for {list(shape)}"
+                f"{list(state[name].shape)}, but the other tensors need {list(shape)}"
             )

@@ -13,7 +13,7 @@ from kdlayers._targets.divergence import codebook_divergence, fuses, needs_grad
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.rows import RowFitter, check_features
 from kdlayers._utils.chunks import work_dtype
-from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from kdlayers.errors import CheckpointError
 from kdlayers.functional import _checks as check
 
 
@@ -30,16 +30,16 @@ class CodebookTargets(TemplateTargets):
 
     With the default 1 and features of a CIFAR network most assignments are close to one-hot.
 
-    :meth:`fit` holds a sample of the data, not more. It reads them once, if a uniform sample of 256
-    rows a template (at least 16384) holds them all or fits into 2\ :sup:`28` numbers; else twice,
-    with a smaller sample (16 rows a template at least) and an exact Lloyd step over all rows after
-    it. On the sample runs k-means: seeded by greedy k-means++, above 512 templates in rounds; then
-    Lloyd iterations until nothing changes (300 at most), above 64 templates over growing parts of
-    the sample, wide rows in their principal axes first, until an iteration lowers the inertia by
-    less than 1e-3 of it. Centres without rows move to the farthest rows.
+    :meth:`fit` keeps a uniform sample of the data, of 256 rows for each template (at least 16384)
+    where these fit into 2\ :sup:`28` numbers. Then it reads the data once. Otherwise it keeps fewer
+    rows (at least 16 for each template), and reads the data again for one exact Lloyd step over all
+    rows. k-means on the sample starts from greedy k-means++, or from k-means++ in rounds above 512
+    templates. Up to 64 templates it iterates until nothing changes (at most 300 times). Above, it
+    iterates over growing parts of the sample, on wide rows first in their principal axes, until an
+    iteration lowers the inertia by less than 0.1 %. Centres without rows move to the farthest rows.
 
     Under ``torch.distributed`` the samples, sums and counts of all ranks are combined, and all
-    ranks end with the same centres.
+    ranks get the same centres.
 
     Args:
         num_templates: K, number of centres. Default 4096, the authors'.
@@ -49,20 +49,20 @@ class CodebookTargets(TemplateTargets):
     Attributes:
         centers: E, ``[K, D]``, float32 (float64 for float64 features), on the features' device;
             ``None`` before :meth:`fit`.
-        counts: rows of which each centre was the nearest, ``[K]``, for reports: of all rows, or of
-            the sample if the data were read once.
+        counts: number of rows whose nearest centre each is, ``[K]``, for reports; of all rows, or
+            of the sample if the data were read once.
         inertia: mean squared distance of the same rows to their centres, a scalar, for reports.
 
     Raises:
         ArgumentError: if ``num_templates`` or ``sharpness`` is out of range.
-        ArgumentTypeError: if one of them is no number.
+        ArgumentTypeError: if one of them is not a number.
 
     References:
         H. Jain, S. Gidaris, N. Komodakis, P. Pérez, M. Cord, "QuEST: Quantized Embedding Space for
         Transferring Knowledge", ECCV 2020; A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge
         Distillation Layer that Lets the Student Decide", BMVC 2023. The assignment was checked
-        against the authors' code, which clusters with faiss: 20 iterations from random rows, over
-        all features in memory.
+        against the authors' code. That code clusters with faiss, in 20 iterations from random rows
+        over all features in memory.
 
     Example:
         >>> import torch
@@ -83,13 +83,21 @@ class CodebookTargets(TemplateTargets):
     def __init__(self, num_templates: int = 4096, *, sharpness: float | None = 1.0) -> None:
         super().__init__()
         self._num_templates = check.count("num_templates", num_templates)
-        self.sharpness = _check_sharpness(sharpness)
+        if sharpness is not None:
+            check.positive("sharpness", sharpness)
+        self.sharpness = sharpness
 
     @property
     @override
     def num_templates(self) -> int:
         """K, the number of centres."""
         return self._num_templates
+
+    @property
+    @override
+    def num_features(self) -> int | None:
+        """D, the width of the centres; ``None`` before :meth:`fit`."""
+        return None if self.centers is None else self.centers.shape[1]
 
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
@@ -100,15 +108,16 @@ class CodebookTargets(TemplateTargets):
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         r"""Probabilities of the K centres at every position.
 
-        Computed outside autocast, in float64 if the features or the centres are float64 and in
-        float32 otherwise, also where CUDA may use TensorFloat-32.
+        Computed outside autocast, in float64 if the features or the centres are float64, else in
+        full float32.
 
         Args:
             features: ``[..., D]``, the channels last.
             labels: ignored.
 
         Returns:
-            ``[..., K]``, non-negative, rows summing to 1, without gradient.
+            ``[..., K]``, 0 or more, rows summing to 1, without gradient. A row with NaN or infinite
+            features holds NaN.
 
         Raises:
             NotFittedError: before :meth:`fit`.
@@ -116,11 +125,14 @@ class CodebookTargets(TemplateTargets):
         """
         centers = self._need(self.centers)
         check_features(features, centers.shape[1])
-        dtype = torch.promote_types(work_dtype(features), work_dtype(centers))
+        dtype = work_dtype(features, centers)
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             scores = closeness(rows, centers.to(dtype))
-            assigned = self._assigned(scores)
+            if self.sharpness is None:
+                assigned = one_hot_of_largest(scores)
+            else:
+                assigned = scores.mul_(2 * self.sharpness).softmax(dim=-1)
         return assigned.reshape(*features.shape[:-1], len(centers))
 
     @override
@@ -138,7 +150,7 @@ class CodebookTargets(TemplateTargets):
         own = type(self).soft_assignment is CodebookTargets.soft_assignment
         if not own or not fuses(student, templates):
             return super().divergence(student, features, labels, templates=templates)
-        dtype = torch.promote_types(work_dtype(features), work_dtype(centers))
+        dtype = work_dtype(features, centers)
         rows = features.reshape(-1, features.shape[-1]).to(dtype)
         value: Tensor = codebook_divergence(
             student.reshape(-1, student.shape[-1]),
@@ -149,11 +161,6 @@ class CodebookTargets(TemplateTargets):
             needs_grad(student, templates),
         )[0]
         return value
-
-    def _assigned(self, scores: Tensor) -> Tensor:
-        if self.sharpness is None:
-            return one_hot_of_largest(scores)
-        return scores.mul_(2 * self.sharpness).softmax(dim=-1)
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:
@@ -169,18 +176,3 @@ class CodebookTargets(TemplateTargets):
     @override
     def extra_repr(self) -> str:
         return f"{self.num_templates}, sharpness={self.sharpness}, fitted={self.fitted}"
-
-
-def _check_sharpness(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(
-            f"sharpness must be a number or None (one-hot), got {type(value).__name__}"
-        )
-    if not 0 < value < float("inf"):
-        raise ArgumentError(
-            f"sharpness must be above 0 and finite, got {value}; it multiplies the squared "
-            "distances, and None gives one-hot assignments"
-        )
-    return float(value)

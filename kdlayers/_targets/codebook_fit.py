@@ -1,4 +1,4 @@
-"""The passes that learn a codebook: k-means on a sample; after a small one, a step on all rows."""
+"""The passes that learn a codebook: k-means on a sample, and a step on all rows if it is small."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ from kdlayers._utils.warn import warn
 from kdlayers.errors import FitError
 
 ROWS_PER_CENTER, SMALL_SAMPLE = 256, 2**14
-"""Rows in a sample: this many a centre, but not fewer in all, which costs little."""
+"""Rows in a sample: this many for each centre, and at least the second number in all."""
 ENOUGH_ROWS = 256
-"""Rows a centre from which a sample's centres are as good as those of all rows, to about 1 %."""
+"""With this many rows for each centre, a sample gives centres about as good as all rows do."""
 
 
 class SamplePass:
@@ -29,7 +29,7 @@ class SamplePass:
         self._k, self._seed, self._install = k, seed, install
         self._reservoir: Reservoir | None = None
 
-    def take(self, rows: Tensor, labels: Tensor | None) -> None:  # noqa: ARG002
+    def take(self, rows: Tensor, labels: Tensor) -> None:  # noqa: ARG002
         """Offer a block to the sample."""
         _check_size(rows)
         if self._reservoir is None:
@@ -39,13 +39,13 @@ class SamplePass:
         self._reservoir.add(rows)
 
     def finish(self) -> "LloydPass | None":
-        """Cluster the sample; all rows are wanted once more if it has few rows a centre."""
+        """Cluster the sample; read all rows again if it has few rows for each centre."""
         if self._reservoir is None:
-            raise FitError("fit() was given batches without a single row")
+            raise FitError("fit() got batches without a single row")
         sample = self._reservoir.merged()
         _check_enough(sample, self._k)
         result = kmeans(sample.rows, self._k, derive_seed(self._seed, 0))
-        # Ranks may run on unlike hardware: the first one decides.
+        # Ranks may run on different hardware: the first one decides.
         centers, counts = from_first_rank(result.centers), from_first_rank(result.counts)
         if sample.complete or len(sample.rows) >= ENOUGH_ROWS * self._k:
             self._install(centers=centers, counts=counts, inertia=from_first_rank(result.inertia))
@@ -65,7 +65,7 @@ class LloydPass:
         self._counts = torch.zeros(len(centers), dtype=torch.long, device=centers.device)
         self._distance = torch.zeros((), dtype=torch.float64, device=centers.device)
 
-    def take(self, rows: Tensor, labels: Tensor | None) -> None:  # noqa: ARG002
+    def take(self, rows: Tensor, labels: Tensor) -> None:  # noqa: ARG002
         """Add a block to the sums."""
         distances, index = nearest(rows, self._centers)
         # Relative to the centre, so that the sums keep their digits.
@@ -74,10 +74,10 @@ class LloydPass:
         self._distance += distances.sum(dtype=torch.float64)
 
     def finish(self) -> None:
-        """Take the means as the centres."""
+        """Install the means as the centres."""
         sums, counts, distance = (all_sum(t) for t in (self._sums, self._counts, self._distance))
         moves = mean_centers(sums, counts, torch.zeros_like(sums))
-        # Moving a centre to the mean takes n |move|^2 off the sum of squared distances.
+        # Moving a centre to the mean lowers the sum of squared distances by n |move|^2.
         inertia = (distance - (counts * moves.square().sum(dim=1)).sum()) / counts.sum()
         centers = (self._centers.double() + moves).to(self._centers.dtype)
         self._install(centers=centers, counts=counts, inertia=inertia.clamp(min=0))
@@ -98,7 +98,7 @@ def _check_enough(sample: Sample, k: int) -> None:
     rows = len(sample.rows)
     if rows < k:
         raise FitError(
-            f"CodebookTargets({k}) needs at least {k} positions, but the batches hold {rows}; give "
+            f"CodebookTargets({k}) needs at least {k} positions, but the batches hold {rows}; pass "
             f"more data or lower num_templates to at most {max(1, rows // 16)}"
         )
     distinct = len(sample.tags.unique())

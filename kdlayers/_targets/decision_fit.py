@@ -1,4 +1,4 @@
-"""The passes that learn decisions: discriminants, sub-classes, prototypes, the count table."""
+"""The passes that learn decisions: discriminants, sub-classes, prototypes and the count table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ from kdlayers._targets.hash import derive_seed
 from kdlayers._targets.kmeans import kmeans, mean_centers
 from kdlayers._targets.lda import Scatter, check_range, discriminants
 from kdlayers._targets.reservoir import Reservoir, sample_size
-from kdlayers._targets.rows import BLOCK, require_labels
+from kdlayers._targets.rows import BLOCK
 from kdlayers._utils.distributed import all_sum
 from kdlayers._utils.warn import warn
 from kdlayers.errors import FitError
 
 COMPONENTS = 60
-"""The default, the authors' for CIFAR-100; being no choice of the user's it is cut silently."""
+"""The default, the authors' for CIFAR-100. As the user did not choose it, it is cut silently."""
 ROWS_PER_SUBCLASS, SMALL_SAMPLE = 256, 2048
-"""Rows in a class's sample; more than a codebook takes, as no later pass moves these centres."""
+"""Rows in a class's sample; more than for a codebook, as no later pass moves these centres."""
 
 
 @dataclass
 class Plan:
-    """What is asked for, and what has been learnt so far."""
+    """What the user asked for, and what has been learnt so far."""
 
     subclasses: int
     components: int
@@ -38,23 +38,23 @@ class Plan:
     prototypes: Tensor = field(init=False)
 
     def own(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Sub-class of each row of z: the nearest of its class's centres."""
+        """Sub-class of each row of z."""
         return own_subclass(z, labels, self.centers, self.subclasses)
 
 
 def own_subclass(z: Tensor, labels: Tensor, centers: Tensor, subclasses: int) -> Tensor:
-    """Index of the nearest of the own class's centres: z [n, d], labels [n], centers [K, d].
+    """Index of the nearest centre of a row's own class: z [n, d], labels [n], centers [K, d].
 
-    -1 where no distance is finite, as for NaN features.
+    -1 if no distance is finite, as for NaN features.
     """
-    # Gathers the few centres of each row's class; a mask over all K distances costs K times more.
+    # Gathers the few centres of each row's class; a mask over all K distances would cost more.
     own = centers.reshape(-1, subclasses, centers.shape[1])[labels]
     least, index = (z.unsqueeze(1) - own).square().sum(dim=2).min(dim=1)
     return torch.where(least.isfinite(), labels * subclasses + index, -1)
 
 
 class ScatterPass:
-    """Adds up what linear discriminant analysis needs."""
+    """Sums up what linear discriminant analysis needs."""
 
     stage = "class statistics"
     labelled = True
@@ -64,10 +64,10 @@ class ScatterPass:
         self._scatter = Scatter(plan.num_classes)
         self._dtype = torch.float32
 
-    def take(self, rows: Tensor, labels: Tensor | None) -> None:
+    def take(self, rows: Tensor, labels: Tensor) -> None:
         """Add a block."""
         self._dtype = rows.dtype
-        self._scatter.add(rows, require_labels(labels))
+        self._scatter.add(rows, labels)
 
     def finish(self) -> "SubclassPass":
         """Find the discriminant directions."""
@@ -80,7 +80,7 @@ class ScatterPass:
             warn(
                 f"DecisionTargets(components={plan.components}) is cut to {len(directions)}: "
                 f"{plan.num_classes} classes and features of width {directions.shape[1]} have no "
-                "more discriminant directions; lower components, or leave it out, to silence this"
+                "more discriminant directions; pass at most so many components, or leave them out"
             )
         plan.projection = from_first_rank(directions[: plan.components].to(self._dtype))
         plan.shift = from_first_rank(offsets[: plan.components].to(self._dtype))
@@ -95,9 +95,8 @@ class _ProjectedPass:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def take(self, rows: Tensor, labels: Tensor | None) -> None:
+    def take(self, rows: Tensor, labels: Tensor) -> None:
         """Project a block and add it."""
-        labels = require_labels(labels)
         check_range(labels, self._plan.num_classes)
         self.add(affine(rows, self._plan.projection, self._plan.shift), labels, rows)
 
@@ -119,11 +118,11 @@ class SubclassPass(_ProjectedPass):
         self._reservoir = Reservoir(capacity, plan.seed, groups=classes)
 
     def add(self, z: Tensor, labels: Tensor, rows: Tensor) -> None:
-        """Offer a block to the sample; sorted by the features, which do not depend on the LDA."""
+        """Offer a block to the sample, sorted by the features, which do not depend on the LDA."""
         self._reservoir.add(z, labels, content=rows)
 
     def finish(self) -> "PrototypePass | None":
-        """Cluster; go on from memory if the sample holds all rows."""
+        """Cluster each class; do the other passes in memory if the sample holds all rows."""
         plan = self._plan
         _check_classes(self._reservoir.totals(), plan.subclasses)
         sample = self._reservoir.merged()
@@ -165,14 +164,14 @@ class PrototypePass(_ProjectedPass):
         self._counts += torch.bincount(own, minlength=len(self._counts))
 
     def finish(self) -> "DecisionPass":
-        """Take the means; an empty sub-class keeps its centre."""
+        """Compute the means; an empty sub-class keeps its centre."""
         plan = self._plan
         plan.prototypes = mean_centers(all_sum(self._sums), all_sum(self._counts), plan.centers)
         return DecisionPass(plan)
 
 
 class DecisionPass(_ProjectedPass):
-    """Counts how often rows of each sub-class are nearest to each prototype."""
+    """Counts how many rows of each sub-class are nearest to each prototype."""
 
     stage = "counting decisions"
 
@@ -188,7 +187,7 @@ class DecisionPass(_ProjectedPass):
         self._table.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
 
     def finish(self) -> None:
-        """Take the shares of each row of the table; an empty sub-class decides for itself."""
+        """Divide each row of the table by its sum; an empty sub-class decides for itself."""
         plan = self._plan
         table = all_sum(self._table)
         counts = table.sum(dim=1)
@@ -210,19 +209,19 @@ def _check_classes(counts: Tensor, subclasses: int) -> None:
     missing = [label for label, count in enumerate(rows) if not count]
     if missing:
         raise FitError(
-            f"no sample of {_listed(missing)} of the {len(rows)} classes 0..{len(rows) - 1}; fit "
-            "on data that have every class, or set num_classes to the number of classes there are"
+            f"no sample of {_listed(missing)} of the {len(rows)} classes 0..{len(rows) - 1}; pass "
+            "data that have every class, or set num_classes to the number of classes in the data"
         )
     few = [label for label, count in enumerate(rows) if count < subclasses]
     if few:
         raise FitError(
             f"{_listed(few)} has fewer positions than the {subclasses} sub-classes asked for "
-            f"(the fewest: {min(rows)}); give more data or DecisionTargets(subclasses={min(rows)})"
+            f"(the fewest: {min(rows)}); pass more data or DecisionTargets(subclasses={min(rows)})"
         )
     if sum(rows) <= len(rows):
         raise FitError(
             f"{sum(rows)} positions in {len(rows)} classes do not vary within classes; "
-            "give more data"
+            "pass more data"
         )
 
 

@@ -9,9 +9,10 @@ from typing_extensions import override
 from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
 from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
 from kdlayers._targets.distances import affine
-from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad, rows_of
+from kdlayers._targets.divergence import decision_divergence, fuses, mixed_rows, needs_grad
 from kdlayers._targets.fitter import Fitter
-from kdlayers._targets.rows import RowFitter, check_features, expand_labels
+from kdlayers._targets.labels import soft_labels
+from kdlayers._targets.rows import RowFitter, check_features
 from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ArgumentError, CheckpointError
 from kdlayers.functional import _checks as check
@@ -20,11 +21,10 @@ from kdlayers.functional import _checks as check
 class DecisionTargets(TemplateTargets):
     r"""The teacher's decisions among sub-classes, given the sub-class a position belongs to.
 
-    Features are projected by linear discriminant analysis, :math:`z = A f + b`, and every class
-    :math:`c` is split by k-means into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
+    Linear discriminant analysis projects the features, :math:`z = A f + b`, and k-means splits each
+    class :math:`c` into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
     \rho_{Sc+S-1}` and means :math:`\mu`. A position of class :math:`y` belongs to the nearest
-    centre of its own class; the decision is the nearest mean of all :math:`K = CS`, whatever the
-    class:
+    centre of its own class. The decision is the nearest of all :math:`K = CS` means, of any class:
 
     .. math::
         h_1(z, y) = \operatorname*{argmin}_{s \in \{Sy, \dots, Sy+S-1\}} \| z - \rho_s \|^2,
@@ -35,22 +35,34 @@ class DecisionTargets(TemplateTargets):
         {\#\{ i : h_1(z_i, y_i) = s \}},
         \qquad q_i = P_{h_1(z_i, y_i),\,\cdot}
 
-    :math:`P` is a count table: no softmax and no temperature; exact zeros are common.
+    :math:`P` is a table of counts, without softmax and temperature; exact zeros are common.
 
-    :meth:`fit` needs integer labels and reads the data two to four times: class statistics for the
-    discriminant analysis (in float64; class frequencies as priors, covariance within classes with
-    divisor :math:`N - C`, tolerance 1e-4); a uniform sample of 256 rows a sub-class, at least
-    2048 a class (fewer for very many classes), for k-means; the means :math:`\mu`; the table. The
-    last two work on the sample in memory where it holds all rows. A sub-class that stays empty
-    keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all ranks end
-    with the same result.
+    Labels of mixup, CutMix and label smoothing are probabilities :math:`y_{ic}` of the classes. The
+    assignment is then the mean over the classes :math:`M_i` that hold weight:
+
+    .. math::
+        q_i = \frac{\sum_{c \in M_i} y_{ic} \, P_{h_1(z_i, c),\,\cdot}}
+        {\sum_{c \in M_i} y_{ic}}
+
+    :math:`M_i` are the classes with labels above the uniform part that smoothing adds: above
+    :math:`\epsilon / C`, which is found as the smallest label where more than half of the classes
+    share it. One-hot rows give exactly the assignment of the class. The extension to such labels is
+    ours.
+
+    :meth:`fit` needs integer labels and reads the data two to four times: for the class statistics
+    of the discriminant analysis (in float64; class frequencies as priors, covariance within classes
+    with divisor :math:`N - C`, tolerance 1e-4); for the sample that k-means clusters, of 256 rows
+    for each sub-class and at least 2048 for each class (fewer with very many classes); for the
+    means :math:`\mu`; for the table. If the sample holds all rows, the last two use it. An empty
+    sub-class keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all
+    ranks get the same result.
 
     Args:
         subclasses: S, sub-classes of each class. Default 8, the authors'; 1 is allowed.
-        components: number of discriminant directions kept, of which there are at most C - 1 and at
-            most D. Default 60, the authors' for CIFAR-100, or all where there are fewer; another
-            number is cut to what there is with a warning.
-        num_classes: C; default: what ``attach_kd`` sees, or the largest label of :meth:`fit` + 1.
+        components: number of discriminant directions. There are at most C - 1, and at most D.
+            Default 60, the authors' for CIFAR-100, or all if there are fewer. Another number is cut
+            to those that exist, with a warning.
+        num_classes: C; default: the classes that ``attach_kd`` finds, or the largest label + 1.
 
     Attributes:
         projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
@@ -66,14 +78,14 @@ class DecisionTargets(TemplateTargets):
 
     Raises:
         ArgumentError: if an argument is too small.
-        ArgumentTypeError: if an argument is no integer.
+        ArgumentTypeError: if an argument is not an integer.
 
     References:
         A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
-        Decide", BMVC 2023. Checked against the authors' code. There, with one sub-class a class, a
-        position far from its centre can be given sub-class 0; the count table leaves out the last
-        rows unless their number is a multiple of 10000; and an empty sub-class shifts the indices
-        of later ones. Here none of this happens.
+        Decide", BMVC 2023. Checked against the authors' code, except for three faults of that code.
+        With one sub-class for each class, a position far from its centre can get sub-class 0. The
+        table leaves out the last rows unless their number is a multiple of 10000. An empty
+        sub-class shifts the indices of later ones.
 
     Example:
         >>> import torch
@@ -113,7 +125,7 @@ class DecisionTargets(TemplateTargets):
 
     @property
     def num_classes(self) -> int | None:
-        """C; ``None`` before :meth:`fit` where it is to be read off the labels."""
+        """C; ``None`` before :meth:`fit` if the labels will tell it."""
         return self._num_classes
 
     @num_classes.setter
@@ -130,8 +142,14 @@ class DecisionTargets(TemplateTargets):
     @property
     @override
     def num_templates(self) -> int | None:
-        """K, classes times sub-classes; ``None`` while the number of classes is not known."""
+        """K, classes times sub-classes; ``None`` while the number of classes is unknown."""
         return None if self._num_classes is None else self._num_classes * self.subclasses
+
+    @property
+    @override
+    def num_features(self) -> int | None:
+        """D, what the projection reads; ``None`` before :meth:`fit`."""
+        return None if self.projection is None else self.projection.shape[1]
 
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
@@ -148,26 +166,30 @@ class DecisionTargets(TemplateTargets):
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         r"""The teacher's decisions, given the sub-class of every position.
 
-        Computed outside autocast, in float64 if the features or the projection are float64 and in
-        float32 otherwise.
+        Computed outside autocast, in float64 if the features or the projection are float64, else in
+        float32.
 
         Args:
             features: ``[..., D]``, the channels last.
             labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
-                for features ``[B, H, W, D]``: every position has its image's label.
+                for features ``[B, H, W, D]``, where every position has its image's label.
+                Or floating-point probabilities with one axis more, such as ``[B, C]``. The cost
+                grows with the largest number of classes that hold weight in a row (2 after mixup);
+                finding them waits for the device once.
 
         Returns:
-            ``[..., K]``, rows of :attr:`decisions`, without gradient.
+            ``[..., K]``, rows of :attr:`decisions` or their means, without gradient. A row for
+            features without finite distances begins with NaN.
 
         Raises:
             NotFittedError: before :meth:`fit`.
-            ArgumentError: without labels, or with labels out of range (found on the CPU only; an
-                accelerator reports them as an indexing error).
-            ArgumentTypeError: if labels are no integers, as after mixup.
-            ShapeError: if the last axis is not D wide, or labels do not fit the positions.
+            ArgumentError: without labels, or if a label is negative or out of range (checked on the
+                CPU; an accelerator reports an indexing error).
+            ArgumentTypeError: if labels are not a tensor of numbers.
+            ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
-        own, decisions = self._own(features, labels)
-        return rows_of(decisions, own).reshape(*features.shape[:-1], len(decisions))
+        own, shares, decisions = self._own(features, labels)
+        return mixed_rows(decisions, own, shares).reshape(*features.shape[:-1], len(decisions))
 
     @override
     def divergence(
@@ -182,26 +204,38 @@ class DecisionTargets(TemplateTargets):
             student, templates
         ):
             return super().divergence(student, features, labels, templates=templates)
-        own, decisions = self._own(features, labels)
+        own, shares, decisions = self._own(features, labels)
         check_templates(student.shape[-1] if templates is None else len(templates), len(decisions))
         rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
-        value: Tensor = decision_divergence(rows, templates, own, decisions, needed)[0]
+        value: Tensor = decision_divergence(rows, templates, own, decisions, shares, needed)[0]
         return value
 
     @torch.no_grad()
-    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sub-class of each position, ``[N]``, and the table in the precision of the features."""
+    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sub-class of each position ``[N]`` (or several with their shares, ``[N, m]``); the table.
+
+        All in the type to compute in.
+        """
         projection, shift = self._need(self.projection), self._need(self.shift)
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
-        labels = expand_labels(features, labels).to(features.device).reshape(-1)
-        check.in_range("labels", labels, self._num_classes or 0)
-        dtype = torch.promote_types(work_dtype(features), work_dtype(projection))
+        classes, shares = soft_labels(features, labels, self._num_classes or 0)
+        dtype = work_dtype(features, projection)
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
-            own = own_subclass(z, labels, centers.to(dtype), self.subclasses)
-        return own, decisions.to(dtype)
+            if shares is None:
+                classes = classes.to(features.device).reshape(-1)
+                check.in_range("labels", classes, self._num_classes or 0)
+                own = own_subclass(z, classes, centers.to(dtype), self.subclasses)
+                return own, None, decisions.to(dtype)
+            classes = classes.to(features.device).reshape(len(z), -1)
+            shares = shares.to(features.device, dtype).reshape(len(z), -1)
+            each = [
+                own_subclass(z, one, centers.to(dtype), self.subclasses)
+                for one in classes.unbind(dim=1)
+            ]
+        return torch.stack(each, dim=1), shares, decisions.to(dtype)
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:
@@ -215,7 +249,14 @@ class DecisionTargets(TemplateTargets):
         k, size = counts.numel(), len(projection)
         shapes = {"shift": (size,), "centers": (k, size), "prototypes": (k, size)}
         check_shapes(self, state, {**shapes, "decisions": (k, k)})
-        _check_shares(state["decisions"])
+        decisions = state["decisions"]
+        if not decisions.is_meta:
+            sums = decisions.float().sum(dim=1)
+            if (decisions < 0).any() or ((sums - 1).abs() > 1e-2).any():
+                raise CheckpointError(
+                    "the state of DecisionTargets is damaged: the rows of decisions must be "
+                    "probabilities"
+                )
         self._num_classes, self.subclasses = map(int, counts.shape)
 
     @override
@@ -223,14 +264,4 @@ class DecisionTargets(TemplateTargets):
         return (
             f"{self.subclasses}, components={self.components}, num_classes={self.num_classes}, "
             f"fitted={self.fitted}"
-        )
-
-
-def _check_shares(decisions: Tensor) -> None:
-    if decisions.is_meta:
-        return
-    sums = decisions.float().sum(dim=1)
-    if (decisions < 0).any() or ((sums - 1).abs() > 1e-2).any():
-        raise CheckpointError(
-            "the state of DecisionTargets is damaged: the rows of decisions must be probabilities"
         )

@@ -1,8 +1,8 @@
 r"""KL divergence from soft assignments that are never kept, with its gradient, chunk by chunk.
 
-The gradient for the scores is softmax(a) - q. Both are at hand while the divergence is computed, so
-it is made then, and the backward pass only scales it. Where the scores are not kept either, it is
-carried on at once to the unit vectors and the templates whose products they are.
+The gradient for the scores is softmax(a) - q. Both are known while the divergence is computed, so
+the gradient is computed then, and the backward pass only scales it. Where the scores are not kept
+either, it is propagated at once to the unit vectors and the templates.
 """
 
 from collections.abc import Callable
@@ -31,16 +31,16 @@ def codebook_divergence(
     """Mean divergence of template scores from the soft assignment of features to centres.
 
     Args:
-        student: scores ``[N, K]``; or with ``templates`` the unit vectors ``[N, C]``.
-        templates: ``[K, C]``, whose products with the unit vectors are the scores.
+        student: scores ``[N, K]``; with ``templates`` the unit vectors ``[N, C]``.
+        templates: ``[K, C]``; their products with the unit vectors are the scores.
         features: the teacher's ``[N, D]``, float32 or better.
         centers: ``[K, D]``, of the dtype of ``features``.
         sharpness: factor of the squared distances; ``None`` for one-hot assignments.
         need_grad: whether to prepare the backward pass.
 
     Returns:
-        The mean over rows, and N times its gradients for ``student`` and ``templates``, empty where
-        nothing is to be differentiated.
+        The mean over rows, and N times its gradients for ``student`` and ``templates``, which are
+        empty if nothing needs a gradient.
     """
     with torch.autocast(student.device.type, enabled=False):
         features, centers, bias = balanced(features, centers)
@@ -62,13 +62,21 @@ def codebook_divergence(
 
 @torch.library.custom_op("kdlayers::decision_divergence", mutates_args=())
 def decision_divergence(
-    student: Tensor, templates: Tensor | None, own: Tensor, decisions: Tensor, need_grad: bool
+    student: Tensor,
+    templates: Tensor | None,
+    own: Tensor,
+    decisions: Tensor,
+    shares: Tensor | None,
+    need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `codebook_divergence`, with `rows_of` the decisions as the assignment."""
-    sums = torch.xlogy(decisions, decisions).sum(dim=1)
+    """As `codebook_divergence`, with `mixed_rows` of the decisions as the assignment."""
+    sums = torch.xlogy(decisions, decisions).sum(dim=1) if shares is None else None
 
     def assign(part: slice) -> tuple[Tensor, Tensor]:
-        return rows_of(decisions, own[part]), sums.index_select(0, own[part].clamp(min=0))
+        mixed = mixed_rows(decisions, own[part], None if shares is None else shares[part])
+        if sums is None:
+            return mixed, torch.xlogy(mixed, mixed).sum(dim=1)
+        return mixed, sums.index_select(0, own[part].clamp(min=0))
 
     with torch.autocast(student.device.type, enabled=False):
         return _divergence(student, templates, assign, need_grad)
@@ -76,15 +84,25 @@ def decision_divergence(
 
 @torch.library.custom_op("kdlayers::scale_gradient", mutates_args=())
 def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad * factor``; an operator without derivative, so that a second one is an error."""
+    """``grad * factor``, as an operator without a derivative: a second backward is an error."""
     return (grad * factor).to(dtype, copy=True)
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` ``[n]`` of a table ``[K, K]``; with index -1 a row that begins with NaN."""
+    """Rows ``index`` ``[n]`` of a table ``[K, K]``; for the index -1 a row that begins with NaN."""
     rows = table.index_select(0, index.clamp(min=0))
-    rows[:, 0].masked_fill_(index < 0, torch.nan)  # one entry: the whole row would take longer
+    rows[:, 0].masked_fill_(index < 0, torch.nan)  # one entry, as a whole row takes longer
     return rows
+
+
+def mixed_rows(table: Tensor, own: Tensor, shares: Tensor | None) -> Tensor:
+    """`rows_of` for ``own`` ``[n]``; or their means for ``[n, m]``, weighted by ``shares``."""
+    if shares is None:
+        return rows_of(table, own)
+    total = rows_of(table, own[:, 0]).mul_(shares[:, :1])
+    for index in range(1, own.shape[1]):
+        total.addcmul_(rows_of(table, own[:, index]), shares[:, index : index + 1])
+    return total
 
 
 def _divergence(
@@ -135,21 +153,9 @@ def needs_grad(student: Tensor, templates: Tensor | None) -> bool:
     return torch.is_grad_enabled() and wanted
 
 
-def _codebook_fake(
-    student: Tensor,
-    templates: Tensor | None,
-    features: Tensor,
-    _centers: Tensor,
-    _sharpness: float | None,
-    need_grad: bool,
-) -> Three:
-    return features.new_empty(()), *_empty_grads(student, templates, need_grad)
-
-
-def _decision_fake(
-    student: Tensor, templates: Tensor | None, _own: Tensor, decisions: Tensor, need_grad: bool
-) -> Three:
-    return decisions.new_empty(()), *_empty_grads(student, templates, need_grad)
+def _fake(student: Tensor, templates: Tensor | None, *rest: Any) -> Three:
+    # rest[1] is what the assignment is made from: the centres or the decisions.
+    return rest[1].new_empty(()), *_empty_grads(student, templates, rest[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
@@ -167,8 +173,7 @@ def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Any, ...]:
     return student, templates, *[None] * (ctx.arguments - 2)
 
 
-codebook_divergence.register_fake(_codebook_fake)
-decision_divergence.register_fake(_decision_fake)
 scale_gradient.register_fake(lambda grad, _, dtype: torch.empty_like(grad, dtype=dtype))
 for _operator in (codebook_divergence, decision_divergence):
+    _operator.register_fake(_fake)
     _operator.register_autograd(_backward, setup_context=_setup)

@@ -1,8 +1,7 @@
-"""What everything that learns from the teacher before training has in common.
+"""Fitters: what learns from the teacher before training, in whole passes over the data.
 
-A fitter is fed whole passes over the data. Several fitters share one pass, so the teacher runs once
-per batch however many points are fitted; `KDHandle.fit` and ``targets.fit`` both
-drive them through :func:`run_passes`.
+Several fitters share a pass, so that the teacher runs once for each batch. `KDHandle.fit` and
+``targets.fit`` both drive fitters by `run_passes`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,14 +19,14 @@ class Fitter(Protocol):
     stage: str
     """What the current pass is for, in two or three words, for the progress display."""
 
-    # A fitter that trains, rather than counts, may also say ``varied = True``: see `pass_seed`.
+    # A fitter that trains rather than counts may also have ``varied = True``: see `pass_seed`.
 
     def update(self, teacher: Tensor, targets: Tensor | None) -> None:
-        """Take one batch: the teacher's tensor, as the loss would get it, and the labels."""
+        """Take one batch: the teacher's tensor as the loss would get it, and the labels."""
         ...
 
     def end_pass(self) -> bool:
-        """Finish a pass; True when another pass over the data is wanted."""
+        """Finish a pass; True if another pass over the data is needed."""
         ...
 
 
@@ -35,11 +34,11 @@ def run_passes(
     fitters: Sequence[Fitter],
     batches: Callable[[Sequence[Fitter], int], Iterator[tuple[Sequence[Tensor], Tensor | None]]],
 ) -> int:
-    """Feed ``fitters`` until none wants another pass; returns the number of passes.
+    """Feed ``fitters`` until none needs another pass; returns the number of passes.
 
-    ``batches(active, index)`` starts pass ``index`` and gives, batch by batch, one teacher tensor
-    for each of the ``active`` fitters, and the labels. Under ``torch.inference_mode`` this runs as
-    under ``torch.no_grad``: what is learnt is used in training later.
+    ``batches(active, index)`` starts pass ``index`` and yields, for each batch, one teacher tensor
+    for each of the ``active`` fitters, and the labels. Under ``torch.inference_mode`` this runs
+    under ``torch.no_grad`` instead, because training will use what is learnt.
     """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
@@ -66,8 +65,8 @@ def run_passes(
 def pass_seed(seed: int, active: Sequence[Fitter], index: int) -> int:
     """Seed of the loader's shuffling and augmentation in pass ``index``.
 
-    Statistics that are put together over passes need the same data in each; training wants other
-    data each time. Passes are shared: they vary once all the fitters that are left are ``varied``.
+    Statistics that are computed in several passes need the same data in each, whereas training
+    wants different data. As fitters share passes, these vary once all active ones are ``varied``.
     """
     return seed + index if all(getattr(f, "varied", False) for f in active) else seed
 

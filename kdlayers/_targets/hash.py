@@ -1,14 +1,13 @@
-"""Random keys that depend on a counter alone, and tags that depend on a row's content alone.
+"""Random keys that depend only on a counter, and tags that depend only on a row's values.
 
-A generator's stream would tie a row's random number to how the data were cut into batches, and to
-the device. A mixed counter gives the same number anywhere: splitmix64 (Steele, Lea and Flood, "Fast
-Splittable Pseudorandom Number Generators", OOPSLA 2014), in int64 arithmetic that wraps round.
+Random numbers from a generator would depend on the batch size and the device. A mixed counter gives
+the same number everywhere: splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+Generators", OOPSLA 2014), in int64 arithmetic with overflow.
 """
 
 import torch
 from torch import Tensor
 
-_MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
@@ -25,19 +24,16 @@ def mix(values: Tensor) -> Tensor:
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Shift that fills with zeros; int64's own fills with the sign."""
+    """Shift that fills with zeros; that of int64 fills with the sign."""
     return torch.bitwise_and(values >> bits, 2 ** (64 - bits) - 1)
 
 
 def derive_seed(*parts: int) -> int:
-    """One seed in 0..2^63-1 out of several numbers, such as the user's seed and a rank."""
-    state = 0
+    """One seed in 0..2^63-1 from several numbers, such as the user's seed and a rank."""
+    state = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        state = (state + part + _GOLDEN) & _MASK
-        for shift, factor in _FACTORS:
-            state = ((state ^ (state >> shift)) * factor) & _MASK
-        state ^= state >> 31
-    return state >> 1
+        state = mix(state + _signed((part + _GOLDEN) % 2**64))
+    return (int(state) % 2**64) >> 1
 
 
 def counter_keys(first: int, count: int, seed: int, device: torch.device) -> Tensor:
@@ -47,9 +43,9 @@ def counter_keys(first: int, count: int, seed: int, device: torch.device) -> Ten
 
 
 def row_tags(rows: Tensor) -> Tensor:
-    """A number for each row [N, D] that depends on its values only: [N], equal for equal rows.
+    """A number for each row [N, D] that depends only on its values: [N], equal for equal rows.
 
-    Sorting by tags gives rows an order that does not depend on who read them, or when.
+    The order by tags does not depend on which rank read the rows, or when.
     """
     bits = (rows + 0.0).contiguous()  # -0.0 becomes 0.0
     integers = bits.view(torch.int64 if rows.dtype == torch.float64 else torch.int32).long()

@@ -16,16 +16,16 @@ from kdlayers._targets.distances import (
 from kdlayers._targets.seeding import seeds
 
 EXACT_LIMIT = 64
-"""Up to this many centres Lloyd runs over all rows until nothing changes."""
+"""Up to this many centres Lloyd iterates over all rows until nothing changes."""
 ITERATIONS, EARLY_ITERATIONS = 300, 50
 TOLERANCE, WARM_TOLERANCE = 1e-3, 5e-3
-"""Stopping early: when an iteration lowers the inertia by less than this part of it; the second one
-on a part of the rows or of the channels, which another stage follows."""
+"""Iterations end when one lowers the inertia by less than this share of it; the second share is for
+parts of the rows or channels, which another stage follows."""
 SEED_ROWS, FIRST_ROWS, GROWTH = 16, 32, 4
-"""Rows a centre that seeds are taken from and that the first stage has, and by how much the rows
-grow from one stage to the next."""
+"""Rows for each centre that seeds are drawn from and that the first stage uses, and the factor by
+which the rows grow from stage to stage."""
 NARROW_WIDTH, NARROW_SHARE = 96, 0.9
-"""Wider rows are first clustered in their principal axes that hold this share of the variance."""
+"""Wider rows are first clustered in the principal axes that hold this share of the variance."""
 
 
 class Clustering(NamedTuple):
@@ -43,8 +43,8 @@ def kmeans(rows: Tensor, k: int, seed: int) -> Clustering:
     """Cluster rows [n, D], n >= ``k``, in random order; equal rows and seed give equal centres.
 
     Many centres are seeded on the first rows and moved by Lloyd iterations over growing parts of
-    the rows, each stage from where the one before ended: what the first iterations find out does
-    not need all rows (nested mini-batches: Newling and Fleuret, NIPS 2016).
+    the rows, because the first iterations do not need all of them (nested mini-batches: Newling and
+    Fleuret, NIPS 2016).
     """
     generator = torch.Generator().manual_seed(seed)
     if k <= EXACT_LIMIT:
@@ -56,7 +56,7 @@ def kmeans(rows: Tensor, k: int, seed: int) -> Clustering:
 
 
 def lloyd(rows: Tensor, centers: Tensor, *, tolerance: float = 0.0) -> Clustering:
-    """Lloyd iterations from ``centers``, then the counts and the inertia that come of them."""
+    """Lloyd iterations from ``centers``, then the counts and the inertia."""
     centers = _iterate(rows, centers, tolerance)
     distances, index = nearest(rows, centers)
     counts = torch.bincount(index, minlength=len(centers))
@@ -64,13 +64,16 @@ def lloyd(rows: Tensor, centers: Tensor, *, tolerance: float = 0.0) -> Clusterin
 
 
 def mean_centers(sums: Tensor, counts: Tensor, fallback: Tensor) -> Tensor:
-    """Means out of sums [K, D] and counts [K]; where a count is 0, the row of ``fallback``."""
+    """Means from sums [K, D] and counts [K]; the row of ``fallback`` where a count is 0."""
     means = (sums / counts.clamp(min=1).unsqueeze(1)).to(fallback.dtype)
     return torch.where(counts.unsqueeze(1) > 0, means, fallback)
 
 
-def principal_axes(rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The fewest axes [D, d], d a multiple of 16, that hold ``share`` of the variance; the mean."""
+def principal_axes(rows: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Axes [D, d] by falling variance that hold ``share`` of it, and the mean of the rows.
+
+    The fewest of them, rounded up to a multiple of 16 or to all.
+    """
     mean = rows.mean(dim=0)
     gram = rows.new_zeros(rows.shape[1], rows.shape[1])
     for part in rows.split(SUMMED):
@@ -90,7 +93,7 @@ def _warm(rows: Tensor, centers: Tensor) -> Tensor:
 
 
 def _warm_narrow(rows: Tensor, centers: Tensor) -> Tensor:
-    """Cluster the principal components of the rows, and take the means of these clusters."""
+    """Cluster the principal components of the rows; returns the means of these clusters."""
     axes, mean = principal_axes(rows[: FIRST_ROWS * len(centers)], NARROW_SHARE)
     if 2 * axes.shape[1] > rows.shape[1]:
         return _warm(rows, centers)
@@ -103,9 +106,9 @@ def _warm_narrow(rows: Tensor, centers: Tensor) -> Tensor:
 
 
 def _iterate(rows: Tensor, centers: Tensor, tolerance: float) -> Tensor:
-    """Move ``centers`` until no row changes sides, or an iteration gains little.
+    """Move ``centers`` until no row changes its centre, or an iteration gains little.
 
-    A centre without rows moves to a row far from its own.
+    A centre without rows moves to the row that is farthest from its own centre.
     """
     origin = rows.mean(dim=0)
     norms = sum(float((part - origin).double().square().sum()) for part in rows.split(SUMMED))
@@ -130,7 +133,7 @@ def _iterate(rows: Tensor, centers: Tensor, tolerance: float) -> Tensor:
 
 
 def _assign(rows: Tensor, centers: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Nearest centre of each row, sums of the rows of each less the origin, summed closeness."""
+    """Nearest centre of each row, sums of each centre's rows less the origin, summed closeness."""
     search = Search(centers, origin)
     sums = torch.zeros_like(centers, dtype=torch.float64)
     indices, total = [], torch.zeros((), dtype=torch.float64, device=rows.device)

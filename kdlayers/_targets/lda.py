@@ -1,4 +1,4 @@
-"""Linear discriminant analysis out of streaming sums: counts, sums and products, never the rows."""
+"""Linear discriminant analysis from counts, sums and products of the rows, which are not kept."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,19 @@ from kdlayers._utils.distributed import all_rows, all_sum
 from kdlayers.errors import FitError
 
 TOLERANCE = 1e-4
-"""Singular values up to this are taken for 0, as in scikit-learn."""
+"""Singular values up to this count as 0, as in scikit-learn."""
 _CANCELLED = 1e-13
-"""Variance within classes below this part of the column's total is rounding error."""
+"""Variance within classes below this share of the column's total is rounding error."""
 
 
 class Scatter:
     """Number, sum and products of the rows of each class, in float64.
 
-    Rows are taken relative to ``origin``, the median of the first block: near the data, so that
-    differences of the sums keep their digits, and equal to the value of a constant column.
+    Rows are taken relative to ``origin``, the median of the first block. It is near the data, so
+    that differences of the sums keep their digits, and equals the value of a constant column.
 
     Args:
-        classes: number of classes; ``None``: as many as the labels ask for.
+        classes: number of classes; ``None``: as many as the labels need.
     """
 
     def __init__(self, classes: int | None) -> None:
@@ -43,9 +43,9 @@ class Scatter:
         self.gram.addmm_(rows.T, rows)
 
     def reduce(self) -> None:
-        """Combine the ranks, round the first one's origin."""
+        """Add up all ranks, relative to the first one's origin."""
         if self._empty:
-            raise FitError("fit() was given batches without a single row")
+            raise FitError("fit() got batches without a single row")
         classes = int(all_rows(self.counts.new_tensor([len(self.counts)])).max())
         missing = classes - len(self.counts)
         counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
@@ -69,7 +69,7 @@ class Scatter:
 
 
 def check_range(labels: Tensor, classes: int | None) -> int:
-    """Number of classes the labels ask for; raise if one is negative or too large."""
+    """Number of classes that the labels need; raise if one is negative or too large."""
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):
         allowed = "0 or more" if classes is None else f"0..{classes - 1} (num_classes={classes})"
@@ -86,11 +86,11 @@ def discriminants(scatter: Scatter) -> tuple[Tensor, Tensor]:
     The SVD solution with class frequencies as priors (Hastie, Tibshirani and Friedman, "The
     Elements of Statistical Learning", section 4.3.3): whiten the covariance within classes, then
     take the principal axes of the class means. With :math:`N` rows in :math:`C` classes the
-    covariance within classes of ``z``, with divisor :math:`N - C`, is the identity. Directions come
-    in the order of the variance between classes, with the entry of largest magnitude positive.
+    covariance within classes of ``z``, with divisor :math:`N - C`, is the identity. Directions are
+    ordered by the variance between classes, and their entry of largest magnitude is positive.
 
-    The singular values of the rows are the roots of the eigenvalues of the scatter matrix; float64
-    resolves them to about 1e-7 of the largest, the tolerance 1e-4 is far above that.
+    The singular values of the rows are the roots of the eigenvalues of the scatter matrix. float64
+    resolves them to about 1e-7 of the largest, far below the tolerance of 1e-4.
     """
     counts = scatter.counts.double()
     rows, classes = counts.sum(), len(counts)
@@ -117,7 +117,7 @@ def _whitening(scatter: Scatter, means: Tensor, rows: Tensor, classes: int) -> T
     variance = within.diagonal()
     varies = variance > _CANCELLED * scatter.gram.diagonal()
     scale = torch.where(varies, variance / rows, torch.ones_like(variance)).sqrt()
-    # Columns constant within classes carry no variance to whiten: they drop out below.
+    # Columns that are constant within classes have no variance to whiten; they drop out below.
     inverse = varies / scale
     standard = within * inverse.outer(inverse) / (rows - classes)
     values, vectors = torch.linalg.eigh((standard + standard.T) / 2)

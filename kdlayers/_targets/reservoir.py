@@ -1,4 +1,4 @@
-"""A bounded uniform sample of rows out of a stream of any length, for one or many groups."""
+"""A bounded uniform sample of rows from a stream of any length, for one or many groups."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ from kdlayers._targets.hash import counter_keys, derive_seed, row_tags
 from kdlayers._utils.distributed import all_rows, all_sum, rank
 
 LARGEST_SAMPLE = 2**28
-"""Numbers in a sample, 1 GiB in float32, above which it has fewer rows than wanted."""
+"""A sample has at most this many numbers (1 GiB in float32), unless that is too few rows."""
 LEAST_ROWS = 16
-"""Rows a centre that it has in any case."""
+"""Rows for each centre that it has in any case."""
 
 _LAST = 2**63 - 1
 
 
 def sample_size(wanted: int, centers: int, width: int) -> int:
-    """Rows to sample for ``centers`` centres: ``wanted`` unless rows of ``width`` get too many."""
+    """Rows to sample for ``centers`` centres: ``wanted``, or fewer if rows are too wide."""
     return min(wanted, max(LEAST_ROWS * centers, LARGEST_SAMPLE // width))
 
 
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     groups: Tensor
     """Group of each row, [n]."""
     tags: Tensor
-    """A number for each row that depends on its content only, [n]."""
+    """A number for each row that depends only on its values, [n]."""
     complete: bool
     """Whether these are all rows that were added, on all ranks."""
 
@@ -38,12 +38,12 @@ class Reservoir:
     """Keeps at most ``capacity`` rows of each group, every row with the same probability.
 
     Each row gets a random key from its running index; a group keeps the rows with the smallest
-    keys (bottom-k sampling). Samples of several ranks merge by the same rule into a uniform sample
-    of the union. Holds at most ``1.25 * capacity * groups`` rows and a block.
+    keys (bottom-k sampling). The same rule merges the samples of several ranks into a uniform
+    sample of the union. At most ``1.25 * capacity * groups`` rows and a block are in memory.
 
     Args:
         capacity: rows kept of each group.
-        seed: seed of the keys; ranks are told apart by themselves.
+        seed: seed of the keys, to which the rank is added.
         groups: number of groups, such as classes.
     """
 
@@ -91,7 +91,7 @@ class Reservoir:
     def merged(self) -> Sample:
         """The sample of all ranks together, the same on each."""
         keys, groups, tags, rows = self._settle()
-        # Keys first: only rows that win on all ranks together are sent.
+        # Keys first, so that only rows of the merged sample are sent.
         _, limits = self._smallest(all_rows(keys), all_rows(groups))
         mine = keys <= limits[groups]
         rows, groups, tags = (all_rows(part[mine]) for part in (rows, groups, tags))
@@ -107,7 +107,7 @@ class Reservoir:
         return part
 
     def _smallest(self, keys: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of each group's ``capacity`` smallest keys, and the largest kept key a group."""
+        """Indices of each group's ``capacity`` smallest keys, and its largest kept key."""
         order = _sorted_by(groups, keys)
         groups = groups[order]
         starts = torch.searchsorted(groups, torch.arange(self.groups, device=groups.device))

@@ -5,21 +5,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdlayers._targets.labels import hard_labels
 from kdlayers._utils.chunks import work_dtype
-from kdlayers.errors import ArgumentError, ArgumentTypeError, FitError, ShapeError
+from kdlayers.errors import FitError, ShapeError
+from kdlayers.functional import _checks as check
 
 BLOCK = 4096
-"""Rows that a pass takes at a time, however the data are batched."""
+"""Rows that a pass takes at a time, whatever the size of the batches."""
 
 
 class Pass(Protocol):
-    """What one pass over the data does; ``finish`` gives the next pass, if there is one."""
+    """One pass over the data; ``finish`` returns the next pass, if there is one."""
 
     stage: str
     labelled: bool
+    """Whether it needs labels; if not, it gets zeros."""
 
-    def take(self, rows: Tensor, labels: Tensor | None) -> None:
-        """Take a block of rows [n, D] with labels [n] (None unless ``labelled``)."""
+    def take(self, rows: Tensor, labels: Tensor) -> None:
+        """Take a block of rows [n, D] with labels [n]."""
         ...
 
     def finish(self) -> "Pass | None":
@@ -30,8 +33,8 @@ class Pass(Protocol):
 class RowFitter:
     """A `kdlayers._targets.fitter.Fitter` that checks batches and feeds passes with blocks of rows.
 
-    Blocks always hold `BLOCK` rows (the last one of a pass the rest), whatever the batches were, so
-    that every matrix product is the same and the result does not depend on the batch size.
+    Blocks have `BLOCK` rows (the last one of a pass may have fewer) whatever the batches were. So
+    every matrix product is the same, and the result does not depend on the batch size.
     """
 
     def __init__(self, first: Pass) -> None:
@@ -46,16 +49,22 @@ class RowFitter:
         """Take features [..., D] and labels: any leading part of ``[...]``, or None."""
         current = self._current()
         check_features(teacher)
-        labels = expand_labels(teacher, require_labels(targets)) if current.labelled else None
         rows = self._checked(teacher.detach().reshape(-1, teacher.shape[-1]))
-        labels = labels if labels is None else labels.to(rows.device).reshape(-1)
+        labels = torch.zeros(len(rows), dtype=torch.long)
+        if current.labelled:
+            if targets is None:
+                raise FitError(
+                    "DecisionTargets learns from labels, but fit() got batches without them; use a "
+                    "loader of (images, labels), or CodebookTargets at this point"
+                )
+            labels = hard_labels(teacher, targets).reshape(-1)
         self._batch += 1
-        for block in self._blocks.push(rows, labels):
+        for block in self._blocks.push(rows, labels.to(rows.device)):
             self._feed(current, *block)
 
     @torch.no_grad()
     def end_pass(self) -> bool:
-        """Finish the pass; True when another one is wanted."""
+        """Finish the pass; True if another one is needed."""
         current = self._current()
         for block in self._blocks.flush():
             self._feed(current, *block)
@@ -66,7 +75,7 @@ class RowFitter:
 
     def _current(self) -> Pass:
         if self._pass is None:
-            raise FitError("this fitter has finished; take a new one from targets.fitter()")
+            raise FitError("this fitter has finished; get a new one from targets.fitter()")
         return self._pass
 
     def _checked(self, rows: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ class RowFitter:
                 f"{self._like.shape[1]}; the channels must be the last axis of every batch"
             )
         rows = rows.to(self._like)
-        if rows.sum().isfinite():  # then all are; a sum may overflow though they are
+        if rows.sum().isfinite():  # then all are; a sum can overflow although they are
             return rows
         finite = rows.isfinite().all(dim=1)
         if not finite.all():
@@ -89,7 +98,7 @@ class RowFitter:
             )
         return rows
 
-    def _feed(self, current: Pass, rows: Tensor, labels: Tensor | None) -> None:
+    def _feed(self, current: Pass, rows: Tensor, labels: Tensor) -> None:
         with torch.autocast(rows.device.type, enabled=False):
             current.take(rows, labels)
 
@@ -102,90 +111,35 @@ class Blocks:
         self._labels: list[Tensor] = []
         self._held = 0
 
-    def push(self, rows: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-        """Add rows; the full blocks that came about."""
+    def push(self, rows: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Add rows; returns the blocks that are full now."""
         self._rows.append(rows)
-        self._labels += [] if labels is None else [labels]
+        self._labels.append(labels)
         self._held += len(rows)
         if self._held < BLOCK:
             return []
-        full = self._held // BLOCK * BLOCK
-        all_rows, all_labels = self._take_all()
-        blocks = _pairs(all_rows[:full], None if all_labels is None else all_labels[:full])
-        # A clone, so that the rest does not keep the whole batch alive.
-        self.push(
-            all_rows[full:].clone(), None if all_labels is None else all_labels[full:].clone()
-        )
+        blocks = self.flush()
+        rest = [] if len(blocks[-1][0]) == BLOCK else [blocks.pop()]
+        for part, part_labels in rest:  # clones, so that they do not keep the whole batch alive
+            self.push(part.clone(), part_labels.clone())
         return blocks
 
-    def flush(self) -> list[tuple[Tensor, Tensor | None]]:
-        """The rows that fill no block."""
-        return _pairs(*self._take_all()) if self._held else []
-
-    def _take_all(self) -> tuple[Tensor, Tensor | None]:
-        rows = torch.cat(self._rows)
-        labels = torch.cat(self._labels) if self._labels else None
+    def flush(self) -> list[tuple[Tensor, Tensor]]:
+        """All rows, of which the last block may not be full."""
+        if not self._held:
+            return []
+        rows, labels = torch.cat(self._rows), torch.cat(self._labels)
         self._rows, self._labels, self._held = [], [], 0
-        return rows, labels
-
-
-def _pairs(rows: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    if labels is None:
-        return [(part, None) for part in rows.split(BLOCK)]
-    return list(zip(rows.split(BLOCK), labels.split(BLOCK), strict=True))
+        return list(zip(rows.split(BLOCK), labels.split(BLOCK), strict=True))
 
 
 def check_features(features: object, width: int | None = None) -> None:
-    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` where given."""
-    if not isinstance(features, Tensor):
-        raise ArgumentTypeError(f"features must be a tensor, got {type(features).__name__}")
-    if not features.is_floating_point():
-        raise ArgumentTypeError(f"features must be a floating-point tensor, got {features.dtype}")
-    if features.dim() == 0 or features.shape[-1] == 0:
-        raise ShapeError(f"features must be [..., D] with D > 0, got {list(features.shape)}")
-    if width is not None and features.shape[-1] != width:
+    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` if given."""
+    found = check.floats("features", features)
+    if found.dim() == 0 or found.shape[-1] == 0:
+        raise ShapeError(f"features must be [..., D] with D > 0, got {check.shape(found)}")
+    if width is not None and found.shape[-1] != width:
         raise ShapeError(
-            f"features must be [..., {width}], as at fit, got {list(features.shape)}; the channels "
+            f"features must be [..., {width}], as at fit, got {check.shape(found)}; the channels "
             "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
         )
-
-
-def require_labels(labels: Tensor | None) -> Tensor:
-    """The labels; raise FitError without them."""
-    if labels is None:
-        raise FitError(
-            "DecisionTargets learns from labels, but fit() was given batches without them; use a "
-            "loader of (images, labels), or CodebookTargets at this point"
-        )
-    return labels
-
-
-def expand_labels(features: Tensor, labels: object) -> Tensor:
-    """Integer labels, int64, for every position [...] of features [..., D].
-
-    Raises:
-        ArgumentError: without labels.
-        ArgumentTypeError: if they are no integers, as those of mixup or one-hot rows.
-        ShapeError: if their shape is no leading part of ``[...]``.
-    """
-    where = list(features.shape[:-1])
-    if labels is None:
-        raise ArgumentError(
-            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
-            "features, labels) with integer labels, or use CodebookTargets at this point"
-        )
-    if not isinstance(labels, Tensor):
-        raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    found = f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ArgumentTypeError(
-            f"DecisionTargets needs integer class labels, got {found}; soft labels (mixup, CutMix, "
-            "one-hot) have no class of their own: apply kd.loss to unmixed batches with integer "
-            "labels, or use CodebookTargets at this point"
-        )
-    if list(labels.shape) != where[: labels.dim()]:
-        raise ShapeError(
-            f"labels must be integer classes, one an image or one a position, so a leading part of "
-            f"the shape {where}, got {found}; use integer labels, not one-hot rows"
-        )
-    return labels.long().reshape(labels.shape + (1,) * (len(where) - labels.dim())).expand(where)

@@ -1,4 +1,4 @@
-"""k-means++ seeding: one centre after the other for few, rounds of many for many."""
+"""k-means++ seeding: one by one for few centres, in rounds for many."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from kdlayers._targets.distances import closeness, nearest
 
 GREEDY_LIMIT = 512
-"""Up to this many centres are seeded one by one, the best of a few candidates each time; more are
-seeded in rounds."""
+"""Up to this many centres are seeded one by one, each the best of a few candidates; more are seeded
+in rounds."""
 
 
 def seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Indices of ``k`` of the rows to start from."""
+    """Indices of ``k`` rows to start from."""
     choose = _greedy_seeds if k <= GREEDY_LIMIT else _rejection_seeds
     return choose(rows, k, generator)
 
@@ -45,10 +45,10 @@ def _to_few(rows: Tensor, norms: Tensor, index: Tensor) -> Tensor:
 def _rejection_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Indices of ``k`` rows by k-means++, in rounds of one matrix product each.
 
-    As in k-means|| (Bahmani et al., VLDB 2012) a round draws many rows by the squared distances at
-    its start. Each is then accepted with the probability by which the rows accepted before it in
-    the round have shrunk its squared distance, which gives exactly the distribution of drawing them
-    one after the other.
+    As in k-means|| (Bahmani et al., VLDB 2012) a round draws many rows by their squared distances
+    at its start. A row is accepted with the ratio of its squared distance now, after the rows that
+    the round has accepted before it, to that at the start. This is exactly the distribution of
+    drawing rows one by one.
     """
     chosen = _draw(rows.new_ones(len(rows)), 1, generator)
     distances = nearest(rows, rows[chosen])[0]
@@ -63,26 +63,21 @@ def _rejection_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor
 
 def _accept(candidates: Tensor, distances: Tensor, generator: torch.Generator) -> Tensor:
     """Which candidates [m, D] pass, given their distances [m] at the start of the round."""
-    between = _all_distances(candidates, candidates).cpu()
+    squares = (candidates - candidates.mean(dim=0)).square().sum(dim=1, keepdim=True)
+    between = (squares - 2 * closeness(candidates, candidates)).clamp(min=0).cpu()
     start, current = distances.cpu(), distances.cpu()
     thresholds = torch.rand(len(start), generator=generator, dtype=torch.float64) * start
     accepted: list[int] = []
     for i, threshold in enumerate(thresholds.tolist()):
-        # The first is accepted always, also when all distances are 0 (fewer distinct rows than k).
+        # The first is always accepted, also if all distances are 0 (fewer distinct rows than k).
         if not accepted or threshold < float(current[i]):
             accepted.append(i)
             current = torch.minimum(current, between[i])
     return torch.tensor(accepted, device=candidates.device)
 
 
-def _all_distances(rows: Tensor, centers: Tensor) -> Tensor:
-    """Squared distances [n, m], for few centres."""
-    squares = (rows - centers.mean(dim=0)).square().sum(dim=1, keepdim=True)
-    return (squares - 2 * closeness(rows, centers)).clamp(min=0)
-
-
 def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices [count] drawn in proportion to ``weights`` [n]; on the CPU, the same everywhere."""
+    """Indices [count] drawn in proportion to ``weights`` [n]; on the CPU, as devices differ."""
     totals = weights.double().cpu().cumsum(dim=0)
     if not totals[-1] > 0:
         totals = torch.arange(1, len(weights) + 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Rows by the chunk: what the fused operators share."""
+"""Chunks of rows that fit the cache, for everything that makes a matrix [rows, templates]."""
 
 from collections.abc import Iterator
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 DEVICES = ("cpu", "cuda")
-"""Where the fused operators run; elsewhere the plain operations do."""
+"""Devices of the fused operators; others run the plain operations."""
 
 _ENTRIES = {"cpu": 2**20}
 """Entries of a chunk [rows, K]: 4 MiB in float32, about a core's level-2 cache."""
 _ENTRIES_ELSEWHERE = 2**24
-"""On accelerators, where a chunk must keep the whole device busy: 64 MiB."""
+"""On accelerators a chunk must keep the whole device busy: 64 MiB."""
 
 LEAST_SCORES, LEAST_RATIO = 2**19, 4
-"""Where the fused operators are faster, as measured on a CPU: from so many scores, and from so many
-templates a channel. Below, the plain operations need little memory anyway."""
+"""The fused operators are faster from this many scores and this many templates a channel, measured
+on a CPU. With fewer, the plain operations need little memory anyway."""
 
 
 def worthwhile(rows: int, channels: int, templates: int) -> bool:
@@ -24,19 +24,22 @@ def worthwhile(rows: int, channels: int, templates: int) -> bool:
 
 
 def chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of ``rows`` rows such that chunks of ``width`` columns stay in the cache."""
+    """Slices of ``rows`` rows whose chunks of ``width`` columns stay in the cache."""
     step = max(1, _ENTRIES.get(device.type, _ENTRIES_ELSEWHERE) // width)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def work_dtype(tensor: Tensor) -> torch.dtype:
-    """Dtype of sums and of everything but the factors of matrix products: float32 or better."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+def work_dtype(*tensors: Tensor) -> torch.dtype:
+    """Dtype to compute in with these tensors, outside matrix products: float32 or better."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right`` where the factors may have fewer digits than the sum."""
+    """``total += left @ right``; the factors may have a narrower type than the sum."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

@@ -18,7 +18,7 @@ def inverse_norm(vectors: Tensor) -> Tensor:
     """`inverse` of the norms over the last axis, kept as an axis, in float32 or better."""
     if vectors.dtype != torch.float64:
         vectors = vectors.float()
-    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     if torch.is_grad_enabled():
         return inverse(norms)
     return norms.clamp_min_(EPS).reciprocal_()  # no gradient to keep at 0: half the operations

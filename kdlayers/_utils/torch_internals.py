@@ -31,6 +31,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs the forward of ``kind``, neither a wrapper's nor a patch."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)
+
+
 def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
     """Take away the forward hooks and pre-hooks for which ``unwanted`` is true."""
     tables: tuple[dict[int, Callable[..., Any]], ...] = (
@@ -66,6 +71,11 @@ def _active_ddp() -> nn.Module | None:
 def is_functional(tensor: Tensor) -> bool:
     """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters by name, with those set to None."""
+    return module._parameters
 
 
 def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:

@@ -10,5 +10,5 @@ def cosine(student: Tensor, teacher: Tensor, dim: int, eps: float = 1e-12) -> Te
     norms = ours.clamp_min(eps) * theirs.clamp_min(eps)
     # Over infinity a zero vector gets no gradient; over the bound it would get a huge one.
     norms = norms.masked_fill((ours == 0) | (theirs == 0), torch.inf)
-    cosines: Tensor = (student * teacher).sum(dim=dim) / norms
-    return cosines
+    found: Tensor = (student * teacher).sum(dim=dim) / norms
+    return found

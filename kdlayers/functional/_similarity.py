@@ -49,5 +49,5 @@ def _similarities(features: Tensor) -> Tensor:
     """``[B, B]``: inner products of the samples, each row of unit length; zeros stay zeros."""
     products = features @ features.T
     norms = torch.linalg.vector_norm(products, dim=1, keepdim=True)
-    rows: Tensor = products / norms.clamp_min(1e-12).masked_fill(norms == 0, torch.inf)
-    return rows
+    scaled: Tensor = products / norms.clamp_min(1e-12).masked_fill(norms == 0, torch.inf)
+    return scaled

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
 from kdlayers._utils.chunks import work_dtype
-from kdlayers.errors import ArgumentError, NotFittedError, ShapeError
+from kdlayers.errors import ArgumentError, CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import exploration, inheritance
 from kdlayers.functional._inherit import Measure, Scale, check_measure
@@ -336,6 +336,15 @@ class InheritExploreLoss(DistillLoss):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        keys = prefix + "inherit_channels", prefix + "explore_channels"
+        parts = [state_dict[key] for key in keys if key in state_dict]
+        if len(parts) == 2 and all(isinstance(part, Tensor) and part.dim() == 1 for part in parts):
+            order = torch.cat(parts).sort().values
+            if not torch.equal(order, torch.arange(len(order)).to(order)):
+                raise CheckpointError(
+                    "the state of InheritExploreLoss is damaged: inherit_channels and "
+                    "explore_channels do not hold every channel once"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._is_fitted = bool(self.is_fitted)
 

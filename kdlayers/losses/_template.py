@@ -1,48 +1,15 @@
 """Template supervision: the loss of the KD layers."""
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdlayers._targets import divergence_from, scores_of
+from kdlayers._targets import TemplateTargets, divergence_from, scores_of
 from kdlayers._targets.fitter import Fitter
 from kdlayers.errors import ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
 from kdlayers.losses._base import DistillLoss, Weight
-
-
-class SoftTargets(Protocol):
-    """What `TemplateLoss` needs of template targets, which are also an ``nn.Module``."""
-
-    @property
-    def num_templates(self) -> int | None:
-        """K, or None before ``fit`` if K depends on the data."""
-        ...
-
-    @property
-    def fitted(self) -> bool:
-        """Whether ``fit`` has been done."""
-        ...
-
-    def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``[..., D]`` to ``[..., K]``."""
-        ...
-
-    def fitter(self, *, seed: int = 0) -> Fitter:
-        """What learns the targets from passes over the teacher's features."""
-        ...
-
-    def divergence(
-        self,
-        student: Tensor,
-        features: Tensor,
-        labels: Tensor | None = None,
-        *,
-        templates: Tensor | None = None,
-    ) -> Tensor:
-        """The mean divergence, computed without the whole assignment; optional."""
-        ...
 
 
 class TemplateLoss(DistillLoss):
@@ -101,8 +68,8 @@ class TemplateLoss(DistillLoss):
         self.template_targets = template_targets
 
     @property
-    def _soft_targets(self) -> SoftTargets | None:
-        return self.template_targets  # type: ignore[return-value]  # checked in __init__
+    def _soft_targets(self) -> TemplateTargets | None:
+        return self.template_targets  # type: ignore[return-value]  # or alike: see __init__
 
     def forward(
         self,
@@ -128,7 +95,7 @@ class TemplateLoss(DistillLoss):
         teacher, soft = teacher.detach(), self._soft_targets
         if soft is None:
             return template_kl(scores_of(student, templates), teacher)
-        if hasattr(soft, "divergence"):
+        if hasattr(soft, "divergence"):  # the user's own targets need only ``soft_assignment``
             return soft.divergence(student, teacher, targets, templates=templates)
         return divergence_from(soft.soft_assignment(teacher, targets), student, templates)
 

@@ -1,9 +1,9 @@
-"""Seeing what KD layers do: what they match and add, how often, and what the teacher taught them.
+"""What KD layers do: what they match and add, how often, and what they learnt from the teacher.
 
-Functions that compute take models and give tensors, and need nothing but torch (:func:`overlay`
-also torchvision). Functions whose names begin with ``plot_`` draw those tensors, give a
-``matplotlib.figure.Figure`` (``figure.savefig("matches.png")``), and need matplotlib, which
-``pip install "kdlayers[viz]"`` brings along.
+Functions that compute take models and return tensors; they need only torch (:func:`overlay` also
+torchvision). Functions whose names begin with ``plot_`` draw these tensors and return a
+``matplotlib.figure.Figure`` (``figure.savefig("matches.png")``). They need matplotlib, which
+``pip install "kdlayers[viz]"`` installs. No other folder imports this one.
 """
 
 from kdlayers.viz._figures import plot_matches as plot_matches

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from kdlayers.errors import ShapeError
-from kdlayers.viz._canvas import bare, drawable, new_figure
+from kdlayers.viz._canvas import drawable, new_figure
 from kdlayers.viz._overlay import (
     OTHERS,
     PALETTE,
@@ -34,35 +34,35 @@ COLUMNS = (
     "features\nafter",
 )
 CELL = 1.35
-"""Side of an image, in inches."""
+"""Side of an image in inches."""
 WRITTEN = 5
-"""Up to so many positions a side the templates' numbers are written on the map."""
+"""Maps of up to this many positions a side show the numbers of the templates."""
 
 
 def plot_matches(
     view: LayerView, images: Tensor, *, by: By = "assignment", top: int = len(PALETTE)
 ) -> Figure:
-    """What a KD layer matched and changed: one row an image.
+    """What a KD layer matched and changed, one row for each image.
 
-    From left to right: the image; the template that each region matched, as :func:`overlay`; the
+    From left to right: the image; the template that each region matched (:func:`overlay`); the
     lengths of the features and of what the layer adds (:func:`norm_maps`); the features before and
-    after as colours (:func:`feature_colors`). On maps of up to 5 x 5 regions the templates' numbers
-    are written.
+    after as colours (:func:`feature_colors`). Maps of up to 5 x 5 regions show the numbers of the
+    templates.
 
     Args:
-        view: of :func:`layer_view`.
-        images: the same images, ``[B, 1 or 3, height, width]``, to look at: uint8, or
-            floating-point in 0 to 1. Undo a normalisation first, ``images * std + mean``.
+        view: from :func:`layer_view`.
+        images: the same images to show, ``[B, 1 or 3, height, width]``: uint8, or floating-point in
+            0 to 1. Undo a normalisation first, ``images * std + mean``.
         by: as in :func:`match_map`.
-        top: number of templates with a colour of their own, 1 to 7 (default).
+        top: number of templates with their own colour, 1 to 7 (default).
 
     Returns:
         The figure.
 
     Raises:
         MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
-        ShapeError: if the images are not as many as those of the view, or no images.
-        ArgumentError: if values of the images are not in 0 to 1, or ``top`` not in 1 to 7.
+        ShapeError: if the images are not those of the view.
+        ArgumentError: if values of the images are not in 0 to 1, or ``top`` is not in 1 to 7.
 
     Example:
         >>> import torch
@@ -92,7 +92,8 @@ def plot_matches(
     for title, cell in zip(COLUMNS, axes[0], strict=True):
         cell.set_title(title, fontsize=9)
     for cell in axes.flat:
-        bare(cell)
+        cell.set_xticks([])
+        cell.set_yticks([])
     figure.suptitle(f"KD layer at {view.name}, {templates} templates", fontsize=10)
     _legend(figure, matches, colors, top)
     return figure
@@ -117,7 +118,7 @@ def _draw_matches(axes: Axes, image: Tensor, matches: Tensor, colors: Tensor) ->
 
 
 def _draw_lengths(figure: Figure, axes: Any, maps: tuple[Tensor, Tensor]) -> None:
-    """Each column in a scale of its own, which begins at 0."""
+    """Each column has its own scale, which begins at 0."""
     for column, side in zip(axes.T, maps, strict=True):
         longest = float(side.max()) or 1.0
         drawn = [
@@ -142,26 +143,22 @@ def _legend(figure: Figure, matches: Tensor, colors: Tensor, top: int) -> None:
     if len(order) > top:
         entries.append((OTHERS, f"{len(order) - top} others ({rest:.0%})"))
     none = float((matches < 0).sum()) / positions
-    handles = [Patch(color=_hex(color), label=label) for color, label in entries]
+    handles = [Patch(color=f"#{bytes(color).hex()}", label=label) for color, label in entries]
     if none:
         handles.append(Patch(facecolor="white", edgecolor="grey", label=f"-: none ({none:.0%})"))
     title = "template (share of these positions)"
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, title=title)
 
 
-def _hex(color: RGB) -> str:
-    return f"#{bytes(color).hex()}"
-
-
 def plot_usage(usage: TemplateUsage) -> Figure:
-    """How many positions each template fires at, and is the best match of.
+    """At how many positions each template fires, and is the best match.
 
-    Templates stand in the order of how often they fire, each curve as a share of all positions, in
-    a logarithmic scale; the title counts the templates that never fire or never win. An even use
-    would be the dashed line.
+    Templates are ordered by how often they fire. Each curve is a share of all positions on a
+    logarithmic scale; the dashed line is an even use. The title counts the templates that never
+    fire or are never the best match.
 
     Args:
-        usage: of :func:`template_usage`.
+        usage: from :func:`template_usage`.
 
     Returns:
         The figure.
@@ -179,8 +176,9 @@ def plot_usage(usage: TemplateUsage) -> Figure:
     figure = new_figure("plot_usage", 7.0, 3.2)
     axes = figure.subplots()
     templates, silent = len(usage.fires), len(usage.silent)
-    order = usage.fires.argsort(descending=True, stable=True)
-    fires, best = (drawable(100 * n[order].double() / usage.positions) for n in _counts(usage))
+    order = usage.fires.cpu().argsort(descending=True, stable=True)
+    counted = (usage.fires.cpu(), usage.best.cpu())
+    fires, best = (drawable(100 * n[order].double() / usage.positions) for n in counted)
     edges = [rank + 0.5 for rank in range(templates + 1)]
     seen = [share for share in (*fires, *best) if share]
     floor = min([*seen, 100 / templates]) / 3
@@ -202,7 +200,3 @@ def plot_usage(usage: TemplateUsage) -> Figure:
     axes.set_title(f"KD layer at {usage.name}: {counts}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
-
-
-def _counts(usage: TemplateUsage) -> tuple[Tensor, Tensor]:
-    return usage.fires.cpu(), usage.best.cpu()

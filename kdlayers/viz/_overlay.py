@@ -1,4 +1,4 @@
-"""Match maps in colours on the images they belong to."""
+"""Match maps as colours over their images."""
 
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ from kdlayers.functional import _checks as check
 
 RGB: TypeAlias = tuple[int, int, int]
 
-# Told apart also by most colour-blind readers: M. Okabe, K. Ito, "Color Universal Design", 2008.
+# Most colour-blind readers can distinguish these: M. Okabe, K. Ito, "Color Universal Design", 2008.
 PALETTE = (
     (230, 159, 0),
     (86, 180, 233),
@@ -25,16 +25,16 @@ OTHERS = (128, 128, 128)
 
 
 def template_colors(matches: Tensor, num_templates: int, *, top: int = len(PALETTE)) -> Tensor:
-    """A colour for every template: the most frequent ones of ``matches`` get one of their own.
+    """A colour for every template; the most frequent ones of ``matches`` get their own.
 
     Args:
-        matches: best templates, of :func:`match_map`, of any shape; -1 is not counted.
+        matches: best templates from :func:`match_map`, of any shape; -1 is not counted.
         num_templates: number of templates K.
-        top: number of templates with a colour of their own, 1 to 7 (default); the others are grey.
+        top: number of templates with their own colour, 1 to 7 (default); the others are grey.
 
     Returns:
-        ``[K, 3]``, uint8. The colours, which colour-blind readers can tell apart, are those of
-        Okabe and Ito (2008), in their order.
+        ``[K, 3]``, uint8: the colours of Okabe and Ito (2008), which colour-blind readers can
+        distinguish, in their order.
 
     Raises:
         ArgumentError: if ``top`` is not in 1 to 7, or a template is not in 0 to K - 1.
@@ -58,7 +58,7 @@ def template_colors(matches: Tensor, num_templates: int, *, top: int = len(PALET
 
 
 def frequent(matches: Tensor, num_templates: int) -> list[int]:
-    """The templates that occur in ``matches``, most frequent first, of equals the lower index."""
+    """The templates in ``matches``, most frequent first; on ties the lower index first."""
     found = matches[matches >= 0].flatten().cpu()
     if len(found) and int(found.max()) >= num_templates:
         raise ArgumentError(
@@ -74,25 +74,25 @@ def overlay(
 ) -> Tensor:
     """One image with every region in the colour of the template that it matched.
 
-    The map is enlarged to the image, nearest neighbour; regions that match nothing (-1) keep the
+    The map is enlarged to the image by nearest neighbour. Regions without a match (-1) keep the
     image's colours.
 
     Args:
-        image: ``[3, height, width]``, or ``[1, height, width]`` for grey; uint8, or
-            floating-point in 0 to 1: undo a normalisation first, ``image * std + mean``.
-        matches: one map of :func:`match_map`, ``[H, W]``.
+        image: ``[3, height, width]``, or ``[1, height, width]`` for grey; uint8, or floating-point
+            in 0 to 1. Undo a normalisation first, ``image * std + mean``.
+        matches: one map from :func:`match_map`, ``[H, W]``.
         colors: a colour for every template, uint8 ``[K, 3]``; default: :func:`template_colors` of
-            this map. Pass those of all maps to compare images.
+            this map. To compare images pass the colours of all maps.
         alpha: opacity of the colours, 0 to 1. Default 0.5.
 
     Returns:
         ``[3, height, width]``, uint8, on the CPU.
 
     Raises:
-        ArgumentTypeError: if ``image`` or ``matches`` is no tensor, or ``matches`` not integer.
-        ShapeError: if a shape is another.
-        ArgumentError: if values of the image are not in 0 to 1, ``alpha`` is not, or ``colors`` has
-            no row for a template.
+        ArgumentTypeError: if ``image`` is not a tensor or ``matches`` not an integer tensor.
+        ShapeError: if a shape is wrong.
+        ArgumentError: if ``alpha`` or a value of the image is not in 0 to 1, or ``colors`` has no
+            row for a template.
 
     Example:
         >>> import torch
@@ -106,7 +106,15 @@ def overlay(
     if not 0 <= alpha <= 1:
         raise ArgumentError(f"alpha is an opacity in 0..1, got {alpha}")
     picture = as_picture(image)
-    matches = _check_map(matches).cpu()
+    if not isinstance(matches, Tensor) or matches.is_floating_point():
+        kind = matches.dtype if isinstance(matches, Tensor) else type(matches).__name__
+        raise ArgumentTypeError(f"matches must be an integer tensor of match_map, got {kind}")
+    if matches.dim() != 2:
+        raise ShapeError(
+            f"matches must be one map [H, W], got {tuple(matches.shape)}; take one of a batch, "
+            "match_map(view)[0]"
+        )
+    matches = matches.cpu()
     present = [int(k) for k in matches.unique() if k >= 0]
     if colors is None:
         colors = template_colors(matches, max(present, default=0) + 1)
@@ -122,15 +130,14 @@ def overlay(
 
 
 def rgb(color: Tensor) -> RGB:
-    """One row of the colors as the numbers that drawing libraries take."""
+    """One row of the colors as a tuple, for drawing libraries."""
     red, green, blue = color.tolist()
     return red, green, blue
 
 
 def as_picture(image: Tensor) -> Tensor:
     """``image`` as ``[3, height, width]``, uint8, on the CPU."""
-    if not isinstance(image, Tensor):
-        raise ArgumentTypeError(f"image must be a tensor, got {type(image).__name__}")
+    check.tensor("image", image)
     if image.dim() != 3 or image.shape[0] not in (1, 3):
         raise ShapeError(
             f"image must be [3, height, width] or [1, height, width], got {tuple(image.shape)}; "
@@ -146,7 +153,7 @@ def _to_bytes(image: Tensor) -> Tensor:
     if not image.is_floating_point():
         raise ArgumentTypeError(f"image must be uint8 or floating-point, got {image.dtype}")
     low, high = float(image.min()), float(image.max())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also where they are no numbers
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also true for NaN
         raise ArgumentError(
             f"a floating-point image must lie in 0..1, got values from {low:.4g} to {high:.4g}; "
             "undo its normalisation first: image * std + mean"
@@ -154,26 +161,14 @@ def _to_bytes(image: Tensor) -> Tensor:
     return (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _check_map(matches: Tensor) -> Tensor:
-    if not isinstance(matches, Tensor) or matches.is_floating_point():
-        kind = matches.dtype if isinstance(matches, Tensor) else type(matches).__name__
-        raise ArgumentTypeError(f"matches must be an integer tensor of match_map, got {kind}")
-    if matches.dim() != 2:
-        raise ShapeError(
-            f"matches must be one map [H, W], got {tuple(matches.shape)}; take one of a batch, "
-            "match_map(view)[0]"
-        )
-    return matches
-
-
 def _check_colors(colors: Tensor, present: list[int]) -> None:
     if colors.dim() != 2 or colors.shape[1] != 3 or colors.dtype != torch.uint8:
         raise ShapeError(
             f"colors must be uint8 [K, 3], got {colors.dtype} {tuple(colors.shape)}; "
-            "template_colors(matches, K) makes them"
+            "use template_colors(matches, K)"
         )
     if max(present, default=0) >= len(colors):
         raise ArgumentError(
-            f"matches has template {max(present)}, but there are {len(colors)} colors; make them "
-            "with template_colors(matches, view.scores.shape[-1])"
+            f"matches has template {max(present)}, but there are {len(colors)} colors; use "
+            "template_colors(matches, view.scores.shape[-1])"
         )

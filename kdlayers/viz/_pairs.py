@@ -19,7 +19,7 @@ class Pair:
     column: int
     value: float
     names: tuple[str, str]
-    """Names of the row's class and of the column's; the indices where no names were given."""
+    """Names of the row's and the column's class; the indices if no names were given."""
 
 
 def strongest_pairs(
@@ -27,24 +27,23 @@ def strongest_pairs(
 ) -> list[Pair]:
     r"""The entries of greatest magnitude off the diagonal.
 
-    Of :meth:`AEKTLoss.relations <kdlayers.AEKTLoss.relations>`, for instance: entry (i, j) says by
-    how much the logit of class i that is compared with the teacher's rises with the student's logit
-    of class j. Or of :func:`class_decisions`: how often the teacher takes class i for class j.
+    In :meth:`AEKTLoss.relations <kdlayers.AEKTLoss.relations>` entry (i, j) is the weight of the
+    student's logit of class j in the logit of class i that is compared with the teacher's. In
+    :func:`class_decisions` it is how often the teacher takes class i for class j.
 
     Args:
         table: ``[C, C]``.
         class_names: C names; default: the indices.
-        top: greatest number of pairs. Default 10; there are never more than C (C - 1), and entries
-            that are 0 are left out.
+        top: largest number of pairs. Default 10. Entries that are 0 are left out.
 
     Returns:
-        Pairs by falling magnitude, of equals the earlier row and column first.
+        Pairs by falling magnitude; on ties by row, then column.
 
     Raises:
         ShapeError: if ``table`` is not square.
-        ArgumentError: if the number of names is not C, ``top`` is below 1, or an entry is no finite
-            number.
-        ArgumentTypeError: if ``top`` is no int.
+        ArgumentError: if the number of names is not C, ``top`` is below 1, or an entry is not
+            finite.
+        ArgumentTypeError: if ``top`` is not an int.
 
     Example:
         >>> import torch
@@ -59,7 +58,7 @@ def strongest_pairs(
     table = check_square(table).detach().cpu()
     names = names_of(class_names, len(table))
     if not table.isfinite().all():
-        raise ArgumentError("the table has entries that are no finite numbers: training diverged")
+        raise ArgumentError("the table has NaN or infinite entries: did training diverge?")
     strength = table.abs().clone().fill_diagonal_(0).flatten()
     order = strength.argsort(descending=True, stable=True)[:top]
     places = [divmod(int(place), len(table)) for place in order if strength[place] > 0]
@@ -67,15 +66,15 @@ def strongest_pairs(
 
 
 def class_decisions(targets: DecisionTargets) -> Tensor:
-    r"""For what class the teacher takes the positions of each class.
+    r"""How often the teacher takes positions of one class for each class.
 
-    The decisions among sub-classes, summed over those of the class decided for, and averaged over
-    those of the own class by their numbers of positions n:
+    The decisions among sub-classes, summed over the sub-classes of the class decided for, and
+    averaged over those of the own class, weighted by their numbers of positions n:
 
     .. math:: D_{cc'} = \frac{\sum_{s \in c} n_s \sum_{s' \in c'} P_{ss'}}{\sum_{s \in c} n_s}
 
     Args:
-        targets: those of a point, after ``kd.fit``.
+        targets: the targets of a point, after ``kd.fit``.
 
     Returns:
         ``[C, C]``, rows summing to 1; zeros for a class without positions.
@@ -103,10 +102,7 @@ def class_decisions(targets: DecisionTargets) -> Tensor:
 def fitted_tables(targets: DecisionTargets) -> tuple[Tensor, Tensor]:
     """P ``[K, K]`` and the numbers of positions ``[C, S]``."""
     if targets.decisions is None or targets.counts is None:
-        raise NotFittedError(
-            "these DecisionTargets are not fitted yet; kd.fit(loader) learns the decisions from "
-            "the teacher"
-        )
+        raise NotFittedError("these DecisionTargets are not fitted yet; call kd.fit(loader) first")
     return targets.decisions, targets.counts
 
 
@@ -114,14 +110,14 @@ def check_square(table: Tensor) -> Tensor:
     """``table`` if it is ``[C, C]``."""
     if table.dim() != 2 or table.shape[0] != table.shape[1]:
         raise ShapeError(
-            f"a table over classes is [C, C], got {tuple(table.shape)}; AEKTLoss.relations() and "
-            "class_decisions(targets) give such tables"
+            f"a table over classes must be [C, C], got {tuple(table.shape)}; use AEKTLoss.relations"
+            "() or class_decisions(targets)"
         )
     return table
 
 
 def names_of(class_names: Sequence[str] | None, count: int) -> list[str]:
-    """The names as strings; indices where there are none."""
+    """The names as strings; the indices if there are none."""
     if class_names is None:
         return [str(index) for index in range(count)]
     if len(class_names) != count:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from kdlayers._targets import DecisionTargets
-from kdlayers.viz._canvas import drawable, name_classes, new_figure
+from kdlayers.viz._canvas import drawable, new_figure
 from kdlayers.viz._pairs import (
     Pair,
     check_square,
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NAMED = 30
+"""Up to this many classes have their names along the axes."""
+
 
 def plot_decisions(
     targets: DecisionTargets, class_names: Sequence[str] | None = None, *, top: int = 10
@@ -29,13 +32,14 @@ def plot_decisions(
     """The teacher's decisions among sub-classes as an image, and the classes it confuses most.
 
     On the left P, ``[K, K]``: the row is the sub-class that a position belongs to, the column the
-    one that the teacher takes it for; lines separate the classes. Shades go with the square root,
-    so that rare decisions show. On the right :func:`strongest_pairs` of :func:`class_decisions`.
+    one that the teacher takes it for. Lines separate the classes. Shades show the square root, so
+    that rare decisions are visible. On the right :func:`strongest_pairs` of
+    :func:`class_decisions`.
 
     Args:
-        targets: those of a point, after ``kd.fit``.
-        class_names: C names; default: the indices. Above 30 classes only the pairs are named.
-        top: greatest number of pairs. Default 10.
+        targets: the targets of a point, after ``kd.fit``.
+        class_names: C names; default: the indices. Above 30 classes only the pairs have names.
+        top: largest number of pairs. Default 10.
 
     Returns:
         The figure.
@@ -43,7 +47,7 @@ def plot_decisions(
     Raises:
         MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
         NotFittedError: before ``fit``.
-        ArgumentError: if the number of names is not C, or ``top`` below 1.
+        ArgumentError: if the number of names is not C, or ``top`` is below 1.
 
     Example:
         >>> import torch
@@ -58,15 +62,11 @@ def plot_decisions(
     classes, subclasses = counts.shape
     names = names_of(class_names, classes)
     pairs = strongest_pairs(class_decisions(targets), names, top=top)
-    figure = new_figure("plot_decisions", 9.0, 4.6)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    drawn = left.imshow(
-        drawable(decisions.sqrt()), vmin=0, vmax=1, cmap="magma_r", interpolation="nearest"
-    )
+    figure, left, right = _two_sides("plot_decisions")
+    drawn = _image(left, decisions.sqrt(), names, vmin=0, vmax=1, cmap="magma_r")
     for edge in range(1, classes):
         for line in (left.axhline, left.axvline):
             line(edge * subclasses - 0.5, color="#888888", linewidth=0.5)
-    name_classes(left, names, subclasses, columns=True)
     left.set_ylabel(f"belongs to (sub-classes of {classes} classes)")
     left.set_xlabel("teacher takes it for")
     left.set_title(f"P, {len(decisions)} sub-classes", fontsize=10)
@@ -85,14 +85,14 @@ def plot_relations(
 ) -> Figure:
     """AEKT's matrix as an image, and its strongest pairs by name.
 
-    Row i says how the student's logits are weighed in the logit of class i that is compared with
-    the teacher's. The matrix starts as the identity; so that what was learnt off the diagonal
-    shows, the colours reach as far as the largest entry there, and the diagonal is left grey.
+    Row i holds the weights of the student's logits in the logit of class i that is compared with
+    the teacher's. The matrix starts as the identity. To show what was learnt off the diagonal, the
+    colours reach as far as the largest entry there, and the diagonal is grey.
 
     Args:
-        relations: ``[C, C]``, of :meth:`AEKTLoss.relations <kdlayers.AEKTLoss.relations>`.
-        class_names: C names; default: the indices. Above 30 classes only the pairs are named.
-        top: greatest number of pairs. Default 10.
+        relations: ``[C, C]``, from :meth:`AEKTLoss.relations <kdlayers.AEKTLoss.relations>`.
+        class_names: C names; default: the indices. Above 30 classes only the pairs have names.
+        top: largest number of pairs. Default 10.
 
     Returns:
         The figure.
@@ -100,7 +100,8 @@ def plot_relations(
     Raises:
         MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
         ShapeError: if the matrix is not square.
-        ArgumentError: if the number of names is not C, ``top`` below 1, or an entry is not finite.
+        ArgumentError: if the number of names is not C, ``top`` is below 1, or an entry is not
+            finite.
 
     Example:
         >>> import torch
@@ -114,14 +115,10 @@ def plot_relations(
     names = names_of(class_names, len(relations))
     pairs = strongest_pairs(relations, names, top=top)
     limit = abs(pairs[0].value) if pairs else 1.0
-    figure = new_figure("plot_relations", 9.0, 4.6)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure, left, right = _two_sides("plot_relations")
     left.set_facecolor("#bbbbbb")
-    shown = relations.float().clone().fill_diagonal_(float("nan"))  # not drawn: grey shows
-    drawn = left.imshow(
-        drawable(shown), vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest"
-    )
-    name_classes(left, names, 1, columns=True)
+    shown = relations.float().clone().fill_diagonal_(float("nan"))  # not drawn, so grey shows
+    drawn = _image(left, shown, names, vmin=-limit, vmax=limit, cmap="RdBu_r")
     left.set_xlabel("student's logit")
     left.set_ylabel("logit compared with the teacher's")
     diagonal = relations.diagonal()
@@ -134,8 +131,25 @@ def plot_relations(
     return figure
 
 
+def _two_sides(caller: str) -> tuple[Figure, Axes, Axes]:
+    figure = new_figure(caller, 9.0, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    return figure, left, right
+
+
+def _image(axes: Axes, table: Tensor, names: Sequence[str], **colors: Any) -> Any:
+    """Draws a table with the names at the middle of each class's rows, unless they are many."""
+    drawn = axes.imshow(drawable(table), interpolation="nearest", **colors)
+    shown, size = list(names) if len(names) <= NAMED else [], len(table) // len(names)
+    middles = [size * index + (size - 1) / 2 for index in range(len(shown))]
+    axes.set_yticks(middles, shown)
+    axes.set_xticks(middles, shown, rotation=90 if max(map(len, shown), default=0) > 2 else 0)
+    axes.tick_params(length=0, labelsize=8)
+    return drawn
+
+
 def _draw_pairs(axes: Axes, pairs: Sequence[Pair], word: str) -> None:
-    """Bars, the strongest on top."""
+    """Bars, the strongest at the top."""
     if not pairs:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._layer.layer import KDLayer
+from kdlayers._layer.layer import LayerParts
 from kdlayers._models.wrappers import unwrap
 from kdlayers._step.batches import split_batch
 from kdlayers._utils.chunks import chunks
@@ -18,7 +18,7 @@ from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
 
 @dataclass(frozen=True)
 class TemplateUsage:
-    """How often the K templates of one KD layer were used on some data."""
+    """How often each of the K templates of a KD layer was used on some data."""
 
     name: str
     """The layer's point."""
@@ -27,11 +27,11 @@ class TemplateUsage:
     best: Tensor
     """Positions at which each template has the largest p: ``[K]``, int64."""
     positions: int
-    """Positions in all; at ``positions - best.sum()`` of them no template fires."""
+    """Number of all positions; at ``positions - best.sum()`` of them no template fires."""
 
     @property
     def silent(self) -> Tensor:
-        """Templates that fire nowhere: their indices."""
+        """Indices of the templates that fire nowhere."""
         return (self.fires == 0).nonzero().flatten()
 
 
@@ -43,21 +43,21 @@ def template_usage(
     .. math:: \#\{i : p_{ik} > 0\}, \qquad \#\{i : k = \operatorname*{argmax}_{k'} p_{ik'},\;
         p_{ik} > 0\}
 
-    The student runs in eval mode without gradient. Only positions that are regions of the images
-    are counted, as in :func:`match_map`, and not class and register tokens. A template that is
-    silent here may still act on those, so :func:`~kdlayers.prune_templates` counts all positions.
+    The student runs in eval mode without gradient. As in :func:`match_map`, only regions of the
+    images are counted, and not class and register tokens. A template that is silent here may still
+    act on those tokens, so :func:`~kdlayers.prune_templates` counts all positions.
 
     Args:
         student: a model with KD layers, attached, detached, loaded or baked.
         loader: batches of images, or of (images, labels), as the student takes them.
-        at: name of the layer's point; may be left out where there is only one.
+        at: name of the layer's point; optional if there is only one.
 
     Returns:
         The counts, on the student's device.
 
     Raises:
         FitError: if the loader is empty.
-        AttachError, ArgumentError, ArgumentTypeError, NoMatchError, ShapeError, LayoutError: as
+        AttachError, ArgumentError, ArgumentTypeError, NoMatchError, ShapeError, LayoutError: as in
             :func:`layer_view`.
 
     Example:
@@ -87,7 +87,7 @@ def template_usage(
 
 
 @torch.no_grad()
-def _count(layer: KDLayer, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _count(layer: LayerParts, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Counts ``[K]`` of features ``[N, C]``, without a tensor ``[N, K]``."""
     templates = layer.head.num_templates
     fires = torch.zeros(templates, dtype=torch.int64, device=rows.device)
@@ -95,6 +95,6 @@ def _count(layer: KDLayer, rows: Tensor) -> tuple[Tensor, Tensor]:
     for part in chunks(len(rows), templates, rows.device):
         assignment = assign(layer, rows[part])[1]
         fires += (assignment > 0).sum(0)
-        # One count more in front, for the positions where none fires.
+        # The first count is for the positions where none fires.
         best += torch.bincount(best_templates(assignment) + 1, minlength=templates + 1)[1:]
     return fires, best

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlayers._models.wrappers import unwrap
-from kdlayers.errors import ArgumentError, AttachError
+from kdlayers._targets.kmeans import principal_axes
+from kdlayers.errors import AttachError
+from kdlayers.functional import _checks as check
 from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
 
 By: TypeAlias = Literal["assignment", "scores"]
@@ -17,15 +20,15 @@ By: TypeAlias = Literal["assignment", "scores"]
 class LayerView:
     """What one KD layer did on a batch of B images, at each of H x W positions.
 
-    Prefix tokens (class and register tokens) are left out; a vector is a grid of one position.
+    Class and register tokens are left out. A vector is a grid of one position.
     """
 
     name: str
     """The layer's point."""
     before: Tensor
-    """Features that go into the layer, x: ``[B, H, W, C]``."""
+    """Features before the layer, x: ``[B, H, W, C]``."""
     after: Tensor
-    """Features that come out, x + alpha v: ``[B, H, W, C]``."""
+    """Features after it, x + alpha v: ``[B, H, W, C]``."""
     scores: Tensor
     """Scores of the templates, a: ``[B, H, W, K]``."""
     assignment: Tensor
@@ -33,30 +36,30 @@ class LayerView:
 
 
 def layer_view(student: nn.Module, images: Tensor, at: str | None = None) -> LayerView:
-    r"""Run ``student`` on ``images`` and keep what one of its KD layers did.
+    r"""Run ``student`` on ``images`` and return what one of its KD layers did.
 
     .. math:: a = \operatorname{cos}(x; W, s_t), \qquad p = \operatorname{ReLU}(\operatorname{BN}
         (a)), \qquad \hat x = x + \alpha v
 
     as in :class:`~kdlayers.KDLayer`. The student runs in eval mode without gradient; its training
-    flags, the random states and a recorded training step stay as they are. All scores are kept: a
-    few images are meant, and :func:`template_usage` is there for whole data sets.
+    flags, the random states and a recorded training step do not change. All scores are kept, so
+    pass a few images only, and use :func:`template_usage` for whole data sets.
 
     Args:
         student: a model with KD layers, attached, detached, loaded or baked.
         images: as the student takes them, ``[B, channels, height, width]``.
-        at: name of the layer's point; may be left out where there is only one.
+        at: name of the layer's point; optional if there is only one.
 
     Returns:
         The features before and after, the scores and the assignments, as grids.
 
     Raises:
         AttachError: if the student has no KD layers, or the layer did not run exactly once.
-        ArgumentError: if there are several layers and none is named.
+        ArgumentError: if there are several layers and ``at`` is not given.
         NoMatchError: if there is no KD layer of this name.
-        ArgumentTypeError: if ``images`` is no tensor.
-        ShapeError: if ``images`` is no batch.
-        LayoutError: if the tokens of the layer form no grid of the images' proportions.
+        ArgumentTypeError: if ``images`` is not a tensor.
+        ShapeError: if ``images`` is not a batch.
+        LayoutError: if the layer's tokens do not form a grid of the images' proportions.
 
     Example:
         >>> import torch
@@ -74,8 +77,8 @@ def layer_view(student: nn.Module, images: Tensor, at: str | None = None) -> Lay
     seen = watched(student, layer, images)
     if len(seen) != 1:
         raise AttachError(
-            f"the KD layer at {name!r} ran {len(seen)} times in one forward; it can be shown only "
-            "where it runs once"
+            f"the KD layer at {name!r} ran {len(seen)} times in one forward; only layers that run "
+            "once can be shown"
         )
     before, after = (grid(x, name, layer, student, images) for x in seen[0])
     with torch.no_grad():
@@ -89,10 +92,10 @@ def match_map(view: LayerView, *, by: By = "assignment") -> Tensor:
     .. math:: m_i = \operatorname*{argmax}_k p_{ik}
 
     Args:
-        view: of :func:`layer_view`.
-        by: ``"assignment"`` (default): by p, what acts on the features, where -1 says that no
-            template fires and the position passes unchanged. ``"scores"``: by a, what the teacher
-            supervises; it is never -1. The two differ by the batch norm.
+        view: from :func:`layer_view`.
+        by: ``"assignment"`` (default): by p, which acts on the features; -1 means that no template
+            fires and the features do not change. ``"scores"``: by a, which the teacher supervises;
+            it is never -1. The two differ by the batch norm.
 
     Returns:
         ``[B, H, W]``, int64, -1 to K - 1.
@@ -108,21 +111,20 @@ def match_map(view: LayerView, *, by: By = "assignment") -> Tensor:
         >>> match_map(LayerView("layer4", x, x, p, p))
         tensor([[[ 1, -1]]])
     """
-    if by not in get_args(By):
-        raise ArgumentError(f'by must be "assignment" or "scores", got {by!r}')
+    check.one_of("by", by, get_args(By))
     if by == "scores":
         return view.scores.argmax(-1)
     return best_templates(view.assignment)
 
 
 def best_templates(assignment: Tensor) -> Tensor:
-    """Index of the largest entry of ``[..., K]``; -1 where none is above zero."""
+    """Index of the largest entry of ``[..., K]``; -1 if none is above zero."""
     strength, best = assignment.max(-1)
     return torch.where(strength > 0, best, -1)
 
 
 def norm_maps(view: LayerView) -> tuple[Tensor, Tensor]:
-    r"""How long the features are, and what the layer adds to them.
+    r"""The lengths of the features, and of what the layer adds to them.
 
     .. math:: \lVert x_i \rVert_2, \qquad \lVert \hat x_i - x_i \rVert_2
 
@@ -141,12 +143,12 @@ def norm_maps(view: LayerView) -> tuple[Tensor, Tensor]:
 
 
 def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
-    """Features before and after the layer as colours: equal colours stand for similar features.
+    """Features before and after the layer as colours: equal colours mean similar features.
 
-    Red, green and blue are the first three principal components of all positions, before and after
-    together, so that the two can be compared. Each side is centred by itself first: what the layer
-    adds everywhere alike is not shown. Every component is stretched so that all but 2 % of the
-    positions at either end lie in 0 to 1; one along which nothing varies is 0.5.
+    Red, green and blue are the first three principal components of all positions before and after
+    the layer, so that the two can be compared. Each side is centred separately first, so what the
+    layer adds equally everywhere is not shown. Each component is scaled so that all but 2 % of the
+    positions at either end lie in 0 to 1; one that does not vary is 0.5.
 
     Returns:
         Before and after, ``[B, 3, H, W]`` in 0 to 1, on the CPU.
@@ -163,26 +165,15 @@ def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
     # On the CPU: not every accelerator has float64 and eigenvectors.
     sides = [side.reshape(-1, channels).cpu().double() for side in (view.before, view.after)]
     rows = torch.cat([side - side.mean(0) for side in sides])
-    colors = _stretched(rows @ _principal_axes(rows)).to(torch.float32)
+    axes = principal_axes(rows)[0][:, :3]
+    # The sign of an axis is arbitrary: let its largest entry be positive.
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    parts = rows @ axes
+    spread = parts.square().sum(0)
+    parts = F.pad(parts * (spread > 1e-12 * spread.max()), (0, 3 - parts.shape[1]))
+    low, high = parts.quantile(parts.new_tensor([0.02, 0.98]), dim=0)
+    reach = high - low
+    scaled = ((parts - low) / torch.where(reach > 0, reach, 1.0)).clamp(0, 1)
+    colors = torch.where(reach > 0, scaled, 0.5).to(torch.float32)
     before, after = colors.view(2, batch, height, width, 3).movedim(-1, 2)
     return before, after
-
-
-def _principal_axes(rows: Tensor) -> Tensor:
-    """Three orthogonal directions ``[C, 3]``; zeros in the place of those without variance."""
-    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
-    axes = rows.new_zeros(rows.shape[1], 3)
-    count = min(3, rows.shape[1])
-    top = vectors.flip(1)[:, :count]
-    # An axis has no direction of its own: let its largest entry be positive.
-    sign = top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
-    varies = values.flip(0)[:count] > 1e-12 * values[-1].clamp_min(1e-300)
-    axes[:, :count] = top * sign * varies
-    return axes
-
-
-def _stretched(components: Tensor) -> Tensor:
-    low, high = components.quantile(components.new_tensor([0.02, 0.98]), dim=0)
-    width = high - low
-    scaled = ((components - low) / torch.where(width > 0, width, 1.0)).clamp(0, 1)
-    return torch.where(width > 0, scaled, 0.5)

@@ -1,4 +1,4 @@
-"""What goes into a KD layer of a model and comes out of it."""
+"""The features before and after a KD layer of a model."""
 
 from typing import Any
 
@@ -6,47 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlayers._layer.layer import KDLayer
+from kdlayers._layer.layer import KDLayer, LayerParts
 from kdlayers._models.layouts import Layout, find_layout
 from kdlayers._models.names import readings
 from kdlayers._models.trace import to_model
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import slots
 from kdlayers.errors import (
     ArgumentError,
-    ArgumentTypeError,
     AttachError,
     LayoutError,
     NoMatchError,
     ShapeError,
 )
+from kdlayers.functional import _checks as check
 
 
-def find_layer(student: nn.Module, at: str | None) -> tuple[str, KDLayer]:
-    """The KD layer called ``at``, or the only one; and its name.
+def find_layer(student: nn.Module, at: str | None) -> tuple[str, LayerParts]:
+    """The name and the KD layer called ``at``, or those of the only one.
 
-    Layers are called as their points where hooks put them, and else as modules are.
+    A layer that hooks call has the name of its point; others have their names as modules.
 
     Raises:
         AttachError: if there is no KD layer.
-        ArgumentError: if there are several and none is named.
+        ArgumentError: if there are several and ``at`` is None.
         NoMatchError: if none has this name.
     """
-    layers: dict[str, KDLayer] = dict(slots(student))
-    layers |= {
-        name: module
-        for name, module in student.named_modules()
-        if isinstance(module, KDLayer) and not isinstance(module, Slot)
-    }
+    layers: dict[str, LayerParts] = dict(slots(student))
+    layers |= {n: module for n, module in student.named_modules() if isinstance(module, KDLayer)}
     names = ", ".join(map(repr, layers))
     if not layers:
         raise AttachError(
-            f"this {type(student).__name__} has no KD layers to look at; attach_kd puts them in, "
-            "and of a folded copy pass the student that it was made of"
+            f"this {type(student).__name__} has no KD layers; call attach_kd first, and instead of "
+            "a folded copy pass the student that it was made from"
         )
     if at is None and len(layers) > 1:
-        raise ArgumentError(f"this student has KD layers at {names}; say with at= which one")
+        raise ArgumentError(f"this student has KD layers at {names}; choose one with at=")
     wanted = [next(iter(layers))] if at is None else readings(at)
     name = next((each for each in wanted if each in layers), None)
     if name is None:
@@ -55,38 +50,30 @@ def find_layer(student: nn.Module, at: str | None) -> tuple[str, KDLayer]:
 
 
 def check_images(images: Any) -> Tensor:
-    """``images`` if they are a batch.
-
-    Raises:
-        ArgumentTypeError: if they are no tensor.
-        ShapeError: if they have not four axes.
-    """
-    if not isinstance(images, Tensor):
-        raise ArgumentTypeError(f"images must be a tensor, got {type(images).__name__}")
-    if images.dim() != 4:
+    """``images``; raise ArgumentTypeError or ShapeError unless they are a batch."""
+    found = check.tensor("images", images)
+    if found.dim() != 4:
         raise ShapeError(
-            f"images must be [B, channels, height, width], got {tuple(images.shape)}; "
-            "image.unsqueeze(0) makes a batch of one"
+            f"images must be [B, channels, height, width], got {tuple(found.shape)}; "
+            "use image.unsqueeze(0) for a batch of one"
         )
-    return images
+    return found
 
 
-def watched(student: nn.Module, layer: KDLayer, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Features before and after ``layer``, each time that it acts in a forward of ``student``.
+def watched(student: nn.Module, layer: LayerParts, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Features before and after ``layer``, for each of its calls in one forward of ``student``.
 
-    The forward is in eval mode, and leaves training flags and random states as they were.
+    The forward runs in eval mode; training flags and random states do not change.
     """
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(module, Slot):
-            if not kwargs.get("insert"):
-                return  # a parent that runs all its children has called it
-            output = output[0]
-        # Copies, as later modules may work in place.
-        seen.append((args[0].detach().clone(), output.detach().clone()))
+    def hook(_module: nn.Module, args: Any, output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        if after is not args[0]:  # a slot passes on what a parent gives it that runs its children
+            # Copies, because later modules may change them in place.
+            seen.append((args[0].detach().clone(), after.detach().clone()))
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handle = layer.register_forward_hook(hook)
     try:
         with undisturbed(student), torch.no_grad():
             student(*to_model((images,), student))
@@ -95,11 +82,13 @@ def watched(student: nn.Module, layer: KDLayer, images: Tensor) -> list[tuple[Te
     return seen
 
 
-def grid(features: Tensor, name: str, layer: KDLayer, student: nn.Module, images: Tensor) -> Tensor:
+def grid(
+    features: Tensor, name: str, layer: LayerParts, student: nn.Module, images: Tensor
+) -> Tensor:
     """Features of ``layer`` as ``[B, H, W, C]``, without prefix tokens.
 
     Raises:
-        LayoutError: if the positions form no grid, or are not those of the batch.
+        LayoutError: if the positions do not form a grid, or the first axis is not the batch.
     """
     shape, dim = tuple(features.shape), layer.head.channel_dim % features.dim()
     if shape[0] != len(images):
@@ -119,10 +108,10 @@ def grid(features: Tensor, name: str, layer: KDLayer, student: nn.Module, images
     return find_layout(name, module, student, shape, size).to_grid(features)
 
 
-def assign(layer: KDLayer, features: Tensor) -> tuple[Tensor, Tensor]:
+def assign(layer: LayerParts, features: Tensor) -> tuple[Tensor, Tensor]:
     """Scores a and assignment p = ReLU(BN(a)), ``[..., K]``, of features ``[..., C]``.
 
-    Batch norm takes its running statistics, as in eval mode.
+    The batch norm uses its running statistics, as in eval mode.
     """
     scores = layer.head.project(features)
     norm = layer.norm

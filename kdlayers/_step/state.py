@@ -1,0 +1,158 @@
+"""The state of a handle: written with a checksum, and loaded as a whole or not at all."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._layer.layer import LayerParts
+from kdlayers._step.teacher import Teacher
+from kdlayers._step.terms import Term
+from kdlayers._utils.checksums import checksum
+from kdlayers._utils.plain_tensors import finite, why_not_plain
+from kdlayers._utils.undo import all_or_nothing
+from kdlayers.errors import CheckpointError, KDLayersError
+from kdlayers.losses import TemplateLoss
+
+VERSION = 2
+"""Version 1 had no checksum."""
+
+
+def state_of(terms: Sequence[Term], step: int) -> dict[str, Any]:
+    """Copies of what the losses hold, the step, and a checksum of all."""
+    losses = {term.name: _copied(term.loss.state_dict()) for term in terms}
+    state = {"version": VERSION, "step": step, "losses": losses}
+    return {**state, "checksum": checksum(state)}
+
+
+def _copied(state: dict[str, Any]) -> OrderedDict[str, Any]:
+    """The state as it is now: training goes on in the tensors that ``state_dict()`` gives."""
+    copied: OrderedDict[str, Any] = OrderedDict()
+    for key, value in state.items():
+        copied[key] = value.detach().clone() if isinstance(value, Tensor) else value
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        setattr(copied, "_metadata", versions)  # noqa: B010  # where torch keeps it
+    return copied
+
+
+def load_state(
+    terms: Sequence[Term],
+    teachers: Sequence[Teacher],
+    layers: Mapping[str, LayerParts],
+    state: object,
+) -> int:
+    """Load what `state_of` gave into the losses, and return the step.
+
+    Raises:
+        CheckpointError: if the state is not of these losses, layers and teachers, or is damaged;
+            the losses are then as they were.
+    """
+    losses, step, sealed = _parts(state)
+    ours, theirs = [term.name for term in terms], list(losses)
+    if set(ours) != set(theirs):
+        raise CheckpointError(
+            f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
+            "same points and losses as when it was saved"
+        )
+    for term in terms:
+        _check(term, losses[term.name], sealed)
+    with all_or_nothing(*(term.loss for term in terms)):
+        for term in terms:
+            _load(term, losses[term.name])
+            _check_sizes(term, teachers, layers)
+    return step
+
+
+def _parts(state: object) -> tuple[dict[str, Any], int, bool]:
+    """The losses' states, the step, and whether a checksum vouches for them."""
+    version = state.get("version") if isinstance(state, dict) else type(state).__name__
+    if not isinstance(state, dict) or type(version) is not int or not 1 <= version <= VERSION:
+        raise CheckpointError(
+            f"this is not a state of a KDHandle of version 1 to {VERSION} (found {version!r}); "
+            "pass what kd.state_dict() returned"
+        )
+    losses, step = state.get("losses"), state.get("step")
+    if not isinstance(losses, dict) or type(step) is not int or step < 0:
+        raise CheckpointError(
+            "the state of a KDHandle is damaged: it has no losses, or no step of 0 or more; pass "
+            "what kd.state_dict() returned"
+        )
+    if version == 1:
+        return losses, step, False
+    content = {"version": version, "step": step, "losses": losses}
+    if state.get("checksum") != checksum(content):
+        raise CheckpointError(
+            "the state of a KDHandle is damaged, or was changed after kd.state_dict() returned it: "
+            "its checksum is wrong; pass what kd.state_dict() returned, from another copy of the "
+            "file"
+        )
+    return losses, step, True
+
+
+def _check(term: Term, state: object, sealed: bool) -> None:
+    """Compare kinds and values of a loss's state with what it holds, before anything is loaded.
+
+    A checksum vouches for the values of buffers, where a loss of the user's may keep infinity; NaN
+    or infinity in a parameter was never of use.
+    """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"the state of {term.name} is a {type(state).__name__}, not a dict")
+    held = term.loss.state_dict()
+    learnt = dict(term.loss.named_parameters())
+    for key, value in state.items():
+        ours, why = held.get(key), None
+        if isinstance(ours, Tensor) or isinstance(value, Tensor):
+            why = why_not_plain(value)
+        if why is None and isinstance(ours, Tensor) and _kind(ours) != _kind(value):
+            shapes = list(value.shape), list(ours.shape)
+            why = f"is {value.dtype} {shapes[0]}, not {ours.dtype} {shapes[1]}"
+        if why is None and isinstance(value, Tensor) and not (sealed and key not in learnt):
+            why = None if finite(value) else "has NaN or infinite values"
+        if why is not None:
+            raise CheckpointError(f"the state of {term.name} is damaged: {key!r} {why}")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, ...]:
+    """What torch would convert without a word: kinds of numbers, and one number to a scalar."""
+    kind = tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+    return (*kind, tensor.dim() == 0)
+
+
+def _load(term: Term, state: dict[str, Any]) -> None:
+    try:
+        term.loss.load_state_dict(state)
+    except KDLayersError:
+        raise
+    except Exception as error:  # a loss's own loading may fail in any way
+        raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
+
+
+def _check_sizes(term: Term, teachers: Sequence[Teacher], layers: Mapping[str, nn.Module]) -> None:
+    """Compare loaded template targets with the KD layer and the teacher that they are used with."""
+    layer = layers.get(term.point or "")
+    if not isinstance(term.loss, TemplateLoss) or not isinstance(layer, LayerParts):
+        return
+    targets = term.loss.template_targets
+    found = getattr(targets, "num_templates", None)
+    if found is not None and found != layer.head.num_templates:
+        raise CheckpointError(
+            f"the state of {term.name} has {found} templates, but the KD layer there has "
+            f"{layer.head.num_templates}; attach with the targets as when it was saved"
+        )
+    width, channels = getattr(targets, "num_features", None), _teacher_channels(term, teachers)
+    if width is not None and channels is not None and width != channels:
+        raise CheckpointError(
+            f"the state of {term.name} is for {width} channels of the teacher, which has "
+            f"{channels} at {term.tap!r}; attach with the same teacher and points as when it was "
+            "saved"
+        )
+
+
+def _teacher_channels(term: Term, teachers: Sequence[Teacher]) -> int | None:
+    index = term.teacher_index or 0
+    if term.tap is None or term.teacher_layout is None or index >= len(teachers):
+        return None
+    return teachers[index].traced.call(term.tap).shape[term.teacher_layout.channel_dim]

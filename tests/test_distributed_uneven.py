@@ -1,0 +1,143 @@
+"""Ranks that differ: no KD loss in a step, uneven batches, processes that disconnect."""
+
+import os
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
+from kdlayers.errors import CaptureError
+from tests.nets import Net, batch
+from tests.test_distributed import run
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+IMAGES, LABELS = batch(12)
+
+
+def build(losses):
+    torch.manual_seed(0)
+    student, teacher = Net(4), Net(6)
+    kd = attach_kd(student, teacher, losses=losses, example=IMAGES[:2])
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return student, kd
+
+
+def connected(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    return slice(rank, None, 2)
+
+
+def asymmetric(rank, port, folder):
+    """Three steps; in the second one rank 1 has no KD loss."""
+    mine = connected(rank, port)
+    student, kd = build([FitNetLoss(at="first"), KDLoss()])
+    called = DistributedDataParallel(student)
+    parameters = [*student.parameters(), *kd.parameters()]
+    optimiser = torch.optim.SGD(parameters, lr=0.1)
+    grads = []
+    for step in range(3):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(called(IMAGES[mine]), LABELS[mine])
+        if (step, rank) != (1, 1):
+            loss = loss + kd.loss(LABELS[mine])
+        loss.backward()
+        grads.append([p.grad.clone() for p in parameters])
+        optimiser.step()
+    torch.save(grads, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_rank_without_a_kd_loss_takes_part_with_zeros():
+    with tempfile.TemporaryDirectory() as folder:
+        run(asymmetric, folder)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for ours, theirs in zip(*ranks, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    # By hand, in one process: the mean of the two ranks' losses.
+    student, kd = build([FitNetLoss(at="first"), KDLoss()])
+    parameters = [*student.parameters(), *kd.parameters()]
+    optimiser = torch.optim.SGD(parameters, lr=0.1)
+    for step in range(3):
+        optimiser.zero_grad()
+        for rank in (0, 1):
+            mine = slice(rank, None, 2)
+            loss = F.cross_entropy(student(IMAGES[mine]), LABELS[mine])
+            kd_loss = kd.loss(LABELS[mine])
+            ((loss + (0 if (step, rank) == (1, 1) else kd_loss)) / 2).backward()
+        for parameter, grad in zip(parameters, ranks[0][step], strict=True):
+            torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
+        optimiser.step()
+
+
+def joined(rank, port, folder, losses):
+    """Rank 0 has two batches and rank 1 has one."""
+    mine = connected(rank, port)
+    student, kd = build([KDLoss()] if losses == "without" else [FitNetLoss(at="first")])
+    called = DistributedDataParallel(student)
+    expected = nullcontext()
+    if losses == "with":
+        expected = pytest.raises(CaptureError, match=r"inside .*join\(\) .*equally many batches")
+    with expected, called.join():
+        for _ in range(2 - rank):
+            logits = called(IMAGES[mine])
+            (F.cross_entropy(logits, LABELS[mine]) + kd.loss(LABELS[mine])).backward()
+    (Path(folder) / f"{rank}.done").touch()
+
+
+@pytest.mark.parametrize("losses", ["with", "without"])
+def test_uneven_batches_work_without_parameters_and_are_refused_on_all_ranks_with_them(losses):
+    with tempfile.TemporaryDirectory() as folder:
+        run(joined, folder, losses)
+        assert len(list(Path(folder).glob("*.done"))) == 2
+
+
+def disconnected(rank, port, folder):
+    mine = connected(rank, port)
+    student, kd = build([FitNetLoss(at="first")])
+    called = DistributedDataParallel(student)
+    (F.cross_entropy(called(IMAGES[mine]), LABELS[mine]) + kd.loss(LABELS[mine])).backward()
+    loss = F.cross_entropy(student(IMAGES[mine]), LABELS[mine]) + kd.loss(LABELS[mine])
+    dist.destroy_process_group()
+    loss.backward()
+    student.zero_grad()
+    (F.cross_entropy(student(IMAGES[mine]), LABELS[mine]) + kd.loss(LABELS[mine])).backward()
+    (Path(folder) / f"{rank}.done").touch()
+
+
+def test_a_process_goes_on_alone_after_it_has_disconnected():
+    with tempfile.TemporaryDirectory() as folder:
+        run(disconnected, folder)
+        assert len(list(Path(folder).glob("*.done"))) == 2
+
+
+def late(rank, port, folder):
+    """Attached before the processes connect, with other values; the first step has no KD loss."""
+    torch.manual_seed(rank)
+    student, teacher = Net(4), Net(6)
+    point = KDPoint("last", targets=CodebookTargets(num_templates=4))
+    kd = attach_kd(student, teacher, [point], losses=[FitNetLoss(at="first")], example=IMAGES[:2])
+    mine = connected(rank, port)
+    called = DistributedDataParallel(student)
+    F.cross_entropy(called(IMAGES[mine]), LABELS[mine]).backward()
+    kd.fit([(IMAGES[mine], LABELS[mine])], progress=False)
+    (F.cross_entropy(called(IMAGES[mine]), LABELS[mine]) + kd.loss(LABELS[mine])).backward()
+    torch.save([p.detach() for p in kd.parameters()], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_parameters_are_taken_over_in_the_first_forward():
+    with tempfile.TemporaryDirectory() as folder:
+        run(late, folder)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(map(torch.equal, *ranks))
