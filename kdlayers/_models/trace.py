@@ -122,7 +122,7 @@ class Trace:
             if len(call.shape) == 4:
                 kind = measured_kind(self._grown().get(name)) or call.stated
                 if kind is not None:
-                    found[call.shape[2:] if kind == "NCHW" else call.shape[1:3]] = None  # type: ignore[index]
+                    found[call.shape[2:] if kind == "NCHW" else call.shape[1:3]] = None
         return list(found)
 
     def _grown(self) -> dict[str, Growth]:

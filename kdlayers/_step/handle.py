@@ -14,6 +14,7 @@ from kdlayers._records.dataset import RecordedDataset
 from kdlayers._step.attachment import Attachment
 from kdlayers._step.batches import check_loader
 from kdlayers._step.fitting import fit_terms
+from kdlayers._step.gradient_norms import gradient_norms
 from kdlayers._step.hooks import drop_recording, unguard_hooks
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
@@ -235,6 +236,34 @@ class KDHandle(Attachment):
         total, logged = weighted_sum(plan.terms, pairs, labels)
         self._done(total, logged)
         return total
+
+    def gradient_norms(
+        self,
+        targets: Tensor | None = None,
+        *,
+        task: Tensor | None = None,
+        logits: Any = None,
+        recorded: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Norm of each term's gradient, to choose weights: call it for a batch, in place of `loss`.
+
+        Norms are over the student's parameters that every term reaches. ``.grad`` stays as it is,
+        the step is not counted, and the forward is read, so run the student again for a step.
+
+        Args:
+            targets, logits, recorded: as for :meth:`loss`.
+            task: your own loss of the same forward, such as ``F.cross_entropy(student(x), y)``.
+
+        Returns:
+            ``{name: norm}`` for every term, times its weight under ``name + ".weighted"``, and
+            ``"task"`` if it was given.
+
+        Raises:
+            ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
+            ArgumentError: if no parameter is reached by all of them; also as :meth:`loss`.
+        """
+        plan, pairs, labels = self._read(targets, logits, recorded, compiling=False)
+        return gradient_norms(self.student, plan.terms, pairs, labels, task)
 
     @contextmanager
     def batch(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:

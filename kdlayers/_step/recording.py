@@ -145,7 +145,8 @@ def _names(terms: Sequence[Term]) -> Iterator[tuple[str, Term]]:
 
 
 def _is_map(term: Term) -> bool:
-    return term.teacher_layout is not None and not term.compares_classes
+    grids = term.teacher_layout is not None and term.readers is None
+    return grids and not term.compares_classes
 
 
 def _kind(term: Term) -> str | None:
