@@ -1,8 +1,8 @@
 """Dry runs: what every module of a model returns, without leaving a trace in the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from kdlayers._models.layouts import (
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
 from kdlayers._models.probe import Growth, growth
 from kdlayers._models.undisturbed import undisturbed
+from kdlayers._utils.torch_internals import child_table, is_batch_norm, runs_forward_of
 from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick, put
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 
@@ -200,6 +201,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     for name, (tensor, version) in tensors.items():
         calls[name].changed = tensor._version != version
         calls[name].stated = statements.of(tensor)
+    calls |= _iterated(model, calls)
     return Trace(
         model,
         calls,
@@ -212,6 +214,30 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
         changed_buffers=changed_buffers,
         example=example,
     )
+
+
+def _iterated(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Calls for Sequentials that did not run themselves, but their children one by one.
+
+    So does gradient checkpointing, which many libraries write as a loop over the children. What the
+    last child returned is what the Sequential would have returned.
+    """
+    found: dict[str, Call] = {}
+    for name, module in model.named_modules():
+        last = _last_child(module, name)
+        if name and name not in calls and last in calls:
+            found[name] = replace(calls[last], name=name)
+    return found
+
+
+def _last_child(module: nn.Module, name: str) -> str:
+    """Name of the last child of a Sequential, and so on; where KD layers put their hooks."""
+    while isinstance(module, nn.Sequential) and runs_forward_of(module, nn.Sequential):
+        key, last = next(reversed(child_table(module).items()), ("", None))
+        if last is None or is_batch_norm(last):
+            break
+        name, module = f"{name}.{key}", last
+    return name
 
 
 class _Statements:
@@ -253,8 +279,9 @@ def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> se
             stack.callback(hook.remove)
         args = tuple(_differentiable(arg) for arg in fresh(to_model(example, model)))
         outputs = [tensor for _, tensor in leaves(run_example(model, args, traced.label))]
-    asked = [name for name, tensor in features.items() if tensor.requires_grad]
-    reached = depend(outputs, [features[name] for name in asked])
+        # Inside, as checkpointing runs parts again in the backward pass, in eval mode like before.
+        asked = [name for name, tensor in features.items() if tensor.requires_grad]
+        reached = depend(outputs, [features[name] for name in asked])
     return {name for name, yes in zip(asked, reached, strict=True) if not yes}
 
 

@@ -25,11 +25,7 @@ from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Pair, Term, weighted_sum
-from kdlayers.errors import (
-    AttachError,
-    CaptureError,
-    NotFittedError,
-)
+from kdlayers.errors import AttachError, CaptureError, NotFittedError
 
 
 class KDHandle(Attachment):

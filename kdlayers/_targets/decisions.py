@@ -11,11 +11,12 @@ from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_su
 from kdlayers._targets.distances import affine
 from kdlayers._targets.divergence import decision_divergence, fuses, mixed_rows, needs_grad
 from kdlayers._targets.fitter import Fitter
-from kdlayers._targets.labels import soft_labels
+from kdlayers._targets.labels import hard_labels, soft_labels
 from kdlayers._targets.rows import RowFitter, check_features
 from kdlayers._utils.chunks import work_dtype
-from kdlayers.errors import ArgumentError, CheckpointError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._mixed import is_mixed
 
 
 class DecisionTargets(TemplateTargets):
@@ -63,6 +64,8 @@ class DecisionTargets(TemplateTargets):
             Default 60, the authors' for CIFAR-100, or all if there are fewer. Another number is cut
             to those that exist, with a warning.
         num_classes: C; default: the classes that ``attach_kd`` finds, or the largest label + 1.
+        ignore_index: label of positions that take part neither in the fit nor in the loss, such as
+            255 in segmentation masks; the loss is the mean over the others. Default: none.
 
     Attributes:
         projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
@@ -116,12 +119,22 @@ class DecisionTargets(TemplateTargets):
     )
 
     def __init__(
-        self, subclasses: int = 8, *, components: int = COMPONENTS, num_classes: int | None = None
+        self,
+        subclasses: int = 8,
+        *,
+        components: int = COMPONENTS,
+        num_classes: int | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         self.subclasses = check.count("subclasses", subclasses)
         self.components = check.count("components", components)
         self.num_classes = num_classes
+        if ignore_index is not None and type(ignore_index) is not int:
+            raise ArgumentTypeError(
+                f"ignore_index must be an integer or None, got {type(ignore_index).__name__}"
+            )
+        self.ignore_index = ignore_index
 
     @property
     def num_classes(self) -> int | None:
@@ -154,7 +167,7 @@ class DecisionTargets(TemplateTargets):
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
         plan = Plan(self.subclasses, self.components, self.num_classes, seed, self._install)
-        return RowFitter(ScatterPass(plan))
+        return RowFitter(ScatterPass(plan), self.ignore_index)
 
     @override
     def _install(self, **buffers: Tensor) -> None:
@@ -172,14 +185,15 @@ class DecisionTargets(TemplateTargets):
         Args:
             features: ``[..., D]``, the channels last.
             labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
-                for features ``[B, H, W, D]``, where every position has its image's label.
+                for features ``[B, H, W, D]``, where every position has its image's label; or masks
+                ``[B, H', W']``, which are brought to the grid by the nearest pixel.
                 Or floating-point probabilities with one axis more, such as ``[B, C]``. The cost
                 grows with the largest number of classes that hold weight in a row (2 after mixup);
                 finding them waits for the device once.
 
         Returns:
             ``[..., K]``, rows of :attr:`decisions` or their means, without gradient. A row for
-            features without finite distances begins with NaN.
+            features without finite distances begins with NaN; positions to be ignored have zeros.
 
         Raises:
             NotFittedError: before :meth:`fit`.
@@ -188,8 +202,15 @@ class DecisionTargets(TemplateTargets):
             ArgumentTypeError: if labels are not a tensor of numbers.
             ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
-        own, shares, decisions = self._own(features, labels)
-        return mixed_rows(decisions, own, shares).reshape(*features.shape[:-1], len(decisions))
+        kept = self._kept(features, labels)
+        if labels is None or kept is None:
+            own, shares, decisions = self._own(features, labels)
+            return mixed_rows(decisions, own, shares).reshape(*features.shape[:-1], len(decisions))
+        rows = self._kept_labels(features, labels, kept)
+        own, _, decisions = self._own(features[kept], rows)
+        whole = decisions.new_zeros(*features.shape[:-1], len(decisions))
+        whole[kept] = mixed_rows(decisions, own, None)
+        return whole
 
     @override
     def divergence(
@@ -200,6 +221,13 @@ class DecisionTargets(TemplateTargets):
         *,
         templates: Tensor | None = None,
     ) -> Tensor:
+        kept = self._kept(features, labels)
+        if labels is not None and kept is not None:
+            rows = self._kept_labels(features, labels, kept)
+            if not len(rows):
+                return student.sum() * 0.0
+            student, features = student[kept], features[kept]
+            labels = rows
         if type(self).soft_assignment is not DecisionTargets.soft_assignment or not fuses(
             student, templates
         ):
@@ -209,6 +237,16 @@ class DecisionTargets(TemplateTargets):
         rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
         value: Tensor = decision_divergence(rows, templates, own, decisions, shares, needed)[0]
         return value
+
+    @staticmethod
+    def _kept_labels(features: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+        return hard_labels(features, labels).to(features.device)[kept]
+
+    def _kept(self, features: Tensor, labels: Tensor | None) -> Tensor | None:
+        """Positions with another label than ``ignore_index``; None where all count."""
+        if self.ignore_index is None or labels is None or is_mixed(labels):
+            return None
+        return hard_labels(features, labels).to(features.device) != self.ignore_index
 
     @torch.no_grad()
     def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -1,6 +1,7 @@
 """Labels of images or of positions: class indices, or probabilities as mixup makes them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -57,6 +58,8 @@ def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor,
 def _spread(features: Tensor, labels: object) -> Tensor:
     labels = _checked(labels)
     where = list(features.shape[:-1])
+    if labels.dim() == len(where) == 3 and len(labels) == where[0]:
+        labels = _resized(labels, (where[1], where[2]))
     if list(labels.shape) != where[: labels.dim()]:
         raise ShapeError(
             "labels must be integer classes, one for each image or position, so their shape must "
@@ -64,6 +67,13 @@ def _spread(features: Tensor, labels: object) -> Tensor:
             "labels.float()"
         )
     return labels.long().reshape(labels.shape + (1,) * (len(where) - labels.dim())).expand(where)
+
+
+def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks ``[B, H, W]`` on the grid of the features, by the nearest pixel."""
+    if tuple(masks.shape[1:]) == size:
+        return masks
+    return F.interpolate(masks[:, None].double(), size, mode="nearest")[:, 0].long()
 
 
 def _checked(labels: object) -> Tensor:
