@@ -175,7 +175,7 @@ class LayerParts(nn.Module):
             if not isinstance(x, Tensor):  # torch.fx traces with symbols
                 if self.wrapped() is None:
                     return self._as_node(x)
-            elif self.why_plain(x.device) is None:
+            elif self._may_fuse(x) and self.why_plain(x.device) is None:
                 features = self.head.channels_last(x)
                 if self.fuses(x.device, features[..., 0].numel()):
                     return self._fused(x, features)
@@ -188,6 +188,15 @@ class LayerParts(nn.Module):
         assignment = F.relu(self.norm(last.flatten(0, -2))).view_as(last)
         value = self.value(assignment).movedim(-1, self.channel_dim)
         return x + (self.alpha * value).to(x.dtype), scores, None
+
+    @torch.jit.unused
+    def _may_fuse(self, x: Tensor) -> bool:
+        """Whether a fused path is possible at all, before the parts are looked at."""
+        if self.memory == "low" or not self.training:
+            return True
+        channels = x.shape[self.channel_dim] if -x.dim() <= self.channel_dim < x.dim() else 1
+        rows = x.numel() // max(1, channels)
+        return worthwhile(rows, channels, getattr(self.norm, "num_features", 0))
 
     @torch.jit.unused
     def _as_node(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,7 +9,8 @@ from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
 from kdlayers._utils.plain_tensors import finite, why_not_plain
-from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
+from kdlayers.errors import ArgumentError, CheckpointError, NotFittedError, ShapeError
+from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
 
 
@@ -184,3 +185,41 @@ def check_shapes(
                 f"the state of {type(owner).__name__} is damaged: {name} has shape "
                 f"{list(state[name].shape)}, but the other tensors need {list(shape)}"
             )
+
+
+def check_features(features: object, width: int | None = None) -> None:
+    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` if given."""
+    found = check.floats("features", features)
+    if found.dim() == 0 or found.shape[-1] == 0:
+        raise ShapeError(f"features must be [..., D] with D > 0, got {check.shape(found)}")
+    if width is not None and found.shape[-1] != width:
+        raise ShapeError(
+            f"features must be [..., {width}], as at fit, got {check.shape(found)}; the channels "
+            "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
+        )
+
+
+def expand_labels(features: Tensor, labels: Tensor | None) -> Tensor:
+    """Class indices, int64, for every position [...] of features [..., D].
+
+    Raises:
+        ArgumentError: without labels.
+        ArgumentTypeError: if they are not integers, such as those of mixup or one-hot rows.
+        ShapeError: if their shape is not a leading part of ``[...]``.
+    """
+    if labels is None:
+        raise ArgumentError(
+            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
+            "features, labels) with integer labels, or use CodebookTargets at this point"
+        )
+    indices = check.class_indices(
+        "labels", labels, "pass unmixed batches, or use CodebookTargets at this point"
+    )
+    where = check.shape(features)[:-1]
+    if check.shape(indices) != where[: indices.dim()]:
+        raise ShapeError(
+            "labels must be integer classes, one for each image or position, so their shape must "
+            f"be a leading part of {where}, got {indices.dtype} of shape {check.shape(indices)}; "
+            "use integer labels, not one-hot rows"
+        )
+    return indices.reshape(indices.shape + (1,) * (len(where) - indices.dim())).expand(where)

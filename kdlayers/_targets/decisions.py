@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
-from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
-from kdlayers._targets.distances import affine
-from kdlayers._targets.divergence import decision_divergence, fuses, needs_grad, rows_of
+from kdlayers._targets.base import (
+    TemplateTargets,
+    check_features,
+    check_shapes,
+    check_templates,
+    expand_labels,
+)
+from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass
+from kdlayers._targets.distances import affine, own_subclass, rows_of
+from kdlayers._targets.divergence import decision_divergence, needs_grad
 from kdlayers._targets.fitter import Fitter
-from kdlayers._targets.rows import RowFitter, check_features, expand_labels
-from kdlayers._utils.chunks import work_dtype
+from kdlayers._targets.rows import RowFitter
+from kdlayers._utils.chunks import fuses, work_dtype
 from kdlayers.errors import ArgumentError, CheckpointError
 from kdlayers.functional import _checks as check
 

@@ -5,9 +5,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdlayers._targets.base import check_features, expand_labels
 from kdlayers._utils.chunks import work_dtype
-from kdlayers.errors import ArgumentError, FitError, ShapeError
-from kdlayers.functional import _checks as check
+from kdlayers.errors import FitError, ShapeError
 
 BLOCK = 4096
 """Rows that a pass takes at a time, whatever the size of the batches."""
@@ -130,41 +130,3 @@ class Blocks:
         rows, labels = torch.cat(self._rows), torch.cat(self._labels)
         self._rows, self._labels, self._held = [], [], 0
         return list(zip(rows.split(BLOCK), labels.split(BLOCK), strict=True))
-
-
-def check_features(features: object, width: int | None = None) -> None:
-    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` if given."""
-    found = check.floats("features", features)
-    if found.dim() == 0 or found.shape[-1] == 0:
-        raise ShapeError(f"features must be [..., D] with D > 0, got {check.shape(found)}")
-    if width is not None and found.shape[-1] != width:
-        raise ShapeError(
-            f"features must be [..., {width}], as at fit, got {check.shape(found)}; the channels "
-            "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
-        )
-
-
-def expand_labels(features: Tensor, labels: Tensor | None) -> Tensor:
-    """Class indices, int64, for every position [...] of features [..., D].
-
-    Raises:
-        ArgumentError: without labels.
-        ArgumentTypeError: if they are not integers, such as those of mixup or one-hot rows.
-        ShapeError: if their shape is not a leading part of ``[...]``.
-    """
-    if labels is None:
-        raise ArgumentError(
-            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
-            "features, labels) with integer labels, or use CodebookTargets at this point"
-        )
-    indices = check.class_indices(
-        "labels", labels, "pass unmixed batches, or use CodebookTargets at this point"
-    )
-    where = check.shape(features)[:-1]
-    if check.shape(indices) != where[: indices.dim()]:
-        raise ShapeError(
-            "labels must be integer classes, one for each image or position, so their shape must "
-            f"be a leading part of {where}, got {indices.dtype} of shape {check.shape(indices)}; "
-            "use integer labels, not one-hot rows"
-        )
-    return indices.reshape(indices.shape + (1,) * (len(where) - indices.dim())).expand(where)

@@ -68,9 +68,8 @@ def _active_ddp() -> nn.Module | None:
     return found
 
 
-def is_functional(tensor: Tensor) -> bool:
-    """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+# Whether ``torch.func`` has wrapped a tensor; under ``vmap`` its numbers cannot be read.
+is_functional: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:
