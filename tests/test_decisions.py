@@ -12,7 +12,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from kdlayers import DecisionTargets
 from kdlayers._targets import decision_fit
-from kdlayers._targets.decision_fit import own_subclass
+from kdlayers._targets.distances import own_subclass
 from kdlayers.errors import (
     ArgumentError,
     ArgumentTypeError,

@@ -175,7 +175,7 @@ class LayerParts(nn.Module):
             if not isinstance(x, Tensor):  # torch.fx traces with symbols
                 if self.wrapped() is None:
                     return self._as_node(x)
-            elif self.why_plain(x.device) is None:
+            elif self._may_fuse(x) and self.why_plain(x.device) is None:
                 features = self.head.channels_last(x)
                 self._need_positions(features)
                 if self.fuses(x.device, features[..., 0].numel()):
@@ -199,6 +199,14 @@ class LayerParts(nn.Module):
                 "batch is one image with one position; give two images or more (drop_last=True in "
                 "the DataLoader), larger images, or set the layer's .norm to eval mode"
             )
+
+    def _may_fuse(self, x: Tensor) -> bool:
+        """Whether a fused path is possible at all, before the parts are looked at."""
+        if self.memory == "low" or not self.training:
+            return True
+        channels = x.shape[self.channel_dim] if -x.dim() <= self.channel_dim < x.dim() else 1
+        rows = x.numel() // max(1, channels)
+        return worthwhile(rows, channels, getattr(self.norm, "num_features", 0))
 
     @torch.jit.unused
     def _as_node(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

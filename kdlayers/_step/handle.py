@@ -247,8 +247,10 @@ class KDHandle(Attachment):
         the step is not counted, and the forward is read, so run the student again for a step.
 
         Args:
-            targets, logits, recorded: as for :meth:`loss`.
+            targets: labels; this, ``logits`` and ``recorded`` as for :meth:`loss`.
             task: your own loss of the same forward, such as ``F.cross_entropy(student(x), y)``.
+            logits: those of :meth:`batch`.
+            recorded: the keys of the batch.
 
         Returns:
             ``{name: norm}`` for every term, times its weight under ``name + ".weighted"``, and

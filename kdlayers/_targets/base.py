@@ -10,6 +10,7 @@ from typing_extensions import Self
 from kdlayers._targets.fitter import Fitter, fit_rows
 from kdlayers._utils.plain_tensors import finite, why_not_plain
 from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
+from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
 
 
@@ -184,3 +185,15 @@ def check_shapes(
                 f"the state of {type(owner).__name__} is damaged: {name} has shape "
                 f"{list(state[name].shape)}, but the other tensors need {list(shape)}"
             )
+
+
+def check_features(features: object, width: int | None = None) -> None:
+    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` if given."""
+    found = check.floats("features", features)
+    if found.dim() == 0 or found.shape[-1] == 0:
+        raise ShapeError(f"features must be [..., D] with D > 0, got {check.shape(found)}")
+    if width is not None and found.shape[-1] != width:
+        raise ShapeError(
+            f"features must be [..., {width}], as at fit, got {check.shape(found)}; the channels "
+            "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
+        )

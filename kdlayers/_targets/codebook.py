@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
+from kdlayers._targets.base import TemplateTargets, check_features, check_shapes, check_templates
 from kdlayers._targets.codebook_fit import SamplePass
 from kdlayers._targets.distances import closeness, one_hot_of_largest
-from kdlayers._targets.divergence import codebook_divergence, fuses, needs_grad
+from kdlayers._targets.divergence import codebook_divergence, needs_grad
 from kdlayers._targets.fitter import Fitter
-from kdlayers._targets.rows import RowFitter, check_features
-from kdlayers._utils.chunks import work_dtype
+from kdlayers._targets.rows import RowFitter
+from kdlayers._utils.chunks import fuses, work_dtype
 from kdlayers.errors import CheckpointError
 from kdlayers.functional import _checks as check
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdlayers._targets.codebook_fit import from_first_rank
-from kdlayers._targets.distances import affine, nearest_index, sums_by_index
+from kdlayers._targets.distances import affine, nearest_index, own_subclass, sums_by_index
 from kdlayers._targets.hash import derive_seed
 from kdlayers._targets.kmeans import kmeans, mean_centers
 from kdlayers._targets.lda import Scatter, check_range, discriminants
@@ -40,17 +40,6 @@ class Plan:
     def own(self, z: Tensor, labels: Tensor) -> Tensor:
         """Sub-class of each row of z."""
         return own_subclass(z, labels, self.centers, self.subclasses)
-
-
-def own_subclass(z: Tensor, labels: Tensor, centers: Tensor, subclasses: int) -> Tensor:
-    """Index of the nearest centre of a row's own class: z [n, d], labels [n], centers [K, d].
-
-    -1 if no distance is finite, as for NaN features.
-    """
-    # Gathers the few centres of each row's class; a mask over all K distances would cost more.
-    own = centers.reshape(-1, subclasses, centers.shape[1])[labels]
-    least, index = (z.unsqueeze(1) - own).square().sum(dim=2).min(dim=1)
-    return torch.where(least.isfinite(), labels * subclasses + index, -1)
 
 
 class ScatterPass:

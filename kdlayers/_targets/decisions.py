@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kdlayers._targets.base import TemplateTargets, check_shapes, check_templates
-from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass, own_subclass
-from kdlayers._targets.distances import affine
-from kdlayers._targets.divergence import decision_divergence, fuses, mixed_rows, needs_grad
+from kdlayers._targets.base import (
+    TemplateTargets,
+    check_features,
+    check_shapes,
+    check_templates,
+)
+from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass
+from kdlayers._targets.distances import affine, own_subclass
+from kdlayers._targets.divergence import decision_divergence, mixed_rows, needs_grad
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.labels import hard_labels, soft_labels
-from kdlayers._targets.rows import RowFitter, check_features
-from kdlayers._utils.chunks import work_dtype
+from kdlayers._targets.rows import RowFitter
+from kdlayers._utils.chunks import fuses, work_dtype
 from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._mixed import is_mixed

@@ -132,3 +132,21 @@ def _split_product(a: Tensor, b: Tensor) -> Tensor:
 def _high_bits(values: Tensor) -> Tensor:
     """The values with only the 10 bits of mantissa that TensorFloat-32 keeps."""
     return (values.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def own_subclass(z: Tensor, labels: Tensor, centers: Tensor, subclasses: int) -> Tensor:
+    """Index of the nearest centre of a row's own class: z [n, d], labels [n], centers [K, d].
+
+    -1 if no distance is finite, as for NaN features.
+    """
+    # Gathers the few centres of each row's class; a mask over all K distances would cost more.
+    own = centers.reshape(-1, subclasses, centers.shape[1])[labels]
+    least, index = (z.unsqueeze(1) - own).square().sum(dim=2).min(dim=1)
+    return torch.where(least.isfinite(), labels * subclasses + index, -1)
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` ``[n]`` of a table ``[K, K]``; for the index -1 a row that begins with NaN."""
+    rows = table.index_select(0, index.clamp(min=0))
+    rows[:, 0].masked_fill_(index < 0, torch.nan)  # one entry, as a whole row takes longer
+    return rows

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlayers._targets.distances import affine, balanced, one_hot_of_largest
-from kdlayers._utils.chunks import DEVICES, add_product, chunks, work_dtype, worthwhile
+from kdlayers._targets.distances import affine, balanced, one_hot_of_largest, rows_of
+from kdlayers._utils.chunks import add_product, chunks, work_dtype
 
 Assign = Callable[[slice], tuple[Tensor, Tensor]]
 """Soft assignment q of a slice of rows ``[n, K]``, and the sum of q log q of each ``[n]``."""
@@ -88,13 +88,6 @@ def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return (grad * factor).to(dtype, copy=True)
 
 
-def rows_of(table: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` ``[n]`` of a table ``[K, K]``; for the index -1 a row that begins with NaN."""
-    rows = table.index_select(0, index.clamp(min=0))
-    rows[:, 0].masked_fill_(index < 0, torch.nan)  # one entry, as a whole row takes longer
-    return rows
-
-
 def mixed_rows(table: Tensor, own: Tensor, shares: Tensor | None) -> Tensor:
     """`rows_of` for ``own`` ``[n]``; or their means for ``[n, m]``, weighted by ``shares``."""
     if shares is None:
@@ -135,16 +128,6 @@ def _empty_grads(
         return torch.empty_like(student), student.new_empty(0)
     work = work_dtype(student)
     return torch.empty_like(student, dtype=work), torch.zeros_like(templates, dtype=work)
-
-
-def fuses(student: Tensor, templates: Tensor | None) -> bool:
-    """Whether the fused operators take these tensors."""
-    usable = student.is_floating_point() and student.numel() > 0
-    if not usable or student.device.type not in DEVICES:
-        return False
-    if templates is None:
-        return worthwhile(student.numel(), 0, 1)
-    return templates.dtype == student.dtype
 
 
 def needs_grad(student: Tensor, templates: Tensor | None) -> bool:

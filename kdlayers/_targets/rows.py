@@ -5,10 +5,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdlayers._targets.base import check_features
 from kdlayers._targets.labels import hard_labels
 from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import FitError, ShapeError
-from kdlayers.functional import _checks as check
 
 BLOCK = 4096
 """Rows that a pass takes at a time, whatever the size of the batches."""
@@ -135,15 +135,3 @@ class Blocks:
         rows, labels = torch.cat(self._rows), torch.cat(self._labels)
         self._rows, self._labels, self._held = [], [], 0
         return list(zip(rows.split(BLOCK), labels.split(BLOCK), strict=True))
-
-
-def check_features(features: object, width: int | None = None) -> None:
-    """Raise unless ``features`` is a float tensor [..., D], with D = ``width`` if given."""
-    found = check.floats("features", features)
-    if found.dim() == 0 or found.shape[-1] == 0:
-        raise ShapeError(f"features must be [..., D] with D > 0, got {check.shape(found)}")
-    if width is not None and found.shape[-1] != width:
-        raise ShapeError(
-            f"features must be [..., {width}], as at fit, got {check.shape(found)}; the channels "
-            "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
-        )

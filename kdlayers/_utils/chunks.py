@@ -44,3 +44,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+def fuses(student: Tensor, templates: Tensor | None) -> bool:
+    """Whether the fused operators take these tensors."""
+    usable = student.is_floating_point() and student.numel() > 0
+    if not usable or student.device.type not in DEVICES:
+        return False
+    if templates is None:
+        return worthwhile(student.numel(), 0, 1)
+    return templates.dtype == student.dtype

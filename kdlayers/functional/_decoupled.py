@@ -5,9 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import Reduction
-
 
 class Decoupled(NamedTuple):
     """Logits over the temperature, of the labelled class and of the others."""
@@ -41,13 +38,3 @@ def decouple(
     gathered = [(logits / temperature).gather(1, index) for logits in (student, teacher)]
     ours, theirs = (Decoupled(logits[:, :1], logits[:, 1:]) for logits in gathered)
     return ours, theirs
-
-
-def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
-    """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
-    shares = teacher.exp()
-    # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf.
-    elements = shares * (teacher - student).masked_fill(shares == 0, 0.0)
-    if reduction == "mean":  # one sum over everything, then one product
-        return elements.sum() * (factor * student.shape[1] / student.numel())
-    return check.reduce(elements.sum(dim=1) * factor, reduction)

@@ -5,7 +5,6 @@ from torch import Tensor
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
 from kdlayers.functional._class_maps import check_scores
-from kdlayers.functional._decoupled import divergence
 from kdlayers.functional._precision import full_precision
 
 
@@ -61,3 +60,13 @@ def kd(
         student, teacher = student / temperature, teacher / temperature
     ours, theirs = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
     return divergence(ours, theirs, reduction, temperature**2)
+
+
+def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
+    """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
+    shares = teacher.exp()
+    # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf.
+    elements = shares * (teacher - student).masked_fill(shares == 0, 0.0)
+    if reduction == "mean":  # one sum over everything, then one product
+        return elements.sum() * (factor * student.shape[1] / student.numel())
+    return check.reduce(elements.sum(dim=1) * factor, reduction)

@@ -10,8 +10,9 @@ from kdlayers.errors import NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import standardize
 from kdlayers.functional._aekt import Form, adaptive, ratio_limit
-from kdlayers.functional._decoupled import decouple, divergence
+from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._dkd import warn_of_two_classes
+from kdlayers.functional._kd import divergence
 from kdlayers.functional._mixed import classes_of, is_mixed
 from kdlayers.functional._precision import full_precision, linear
 from kdlayers.losses._base import LogitLoss, Weight

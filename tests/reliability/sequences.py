@@ -33,7 +33,7 @@ class Seen:
         self.kept = logits.clone()  # as it was, whatever happens to the logits
         self.first, self.last = first, last
         self.images_changed = self.logits_changed = False
-        self.open = True
+        self.logits_seen = self.open = True
 
 
 class Sequence:
@@ -123,6 +123,7 @@ class Sequence:
                 logits = self.student.forward(images)
             self.forwards.clear()
             seen = Seen(images, index, logits, *self.returned.values())
+            seen.logits_seen = False
             self.last = seen
             self.forwards.append(seen)
             self.call_loss(index, logits=logits)
@@ -136,7 +137,7 @@ class Sequence:
         reaches = self.attached and self.fitted
         works = reaches and seen is not None and [f for f in self.forwards if f.open] == [seen]
         works = works and not seen.images_changed
-        works = works and (logits is not None or not seen.logits_changed)
+        works = works and (logits is not None or (seen.logits_seen and not seen.logits_changed))
         works = works and len(labels) == len(seen.images)
         if self.ahead is not None:
             works = works and self.ahead[0] is seen.images and not self.ahead_changed
@@ -165,7 +166,8 @@ class Sequence:
 
     def backward_without_the_loss(self) -> None:
         """A step that does not ask for the KD loss closes its forward."""
-        left = [f for f in self.forwards if f.open and not f.logits_changed]
+        changed = [f for f in self.forwards if f.images_changed or f.logits_changed]
+        left = [f for f in self.forwards if f.open and f.logits_seen and f not in changed]
         if not left:
             return
         seen = self.draw.choice(left)
@@ -193,8 +195,8 @@ class Sequence:
         self.log.append(f"change images {index}")
         images = self.images[index]
         images.add_(0.01)
-        if self.last is not None and self.last.images is images:
-            self.last.images_changed = True
+        for seen in self.forwards:
+            seen.images_changed = seen.images_changed or seen.images is images
         if self.ahead is not None and self.ahead[0] is images:
             self.ahead_changed = True
 
