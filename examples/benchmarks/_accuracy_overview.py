@@ -62,12 +62,18 @@ separated, which does not mean equal. Hollow: fewer than three seeds, so no inte
 ![differences to KD with their intervals, a panel for each regime](figures/results.svg)
 """
 
+PUBLISHED = """\
+*published*: the paper's numbers on all of CIFAR-100 from another teacher (A. Gorgun et al., BMVC
+2023), which were not run here.
+"""
+
 READING = """\
 *layers only*: letKD's layers without the teacher's supervision. *wider*: a student without layers
-that has as many parameters, or multiply-adds (MACs), as letKD-2's. **KD's row and the labels' are
-accuracies in %, the others differences to KD** (in the last columns, to labels only where there is
-no KD). All runs of a seed have the same initial weights and images in the same order; accuracies
-are those of the last epoch. With so many comparisons about one in twenty excludes 0 by chance.
+that has as many parameters, or multiply-adds (MACs), as letKD-2's. **The rows of KD and of labels
+only are accuracies in %, the others are differences to KD**, or to labels only where the teacher
+has other classes. All runs of a seed have the same initial weights and images in the same order;
+accuracies are those of the last epoch. With so many comparisons about one in twenty excludes 0 by
+chance.
 
 Every number on these pages is computed from the committed lines in `docs/data/results`, one for
 each training, by `python examples/benchmarks/report.py`. `examples/benchmarks/accuracy.py` runs
@@ -102,6 +108,7 @@ def overview(shown: Sequence[Entry], others: Sequence[Entry], missing: Sequence[
             [finding(entry) for entry in shown] + [f"- **{x}**: not run yet." for x in missing]
         ),
         overview_table(shown),
+        PUBLISHED if any(published(entry) for entry in shown) else "",
         READING,
         "## All regimes\n\n" + "\n".join(link(entry) for entry in [*shown, *others]) + "\n",
         toctree([*shown, *others]),

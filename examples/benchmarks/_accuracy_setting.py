@@ -35,10 +35,10 @@ def setting(lines: Sequence[Line]) -> str:
     versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
     views = recipe.get("views")
     forward = (
-        f"The teacher was run once on {views} augmented views of every image, which are what all "
-        "students of all methods and seeds see, in an order of their seed"
+        f"was run once on {views} augmented views of every image, which are what all students of "
+        "all methods and seeds see, in an order of their seed"
         if views
-        else "The teacher runs on the student's batches"
+        else "runs on the student's batches"
     )
     items = [
         f"**Teacher**: {teacher_text(line['teacher'])}",
@@ -48,7 +48,7 @@ def setting(lines: Sequence[Line]) -> str:
         f"Nesterov's momentum 0.9, weight decay {recipe['weight_decay']:g} on all parameters, rate "
         f"{recipe['lr']:g} after a rise over a tenth of the steps, then falling to 0 by a cosine; "
         f"{augmentation(recipe)}; {recipe['precision']} in training, float32 in testing. "
-        f"{forward}, its batch norms folded; it has learnt with crops and flips.",
+        f"The teacher, its batch norms folded, {forward}; it has learnt with crops and flips.",
         f"**Validation**: {recipe['validation']:,} training images that no student trains on.",
         f"**Seconds** of an epoch, on {line['device']}, have "
         f"{'reading the record' if views else 'augmentation and the forward of the teacher'} in "
