@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from kdlayers._layer.layer import KDLayer
-from kdlayers._step.hooks import Tape
 from kdlayers._step.sites import inserts
+from kdlayers._step.tape import Tape
 
 
 def layers_of(student: nn.Module, tape: Tape) -> dict[str, KDLayer]:
