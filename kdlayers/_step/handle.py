@@ -247,7 +247,9 @@ class KDHandle(Attachment):
         the step is not counted, and the forward is read, so run the student again for a step.
 
         Args:
-            targets, logits, recorded: as for :meth:`loss`.
+            targets: labels, as for :meth:`loss`.
+            logits: as for :meth:`loss`.
+            recorded: as for :meth:`loss`.
             task: your own loss of the same forward, such as ``F.cross_entropy(student(x), y)``.
 
         Returns:
