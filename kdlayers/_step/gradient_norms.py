@@ -60,8 +60,9 @@ def _check_task(task: Tensor, values: dict[str, Tensor]) -> None:
 def _squares(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     """The square of the gradient's norm for each parameter; None where it is not reached."""
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return [
-        None if g is None else torch.linalg.vector_norm(g, dtype=_wide(g)).square() for g in grads
+    return [  # None where nothing depends on it
+        torch.linalg.vector_norm(g, dtype=_wide(g)).square() if isinstance(g, Tensor) else None
+        for g in grads
     ]
 
 

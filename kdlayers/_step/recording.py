@@ -137,6 +137,9 @@ def _names(terms: Sequence[Term]) -> Iterator[tuple[str, Term]]:
             yield f"logits of {who}", term
             continue
         name = f"{term.tap} of teacher {term.teacher_index or 0}"
+        if term.readers is not None:
+            yield f"{name}, {'class token' if term.readers[1].class_token else 'mean'}", term
+            continue
         grids = numbers.setdefault(name, [])
         if term.shrink not in grids:
             grids.append(term.shrink)

@@ -13,6 +13,7 @@ from kdlayers import (
     CodebookTargets,
     DecisionTargets,
     DKDLoss,
+    FeatureLoss,
     FitNetLoss,
     KDLoss,
     KDPoint,
@@ -61,6 +62,12 @@ LOSSES = {
     "codebook": lambda: {"at": [KDPoint("second", targets=CodebookTargets(6))]},
     "decisions": lambda: {"at": [KDPoint("second", targets=DecisionTargets(2, components=2))]},
     "features": lambda: {"losses": [FitNetLoss(at="second")]},
+    "vectors": lambda: {
+        "losses": [
+            FeatureLoss(at="second", name="patches"),
+            FeatureLoss(at="second", tokens="pooled", normalize_teacher=True, name="mean"),
+        ]
+    },
     "attention": lambda: {"losses": [AttentionTransferLoss(at=("first", "second"))]},
     "all": lambda: {
         "at": [KDPoint("second", targets=CodebookTargets(6))],
@@ -295,3 +302,11 @@ def test_what_was_applied_while_recording_is_refused_later(options, tmp_path):
             example=EXAMPLE,
             **options,
         )
+
+
+def test_class_tokens_and_patches_of_one_point_are_recorded_apart(tmp_path, monkeypatch):
+    losses = [FeatureLoss(at="second", tokens=t, name=t) for t in ("patch", "cls", "pooled")]
+    monkeypatch.setitem(LOSSES, "tokens", lambda: {"losses": copy.deepcopy(losses)})
+    (live, other), recorded, _ = setup("tokens", "tokens", tmp_path)
+    for x, y, key in DataLoader(recorded, batch_size=16):
+        torch.testing.assert_close(step(other, x, y, recorded=key), step(live, x, y))
