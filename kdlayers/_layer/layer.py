@@ -48,9 +48,9 @@ class CosineProjection(nn.Module):
         """The rows as unit vectors times the scale, in float32 or better."""
         return self.weight * (inverse_norm(self.weight) * self.scale)
 
-    def forward(self, vectors: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """`project`; what tools that wrap the module change."""
-        return self.project(vectors)
+        return self.project(x)
 
     def project(self, vectors: Tensor) -> Tensor:
         """Cosines of ``vectors`` [..., in_features] with the rows: [..., out_features]."""

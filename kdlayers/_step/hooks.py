@@ -102,7 +102,7 @@ class InsertLayer:
         Raises:
             AttachError: if another tool has moved the hook to a module without the layer.
         """
-        layer = descend(module, self.store)._modules.get(SLOT)
+        layer = descend(module, self.store)._modules.get(SLOT)  # pyright: ignore[reportPrivateUsage]
         if layer is None:
             raise AttachError(
                 f"the KD layer at {self.name!r} is gone: its module was replaced by a "

@@ -64,7 +64,7 @@ class Ranks:
         backward = current_backward()
         if backward == -1 or backward != self._backward:
             self._backward = backward
-            engine: Any = Variable._execution_engine
+            engine: Any = Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
             queue: Callable[[Callable[[], None]], None] = engine.queue_callback
             queue(self._average)
 

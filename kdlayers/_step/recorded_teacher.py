@@ -87,12 +87,12 @@ def traces_of(reader: Reader) -> list[Trace]:
         taps = [tap for teacher, tap in about["taps"].values() if teacher == index]
         model = AbsentModel(known["class"], known["weights"], taps, reader)
         logits = torch.zeros(2, about["classes"][index])
-        traced = Trace(model, {}, logits, (1, 1), "recorded teacher")
+        calls: dict[str, Call] = {}
+        layouts: dict[str, Layout] = {}
         for name, (teacher, tap) in about["taps"].items():
-            if teacher == index and tap not in traced.calls:
-                shape = (2, *shapes[name])
-                order = len(traced.calls)
-                traced.calls[tap] = Call(tap, (), shape, torch.float32, torch.device("cpu"), order)
-                traced._layouts[tap] = Layout(about["layouts"][name] or "vector")
-        traces.append(traced)
+            if teacher == index and tap not in calls:
+                shape, cpu = (2, *shapes[name]), torch.device("cpu")
+                calls[tap] = Call(tap, (), shape, torch.float32, cpu, len(calls))
+                layouts[tap] = Layout(about["layouts"][name] or "vector")
+        traces.append(Trace(model, calls, logits, (1, 1), "recorded teacher", _layouts=layouts))
     return traces
