@@ -1,39 +1,55 @@
-"""letKD in a loop with Hugging Face Accelerate: attach, prepare, register the handle, resume."""
+"""letKD in a loop with Hugging Face Accelerate: attach, prepare, register the handle, resume.
+
+    python examples/accelerate_loop.py --quick
+    python examples/accelerate_loop.py --quick --resume runs/accelerate_loop/state
+
+AEKT's loss is there to show one with parameters of its own, which the optimiser needs too.
+"""
 
 from __future__ import annotations
 
+import data
 import torch
 import torch.nn.functional as F
-from _digits import EXAMPLE, SIZES, Parser, accuracy, digits, losses, points, trained_teacher
-from _models import make_student
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.models.regnet import BlockParams, RegNet
 
-from kdlayers import attach_kd, save_student
+from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDPoint, attach_kd, save_student
+
+FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 
 
 def main() -> None:
     """One process of however many there are."""
-    options = Parser(__doc__, "accelerate")
-    options.add_argument("--accumulate", type=int, default=1, help="batches per step; default: 1")
+    options = data.options(__doc__)
     options.add_argument("--resume", metavar="DIR", help="a folder of save_state to go on from")
     args = options.parse_args()
-    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate)
-    images = digits(args.quick)
-    with accelerator.main_process_first():
-        teacher = trained_teacher(images, args)
+    images, file = data.load(args), args.out / "teacher.pt"
+    accelerator = Accelerator()
+    teacher = regnet([1, 2, 2], [32, 64, 128], len(images.classes))
+    if accelerator.is_main_process and not file.exists():
+        train_teacher(teacher, images, 1 if args.quick else 4)
+        torch.save(teacher.state_dict(), file)
+    accelerator.wait_for_everyone()
+    teacher.load_state_dict(torch.load(file, weights_only=True))
     teacher.to(accelerator.device)  # by hand: what goes through prepare gets into save_state
 
     set_seed(0)
-    student = make_student(*SIZES)
+    student = regnet([1, 1, 2], [16, 32, 64], len(images.classes))
+    points = [
+        KDPoint(FIRST, targets=DecisionTargets(subclasses=2)),
+        KDPoint(LAST, targets=CodebookTargets(32)),
+    ]
+    losses = [AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)]
     # After Accelerator(), which starts the processes; before the optimiser and prepare.
-    kd = attach_kd(student, teacher, points(), losses=losses(), example=EXAMPLE)
-    optimizer = torch.optim.SGD(
-        [*student.parameters(), *kd.parameters()], args.lr, momentum=0.9, nesterov=True
-    )
-    loader = DataLoader(images.augmented, args.batch_size, shuffle=True, drop_last=True)
-    plain = DataLoader(images.plain, args.batch_size)
+    kd = attach_kd(student, teacher, points, losses=losses, example=images.example)
+    parameters = [*student.parameters(), *kd.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True)
+    loader = DataLoader(images.augmented, 50, shuffle=True, drop_last=True)
+    plain = DataLoader(images.plain, 50)
     model, optimizer, loader, plain = accelerator.prepare(student, optimizer, loader, plain)
     accelerator.register_for_checkpointing(kd)  # targets, train-only parameters and the step
     if args.resume:
@@ -43,20 +59,33 @@ def main() -> None:
     for epoch in range(args.epochs):
         model.train()
         for x, y in loader:
-            with accelerator.accumulate(model):
-                loss = F.cross_entropy(model(x), y) + kd.loss(y)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_([*student.parameters(), *kd.parameters()], 5.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        percent = accuracy(accelerator.unwrap_model(model), images)
-        accelerator.print(f"epoch {epoch + 1}, step {kd.step}: {percent:.2f} %", flush=True)
+            loss = F.cross_entropy(model(x), y) + kd.loss(y)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        accelerator.print(f"epoch {epoch}, step {kd.step}: loss {loss.item():.3f}", flush=True)
 
     accelerator.save_state(args.out / "state")
     if accelerator.is_main_process:
         save_student(accelerator.unwrap_model(model), args.out / "student.pt")
     accelerator.end_training()
+
+
+def regnet(depths: list[int], widths: list[int], classes: int) -> nn.Module:
+    """A RegNet of torchvision for small images."""
+    params = BlockParams(depths, widths, [widths[0]] * 3, [1.0] * 3, [1, 2, 2])
+    return RegNet(params, num_classes=classes, stem_width=widths[0])
+
+
+def train_teacher(model: nn.Module, images: data.Images, epochs: int) -> None:
+    """Train with labels only."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for _ in range(epochs):
+        for x, y in DataLoader(images.augmented, 50, shuffle=True, drop_last=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
 
 
 if __name__ == "__main__":

@@ -1,97 +1,97 @@
 """letKD on several processes with DistributedDataParallel, in a loop of one's own.
 
-torchrun --nproc-per-node 2 examples/ddp.py --quick     (GPUs and NCCL where there are any)
+    torchrun --nproc-per-node 2 examples/ddp.py --quick     # NCCL where there are GPUs, else gloo
+
+AEKT's loss is there to show one with parameters of its own, which the optimiser needs too.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import nullcontext
-from itertools import islice
-
+import data
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from _digits import EXAMPLE, SIZES, Parser, accuracy, digits, losses, points, trained_teacher
-from _models import make_student
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.models.regnet import BlockParams, RegNet
 
-from kdlayers import attach_kd, save_student
+from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDPoint, attach_kd, save_student
+
+FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 
 
 def main() -> None:
     """One of the processes."""
-    options = Parser(__doc__, "ddp")
-    options.add_argument("--accumulate", type=int, default=1, help="batches per step; default: 1")
-    args = options.parse_args()
-    device = start()
-    images = digits(args.quick)
-    if dist.get_rank() == 0:
-        trained_teacher(images, args)
+    args = data.options(__doc__).parse_args()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    images = data.load(args)
+    classes, first = len(images.classes), dist.get_rank() == 0
+    teacher = regnet([1, 2, 2], [32, 64, 128], classes).to(device)
+    file = args.out / "teacher.pt"
+    if first and not file.exists():
+        train_teacher(teacher, images, 1 if args.quick else 4, device)
+        torch.save(teacher.state_dict(), file)
     dist.barrier()
-    teacher = trained_teacher(images, args).to(device)
+    teacher.load_state_dict(torch.load(file, map_location=device, weights_only=True))
 
-    torch.manual_seed(dist.get_rank())  # DDP and attach_kd hand round what rank 0 has drawn
-    student = make_student(*SIZES).to(device)
+    torch.manual_seed(dist.get_rank())  # attach_kd and DDP give every rank what rank 0 has drawn
+    student = regnet([1, 1, 2], [16, 32, 64], classes).to(device)
+    points = [
+        KDPoint(FIRST, targets=DecisionTargets(subclasses=2)),
+        KDPoint(LAST, targets=CodebookTargets(32)),
+    ]
+    losses = [AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)]
     # After init_process_group, before DistributedDataParallel, before the optimiser.
-    kd = attach_kd(student, teacher, points(), losses=losses(), example=EXAMPLE)
-    model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
+    kd = attach_kd(student, teacher, points, losses=losses, example=images.example)
+    model = DistributedDataParallel(student, device_ids=[device] if cuda else None)
     parameters = [*student.parameters(), *kd.parameters()]
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True)
     # Each rank brings its part of the plain images; all of them get the same targets.
-    kd.fit(part_of(images.plain, args.batch_size, shuffle=False), progress=dist.get_rank() == 0)
+    sampler = DistributedSampler(images.plain, shuffle=False)
+    kd.fit(DataLoader(images.plain, 50, sampler=sampler), progress=first)
 
-    loader = part_of(images.augmented, args.batch_size, shuffle=True)
-    steps = len(loader) // args.accumulate * args.accumulate
+    sampler = DistributedSampler(images.augmented, drop_last=True)
+    loader = DataLoader(images.augmented, 50, sampler=sampler, drop_last=True)
     for epoch in range(args.epochs):
-        loader.sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)
         model.train()
-        for index, (x, y) in enumerate(islice(loader, steps), 1):
+        for x, y in loader:
             x, y = x.to(device), y.to(device)
-            update = index % args.accumulate == 0
-            with nullcontext() if update else model.no_sync():
-                loss = F.cross_entropy(model(x), y) + kd.loss(y)
-                (loss / args.accumulate).backward()
-            if update:
-                optimizer.step()
-                optimizer.zero_grad()
-        if dist.get_rank() == 0:
-            print(f"epoch {epoch + 1}: {accuracy(student, images):.2f} %", flush=True)
-
-    apart = torch.stack([(p.detach() - from_rank_0(p)).abs().max() for p in parameters]).max()
-    dist.all_reduce(apart, dist.ReduceOp.MAX)
-    if dist.get_rank() == 0:
-        print(f"parameters differ by {apart.item()} at most from one rank to another")
+            loss = F.cross_entropy(model(x), y) + kd.loss(y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if first:
+            print(f"epoch {epoch}: loss {loss.item():.3f}", flush=True)
+    if first:
         # The student inside the wrapper: no key begins with "module.", and no teacher is in it.
         save_student(student, args.out / "student.pt")
         state = {"student": student.state_dict(), "kd": kd.state_dict()}
-        torch.save(state | {"optimizer": optimizer.state_dict()}, args.out / "checkpoint.pt")
+        fresh = args.out / "checkpoint.new"  # a stopped run keeps the checkpoint before
+        torch.save(state | {"optimizer": optimizer.state_dict()}, fresh)
+        fresh.replace(args.out / "checkpoint.pt")
     dist.destroy_process_group()
 
 
-def start() -> torch.device:
-    """Join the other processes; the device of this one."""
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    return device
+def regnet(depths: list[int], widths: list[int], classes: int) -> nn.Module:
+    """A RegNet of torchvision for small images."""
+    params = BlockParams(depths, widths, [widths[0]] * 3, [1.0] * 3, [1, 2, 2])
+    return RegNet(params, num_classes=classes, stem_width=widths[0])
 
 
-def part_of(data: Dataset, size: int, *, shuffle: bool) -> DataLoader:
-    """This rank's part of ``data``, in batches."""
-    sampler = DistributedSampler(data, shuffle=shuffle)
-    return DataLoader(data, size, sampler=sampler, drop_last=shuffle)
-
-
-def from_rank_0(parameter: torch.Tensor) -> torch.Tensor:
-    """The values that rank 0 has."""
-    values = parameter.detach().clone()
-    dist.broadcast(values, src=0)
-    return values
+def train_teacher(model: nn.Module, images: data.Images, epochs: int, device: torch.device) -> None:
+    """Train with labels only."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for _ in range(epochs):
+        for x, y in DataLoader(images.augmented, 50, shuffle=True, drop_last=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(device)), y.to(device)).backward()
+            optimizer.step()
 
 
 if __name__ == "__main__":

@@ -1,52 +1,62 @@
-"""letKD in a LightningModule, with the teacher outside it and the targets in the checkpoint."""
+"""letKD in a LightningModule, with the teacher outside it and the targets in the checkpoint.
+
+python examples/lightning_module.py --quick
+python examples/lightning_module.py --quick --resume runs/lightning_module/last.ckpt
+"""
 
 from __future__ import annotations
 
+import data
 import lightning.pytorch as pl
+import torch
 import torch.nn.functional as F
-from _digits import EXAMPLE, SIZES, Parser, accuracy, digits, losses, points, trained_teacher
-from _models import make_student
-from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.models.regnet import BlockParams, RegNet
 
-from kdlayers import KDHandle, attach_kd, save_student
+from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDPoint, attach_kd, save_student
+
+FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 
 
 class Distilled(pl.LightningModule):
-    """A student that learns from a teacher which is no part of this module."""
+    """A student that learns from a teacher, which is not a part of this module."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, plain: Dataset, lr: float) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, images: data.Images) -> None:
         super().__init__()
         self.student = student
-        self.kd: KDHandle | None = None  # a plain object, which state_dict() passes over
-        self.outside = (teacher, plain)  # a tuple: a module that is an attribute would be inside
-        self.lr = lr
+        self.kd = None  # will be a plain object, which state_dict() leaves out
+        self.outside = (teacher, images)  # a tuple: a module that is an attribute would be inside
 
     def configure_model(self) -> None:
         """Attach: the processes are connected by now, and neither DDP nor optimiser is there."""
-        if self.kd is None:  # load_from_checkpoint and every trainer.fit or validate come here
-            teacher = self.outside[0]
-            self.kd = attach_kd(self.student, teacher, points(), losses=losses(), example=EXAMPLE)
+        teacher, images = self.outside
+        if teacher is None or self.kd is not None:  # every trainer.fit or validate comes here
+            return
+        first = KDPoint(FIRST, targets=DecisionTargets(subclasses=2))
+        points = [first, KDPoint(LAST, targets=CodebookTargets(32))]
+        losses = [AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)]
+        self.kd = attach_kd(self.student, teacher, points, losses=losses, example=images.example)
 
-    def configure_optimizers(self) -> optim.Optimizer:
-        """The train-only parameters are no part of this module: they are named."""
-        parameters = [*self.student.parameters(), *self.kd.parameters()]
-        return optim.SGD(parameters, self.lr, momentum=0.9, nesterov=True)
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The train-only parameters, such as AEKT's, are not in this module: add them by hand."""
+        parameters = [*self.student.parameters(), *(self.kd.parameters() if self.kd else [])]
+        return torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True)
 
     def on_fit_start(self) -> None:
         """Learn the targets, each process with its part; a resumed run has them already."""
-        teacher, plain = self.outside
-        teacher.to(self.device)  # Lightning moves only what is a part of this module
-        ranks = (self.trainer.world_size, self.trainer.global_rank)
-        sampler = DistributedSampler(plain, *ranks, shuffle=False)
-        self.kd.fit(DataLoader(plain, 250, sampler=sampler), progress=self.trainer.is_global_zero)
+        teacher, images = self.outside
+        if self.kd is not None:
+            teacher.to(self.device)  # Lightning moves only what is a part of this module
+            ranks = (self.trainer.world_size, self.trainer.global_rank)
+            sampler = DistributedSampler(images.plain, *ranks, shuffle=False)
+            self.kd.fit(DataLoader(images.plain, 50, sampler=sampler))
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """One more term."""
         x, y = batch
-        loss = F.cross_entropy(self.student(x), y) + self.kd.loss(y)
-        self.log_dict(self.kd.terms)
-        return loss
+        loss = F.cross_entropy(self.student(x), y)
+        return loss if self.kd is None else loss + self.kd.loss(y)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Targets, train-only parameters and the step."""
@@ -59,21 +69,30 @@ class Distilled(pl.LightningModule):
 
 def main() -> None:
     """Train, or go on with training; save what Lightning saves, and the student alone."""
-    options = Parser(__doc__, "lightning")
+    options = data.options(__doc__)
     options.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from")
-    options.add_argument("--devices", type=int, default=1, help="processes; default: 1")
     args = options.parse_args()
-    images = digits(args.quick)
-    teacher = trained_teacher(images, args)
+    images, file = data.load(args), args.out / "teacher.pt"
+    loader = DataLoader(images.augmented, 50, shuffle=True, drop_last=True)
     pl.seed_everything(0, verbose=False)
-    module = Distilled(make_student(*SIZES), teacher, images.plain, args.lr)
-    loader = DataLoader(images.augmented, args.batch_size, shuffle=True, drop_last=True)
-    trainer = pl.Trainer(max_epochs=args.epochs, devices=args.devices, default_root_dir=args.out)
+    teacher = regnet([1, 2, 2], [32, 64, 128], len(images.classes))
+    if not file.exists():
+        trainer = pl.Trainer(max_epochs=4, logger=False, enable_checkpointing=False)
+        trainer.fit(Distilled(teacher, None, images), loader)
+        torch.save(teacher.state_dict(), file)
+    teacher.load_state_dict(torch.load(file, weights_only=True))
+    module = Distilled(regnet([1, 1, 2], [16, 32, 64], len(images.classes)), teacher, images)
+    trainer = pl.Trainer(max_epochs=args.epochs, default_root_dir=args.out)
     trainer.fit(module, loader, ckpt_path=args.resume)
     trainer.save_checkpoint(args.out / "last.ckpt")
     if trainer.is_global_zero:
         save_student(module.student, args.out / "student.pt")
-        print(f"step {module.kd.step}: {accuracy(module.student, images):.2f} %")
+
+
+def regnet(depths: list[int], widths: list[int], classes: int) -> nn.Module:
+    """A RegNet of torchvision for small images."""
+    params = BlockParams(depths, widths, [widths[0]] * 3, [1.0] * 3, [1, 2, 2])
+    return RegNet(params, num_classes=classes, stem_width=widths[0])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ from kdlayers._leaving.prune import PrunedLayer as PrunedLayer
 from kdlayers._leaving.prune import prune_templates as prune_templates
 from kdlayers._leaving.save import load_student as load_student
 from kdlayers._leaving.save import save_student as save_student
+from kdlayers._records.dataset import RecordedDataset as RecordedDataset
+from kdlayers._records.dataset import open_record as open_record
 from kdlayers._step.handle import KDHandle as KDHandle
+from kdlayers._step.normalisation import Renormalize as Renormalize
+from kdlayers._step.recorded_teacher import RecordedTeacher as RecordedTeacher
 from kdlayers._targets import CodebookTargets as CodebookTargets
 from kdlayers._targets import DecisionTargets as DecisionTargets
 from kdlayers.losses import AEKTLoss as AEKTLoss
@@ -38,6 +42,7 @@ from kdlayers.losses import ChannelWiseLoss as ChannelWiseLoss
 from kdlayers.losses import DistillLoss as DistillLoss
 from kdlayers.losses import DISTLoss as DISTLoss
 from kdlayers.losses import DKDLoss as DKDLoss
+from kdlayers.losses import FeatureLoss as FeatureLoss
 from kdlayers.losses import FitNetLoss as FitNetLoss
 from kdlayers.losses import InheritExploreLoss as InheritExploreLoss
 from kdlayers.losses import KDLoss as KDLoss

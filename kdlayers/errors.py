@@ -17,6 +17,7 @@ __all__ = [
     "MissingPackageError",
     "NoMatchError",
     "NotFittedError",
+    "RecordError",
     "ShapeError",
     "StaleCaptureError",
 ]
@@ -72,6 +73,10 @@ class FitError(KDLayersError, ValueError):
 
 class CheckpointError(KDLayersError, ValueError):
     """A file or state does not fit the model, is damaged, or is of an unknown version."""
+
+
+class RecordError(KDLayersError, ValueError):
+    """A record of the teacher is damaged, unfinished, or of another teacher, data set or model."""
 
 
 class KDLayersWarning(UserWarning):

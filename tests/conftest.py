@@ -1,6 +1,7 @@
 """What every test gets: one thread, a fixed seed, and no debris in the global random state."""
 
 import os
+from pathlib import Path
 
 # Waiting threads that spin slow a machine with few cores down; read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,6 +12,17 @@ import torch
 from tests.accuracy_bench import bench, image_root
 
 __all__ = ["bench", "image_root"]  # fixtures of several files
+
+TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests of examples, recipes and benchmarks, which plain pytest leaves out."""
+    for item in items:
+        inside = TESTS / "examples" in item.path.parents
+        if inside or item.path.name.startswith("test_accuracy"):
+            item.add_marker(pytest.mark.benchmark)
 
 
 @pytest.fixture(autouse=True)

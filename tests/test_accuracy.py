@@ -79,7 +79,8 @@ def test_augmentation_is_a_shift_and_a_flip():
 def test_batches_depend_on_seed_and_epoch_only(splits):
     def epoch(seed, number):
         torch.rand(3)  # the global generator has no part in it
-        pairs = list(data.epoch_batches(splits.train, 20, (2, True), seed, number))
+        recipe = {"batch_size": 20, "padding": 2, "flips": True}
+        pairs = list(data.Augmented(splits.train, recipe, seed).epoch(number))
         assert [len(y) for _, y in pairs] == [20] * 7
         return torch.cat([x for x, _ in pairs])
 

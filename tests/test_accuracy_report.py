@@ -11,7 +11,10 @@ from tests.benchmark_modules import load
 
 report = load("report")  # the first, as it puts the folder of the models on the path
 sweeps, words = load("sweeps"), load("_accuracy_words")
-glance, digest = load("_accuracy_glance").glance, load("_accuracy_train").digest
+overview, forest, published = (
+    load(f"_accuracy_{name}") for name in ("overview", "forest", "published")
+)
+digest = load("_accuracy_train").digest
 SWEEPS, groups = load("_accuracy_sweeps").SWEEPS, load("_accuracy_sweeps").groups
 
 
@@ -67,13 +70,73 @@ def test_recipes_and_seeds_are_not_mixed():
         report.by_method(lines("KD", [1.0]) + lines("KD", [2.0]))
 
 
-def test_regimes_stand_side_by_side_whatever_their_titles_and_methods():
-    known = {"KD": lines("KD", OURS), "labels only": lines("labels only", THEIRS)}
-    rows = glance([("same", known), ("same", {"KD": known["KD"]})]).splitlines()
-    assert rows[0] == "|  | same | same |"
-    found = words.bold(*words.difference(known["KD"], known["labels only"]))
-    assert rows[2:] == [f"| plain KD over no distillation: KD minus labels only | {found} |  |"]
-    assert glance([("same", {"KD": known["KD"]})]) == ""
+def entry(runs, short="some data"):
+    """A regime on the first page."""
+    for own in runs.values():
+        for line in own:
+            line["recipe"] = {"data": "fashion-mnist", "student": "resnet8"}
+            line["teacher"] = {"recipe": {"network": "resnet14"}}
+    return overview.Entry("stem", short, short, runs, 27)
+
+
+def test_the_first_page_says_what_the_intervals_say():
+    weak = [value - 1.5 for value in THEIRS]
+    runs = {
+        "KD": lines("KD", THEIRS),
+        "letKD-2": lines("letKD-2", OURS),
+        "labels only": lines("labels only", weak),
+        "DKD": lines("DKD", THEIRS[::-1]),
+        "letKD-1": lines("letKD-1", OURS[:2]),
+    }
+    found = overview.finding(entry(runs))
+    assert found == (
+        "- **some data**: better than KD: *letKD-2*; worse than KD: *labels only*; not separated "
+        "from KD: *DKD*; too few seeds for a verdict: 1 methods."
+    )
+    rows = overview.overview_table([entry(runs), entry({"KD": runs["KD"]})]).splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows[2:]}
+    text, _ = words.difference(runs["letKD-2"], runs["KD"])
+    assert cells["letKD-2"] == [f"{text} **better**", "not run yet |"]
+    assert cells["letKD-1"][0] == f"{sum(OURS[:2]) / 2 - sum(THEIRS[:2]) / 2:+.2f} (2 seeds)"
+    assert cells["KD"] == [words.plus_minus(THEIRS), f"{words.plus_minus(THEIRS)} |"]
+
+
+def test_without_logits_differences_are_to_labels_only():
+    runs = {"labels only": lines("labels only", THEIRS), "AT": lines("AT", OURS)}
+    assert overview.finding(entry(runs)) == "- **some data**: better than labels only: *AT*."
+
+
+def test_the_forest_has_the_intervals_and_is_drawn_the_same_again(tmp_path):
+    runs = {
+        "KD": lines("KD", THEIRS),
+        "letKD-2": lines("letKD-2", OURS),
+        "DKD": lines("DKD", OURS[:1]),
+    }
+    rows = forest.rows_of(runs, ("labels only", "KD", "DKD", "letKD-2"))
+    low, high = stats.ttest_rel(OURS, THEIRS).confidence_interval(0.95)
+    assert rows[0] == ("DKD", pytest.approx(OURS[0] - THEIRS[0]), None, None)
+    assert rows[1] == ("letKD-2", *(pytest.approx(x, abs=1e-3) for x in (rows[1][1], low, high)))
+    paths = [tmp_path / f"figures{number}" / "forest.svg" for number in (1, 2)]
+    assert all(forest.draw_forest([("a", runs), ("b", runs)], list(runs), path) for path in paths)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    width = re.search(r'width="([\d.]+)pt"', paths[0].read_text("utf-8"))[1]
+    assert float(width) <= 0.75 * 480  # points to pixels: a phone shows it unscaled
+    assert not forest.draw_forest([("a", {"KD": runs["KD"]})], ["KD"], tmp_path / "no.svg")
+
+
+def test_published_numbers_stand_beside_the_same_pair_only():
+    runs = {"KD": lines("KD", [45.0, 46.0, 47.0])}
+    line = {
+        "recipe": {"data": "cifar100", "student": "resnet20", "images": 10000, "epochs": 20},
+        "teacher": {"recipe": {"network": "resnet56", "data": "cifar100"}, "test_accuracy": 72.63},
+    }
+    runs = {"KD": [one | line for one in runs["KD"]]}
+    rows = published.published_table(runs).splitlines()
+    assert "| letKD-2 | 73.27 | +2.61 | not run yet |" in rows
+    assert f"| KD | 70.66 |  | {words.plus_minus([45.0, 46.0, 47.0])} |" in rows
+    for change in ({"data": "cifar10"}, {"student": "resnet32"}):
+        other = [one | {"recipe": one["recipe"] | change} for one in runs["KD"]]
+        assert published.published_table({"KD": other}) == ""
 
 
 def test_budgets_that_only_some_runs_have():
@@ -93,19 +156,22 @@ def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
     bench(tmp_path / "tiny.tuning.jsonl", *methods[:2], "--tuning", "--seeds", "8")
     options = ("--tuning", "--seeds", "8", "--alpha-last", "0.5")
     bench(tmp_path / "tiny.tuning.jsonl", "--methods", "letKD-1", *options)
-    (tmp_path / "tiny.txt").write_text("### Found\n\nNothing.\n", "utf-8")
-    report.main(["--data", str(tmp_path), "--out", str(tmp_path / "page")])
-    page = (tmp_path / "page").read_text("utf-8")
+    (tmp_path / "tiny.txt").write_text("## Found\n\nNothing.\n", "utf-8")
+    report.main(["--data", str(tmp_path), "--out", str(tmp_path / "results.md")])
+    first = (tmp_path / "results.md").read_text("utf-8")
+    page = (tmp_path / "results-tiny.md").read_text("utf-8")
     title = f"Fashion-MNIST, resnet8 to resnet8, 40 images, {runs[0]['recipe']['epochs']} epochs"
-    assert f"\n## {title}\n" in page
-    assert f"\n|  | {title} |\n" in page  # the table at the beginning, of what was run
+    assert f"\n# {title}\n" in page
+    assert "- **CIFAR-100, all images**: not run yet.\n" in first
+    assert f"[{title}](results-tiny.md): 3 of 27 methods, 2 seeds" in first
+    assert re.findall(r"^\| letKD-1 \| \S+ \(2 seeds\) \|$", first, re.M)
+    assert (tmp_path / "figures" / "results.svg").stat().st_size > 1000
     assert f"**{runs[0]['teacher']['test_accuracy']:.2f} %** of the test" in page
-    assert "Not run here: letKD-2, QuEST" in page
-    assert "### Found\n\nNothing.\n" in page
+    assert "Not run yet: letKD-2, QuEST" in page
+    assert "## Found\n\nNothing.\n" in page
     rows = [line for line in page.splitlines() if line.startswith("| KD |")]
     mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2
     assert rows[0].startswith(f"| KD | 2 | {mean:.2f} | ")
-    assert re.findall(r"^\| .*: KD minus labels only \| \S+ too few seeds \(2\) \|$", page, re.M)
     assert "letKD-2 minus" not in page
 
 
@@ -124,7 +190,7 @@ def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, image_root, tmp_pa
         (seed, k) for seed in range(3) for k in (4, 12)
     ]
     report.main(["--data", str(tmp_path), "--out", str(tmp_path / "page.md")])
-    page = (tmp_path / "page.md").read_text("utf-8")
+    page = (tmp_path / "results-tiny.md").read_text("utf-8")
     rows = [row for row in page.splitlines() if re.match(r"\| (4|8|12) \| 3 ", row)]
     assert len(rows) == 3
     by_k = {k: [x["test_accuracy"] for x in lines[i::2]] for i, k in enumerate((4, 12))}
@@ -138,8 +204,12 @@ def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, image_root, tmp_pa
     assert groups(SWEEPS["templates"], [other], unchanged) == {}
 
 
-def test_the_committed_page_is_made_from_the_committed_lines():
-    assert report.page(report.DATA) == report.PAGE.read_text("utf-8")
+def test_the_committed_pages_are_made_from_the_committed_lines():
+    folder = report.PAGE.parent
+    made = report.pages(report.DATA)
+    assert {path.name for path in folder.glob("results*.md")} == set(made)
+    for name, text in made.items():
+        assert text == (folder / name).read_text("utf-8")
 
 
 def test_committed_lines_are_whole():

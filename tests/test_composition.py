@@ -18,6 +18,7 @@ from kdlayers import (
     DecisionTargets,
     DISTLoss,
     DKDLoss,
+    FeatureLoss,
     FitNetLoss,
     InheritExploreLoss,
     KDLoss,
@@ -80,6 +81,7 @@ LOSSES = {
     "FitNet": lambda at: FitNetLoss(at=at),
     "AT": lambda at: AttentionTransferLoss(at=at, weight=10.0),
     "IE": lambda at: InheritExploreLoss(at=at, epochs=2),
+    "Feature": lambda at: FeatureLoss(at=at, tokens="pooled", normalize_teacher=True),
     "DIST": lambda _: DISTLoss(weight=0.5),
     "RKD": lambda at: RKDLoss(at=at, weight=0.1),
     "SP": lambda at: SimilarityPreservingLoss(at=at, weight=10.0),
@@ -94,6 +96,7 @@ NAMES = {
     "FitNet": "FitNetLoss.{last}",
     "AT": "AttentionTransferLoss.{last}",
     "IE": "InheritExploreLoss.{last}",
+    "Feature": "FeatureLoss.{last}",
     "DIST": "DISTLoss",
     "RKD": "RKDLoss.{last}",
     "SP": "SimilarityPreservingLoss.{last}",
@@ -172,7 +175,7 @@ def test_every_pair_trains_together(architecture, pair):
         torch.testing.assert_close(terms["total"], weighted)
     still = [i for i, (a, b) in enumerate(zip(added, before, strict=True)) if torch.equal(a, b)]
     assert still == []
-    assert bool(added) == bool({"AEKT", "SKD", "FitNet", "IE", "CWD"} & set(pair))
+    assert bool(added) == bool({"AEKT", "SKD", "FitNet", "IE", "CWD", "Feature"} & set(pair))
     assert not {id(p) for p in own} & {id(p) for p in added}
     check_exported(student, kd, plain, pair)
 

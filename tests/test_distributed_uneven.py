@@ -1,4 +1,4 @@
-"""Ranks that do not do the same: no KD loss in a step, uneven batches, processes that disconnect."""
+"""Ranks that differ: no KD loss in a step, uneven batches, processes that disconnect."""
 
 import os
 import tempfile

@@ -142,7 +142,7 @@ def test_pruning_refuses_scores_that_are_not_numbers():
     before = {key: value.clone() for key, value in student.state_dict().items()}
     images = IMAGES.clone()
     images[3, 0, 2, 2] = float("nan")
-    with pytest.raises(FitError, match="'first' are NaN or infinite on this data.* nothing was"):
+    with pytest.raises(FitError, match=r"'first' are NaN or infinite on this data.* nothing was"):
         prune_templates(student, [IMAGES, images])
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     with torch.no_grad():

@@ -248,7 +248,7 @@ def test_operators_pass_torchs_own_checks(keep):
     features, centers = torch.randn(6, 5), torch.randn(4, 5)
     torch.library.opcheck(codebook_divergence, (student, templates, features, centers, 0.5, True))
     own, table = torch.tensor([0, 1, 2, 3, 0, 1]), torch.rand(4, 4).softmax(1)
-    torch.library.opcheck(decision_divergence, (student, templates, own, table, True))
+    torch.library.opcheck(decision_divergence, (student, templates, own, table, None, True))
 
 
 @pytest.mark.parametrize(

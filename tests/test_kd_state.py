@@ -128,7 +128,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_other_shapes_and_kinds_are_refused_without_a_checksum_too(fitted, change):
+def test_other_shapes_and_kinds_are_refused_with_and_without_a_checksum(fitted, change):
     for name, key in places(fitted):
         state = unsealed(fitted)
         value = state["losses"][name][key]
@@ -136,6 +136,7 @@ def test_other_shapes_and_kinds_are_refused_without_a_checksum_too(fitted, chang
             continue  # only for reports
         state["losses"][name][key] = CHANGES[change](value)
         refused(fitted, state, "the state of ")
+        refused(fitted, {**fitted.state_dict(), "losses": state["losses"]}, "is damaged")
 
 
 def test_channels_that_are_not_a_split_are_refused(fitted):

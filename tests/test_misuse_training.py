@@ -27,6 +27,7 @@ from kdlayers.errors import (
     FitError,
     KDLayersError,
     NotFittedError,
+    ShapeError,
     StaleCaptureError,
 )
 from tests.attach_tester import Frozen
@@ -94,9 +95,9 @@ def no_labels(s, t, kd):
     kd.loss()
 
 
-def mixed_labels(s, t, kd):
+def mixed_labels_of_other_classes(s, t, kd):
     s(IMAGES)
-    kd.loss(F.one_hot(LABELS, 3).float())
+    kd.loss(F.one_hot(LABELS, 4).float())
 
 
 def labels_out_of_range(s, t, kd):
@@ -227,7 +228,7 @@ TRAINING = [
     (other_labels, StaleCaptureError, "labels of another batch"),
     (labels_as_list, ArgumentTypeError, "labels as a tensor, got list"),
     (no_labels, ArgumentError, r"call kd\.loss\(labels\)"),
-    (mixed_labels, ArgumentTypeError, "use CodebookTargets at this point"),
+    (mixed_labels_of_other_classes, ShapeError, r"taken for probabilities \[batch, 3\]"),
     (labels_out_of_range, ArgumentError, "labels"),
     (reentrant_checkpoint, CaptureError, "use_reentrant=False"),
     (other_batch_taught, StaleCaptureError, "were given different batches"),

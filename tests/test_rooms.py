@@ -18,6 +18,7 @@ ROOMS = (
     "_layer",
     "_targets",
     "losses",
+    "_records",
     "_step",
     "_attaching",
     "_leaving",

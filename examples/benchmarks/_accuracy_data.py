@@ -1,11 +1,12 @@
-"""Fashion-MNIST as tensors of bytes: splits, and batches augmented by tensor operations."""
+"""Images as tensors of bytes: splits, batches augmented by tensor operations, Fashion-MNIST."""
 
 from __future__ import annotations
 
 import gzip
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +17,35 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-
 
 @dataclass(frozen=True)
 class Split:
-    """Images ``[N, H, W]`` as bytes, and their labels ``[N]``."""
+    """Images as bytes, grey ``[N, H, W]`` or ``[N, 3, H, W]``, and their labels ``[N]``.
+
+    ``mean`` and ``std`` of each channel are what a batch is normalised with.
+    """
 
     images: Tensor
     labels: Tensor
+    mean: tuple[float, ...] = (MEAN,)
+    std: tuple[float, ...] = (STD,)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> Split:
         """The images and labels at ``indices``."""
-        return Split(self.images[indices], self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def to(self, device: torch.device) -> Split:
         """The same on ``device``."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """All images in order and as they are, normalised, in batches."""
         pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
-        return [(normalised(images), labels) for images, labels in pairs]
+        return [(self.normalised(images), labels) for images, labels in pairs]
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Bytes of this data set as floats ``[B, C, H, W]`` of mean 0 and deviation 1."""
+        return normalised(images, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,15 @@ class Splits:
         """Number of classes."""
         return int(self.train.labels.max()) + 1
 
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return len(self.train.mean)
+
+    def blank(self, count: int) -> Tensor:
+        """Zero images as a network gets them, for dry runs."""
+        return torch.zeros(count, self.channels, *self.test.images.shape[-2:])
+
 
 def load(root: str, *, download: bool, validation: int) -> Splits:
     """The training images without the last ``validation`` of a fixed order, those, and the test."""
@@ -58,6 +77,11 @@ def load(root: str, *, download: bool, validation: int) -> Splits:
     whole, test = read(folder, "train"), read(folder, "t10k")
     if not 0 < validation < len(whole):
         raise SystemExit(f"--validation must be between 0 and {len(whole)}, got {validation}")
+    return held_out(whole, test, validation)
+
+
+def held_out(whole: Split, test: Split, validation: int) -> Splits:
+    """The last ``validation`` training images of a fixed random order are nobody's to train on."""
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     return Splits(whole.take(order[:-validation]), whole.take(order[-validation:]), test)
 
@@ -114,42 +138,67 @@ def few(train: Split, images: int, seed: int) -> Split:
     return train.take(order[chosen])
 
 
-def epoch_batches(
-    split: Split, size: int, augmentation: tuple[int, bool], seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order; the last short batch is dropped.
+class Augmented:
+    """Batches of augmented images, in an order of their own in each epoch.
 
-    ``augmentation`` is the padding of random crops, and whether every other image is flipped.
+    Order and augmentation depend on the seed and the epoch alone, so every method sees the same, on
+    every device: all random numbers are drawn on the CPU. The last short batch is dropped.
 
-    Order and augmentation depend on ``seed`` and ``epoch`` alone, so every method sees the same, on
-    every device: all random numbers are drawn on the CPU.
+    Args:
+        split: the images.
+        recipe: batch_size, padding of the random crops, and flips (whether every other image is
+            mirrored).
+        seed: of order and augmentation; default: the recipe's.
     """
-    draw = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = torch.randperm(len(split), generator=draw)
-    order = order[: len(order) // size * size].to(split.images.device)
-    for indices in order.split(size):
-        yield (
-            normalised(augmented(split.images[indices], *augmentation, draw)),
-            split.labels[indices],
-        )
+
+    def __init__(self, split: Split, recipe: dict[str, Any], seed: int | None = None) -> None:
+        self.split = split
+        self.size = recipe["batch_size"]
+        self.augmentation = recipe["padding"], recipe["flips"]
+        self.seed = recipe["seed"] if seed is None else seed
+        self.steps = len(split) // self.size
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of one epoch."""
+        split = self.split
+        draw = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        order = torch.randperm(len(split), generator=draw)
+        order = order[: self.steps * self.size].to(split.images.device)
+        for indices in order.split(self.size):
+            images = augmented(split.images[indices], *self.augmentation, draw)
+            yield split.normalised(images), split.labels[indices]
+
+    def plain(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """The images without augmentation, in a random order."""
+        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(self.seed))
+        return self.split.take(order).batches(size)
 
 
 def augmented(images: Tensor, padding: int, flips: bool, draw: torch.Generator) -> Tensor:
-    """Each image of ``[B, H, W]`` shifted by up to ``padding``, with ``flips`` every other flipped.
+    """Each image shifted by up to ``padding``, with ``flips`` every other one mirrored.
 
-    Without both the images come back as they are.
+    Without both the images ``[B, H, W]`` or ``[B, C, H, W]`` come back as they are.
     """
-    count, height, width = images.shape
+    planes = images if images.dim() == 4 else images.unsqueeze(1)
+    count, _, height, width = planes.shape
     top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=draw)
     flip = (torch.rand(count, 1, generator=draw) < 0.5) & flips
     columns = torch.arange(width)
-    columns = left + torch.where(flip, columns.flip(0), columns)
-    rows = top + torch.arange(height)
-    places = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    return padded[tuple(place.to(images.device) for place in places)]
+    columns = (left + torch.where(flip, columns.flip(0), columns)).to(images.device)
+    rows = (top + torch.arange(height)).to(images.device)
+    image = torch.arange(count, device=images.device)[:, None, None]
+    padded = torch.nn.functional.pad(planes, (padding,) * 4)
+    # Indices on both sides of the channels' slice put the channels last.
+    cropped = padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    return cropped.reshape(images.shape)
 
 
-def normalised(images: Tensor) -> Tensor:
-    """Bytes ``[B, H, W]`` to floats ``[B, 1, H, W]`` of mean 0 and deviation 1."""
-    return ((images.float() / 255 - MEAN) / STD).unsqueeze(1)
+def normalised(
+    images: Tensor, mean: tuple[float, ...] = (MEAN,), std: tuple[float, ...] = (STD,)
+) -> Tensor:
+    """Bytes ``[B, H, W]`` or ``[B, C, H, W]`` to floats ``[B, C, H, W]`` around 0."""
+    planes = images if images.dim() == 4 else images.unsqueeze(1)
+    middle, spread = (
+        torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std)
+    )
+    return (planes.float() / 255 - middle) / spread

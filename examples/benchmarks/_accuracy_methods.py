@@ -21,7 +21,6 @@ from kdlayers import (
 from kdlayers.schedules import Cosine, LinearWarmup, Schedule
 
 Recipe = dict[str, Any]
-CLASSES = 10  # of Fashion-MNIST
 
 
 def option(default: Any, text: str) -> Any:
@@ -154,8 +153,8 @@ def iekd(o: Options) -> Recipe:
     }
 
 
-def recipes(o: Options) -> dict[str, Recipe]:
-    """Every method by name, in the order in which they are run."""
+def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
+    """Every method by name, in the order in which they are run, for data of so many classes."""
     both = [decisions(o), codebook(o)]
     free, falling = {"supervised": False}, {"falling": True}
     parts: dict[str, Recipe] = {
@@ -187,10 +186,10 @@ def recipes(o: Options) -> dict[str, Recipe]:
         "AEKT is": {"losses": [aekt(o, "is")]},
         "SKD + DKD": {"losses": [skd(o, dkd(o))]},
     }
-    return {name: completed(part, o) for name, part in parts.items()}
+    return {name: completed(part, o, classes) for name, part in parts.items()}
 
 
-def completed(part: Recipe, o: Options) -> Recipe:
+def completed(part: Recipe, o: Options, classes: int) -> Recipe:
     """The recipe with everything that it leaves open."""
     losses = part.get("losses", [])
     plain_kd = any(loss["loss"] == "KDLoss" for loss in losses)
@@ -203,7 +202,7 @@ def completed(part: Recipe, o: Options) -> Recipe:
     }
     if layers:
         if not supervised:  # nothing of the targets but their number matters
-            layers = [free_layer(layer) for layer in layers]
+            layers = [free_layer(layer, classes) for layer in layers]
         recipe |= {"layers": layers, "supervised": supervised, "head_scale": o.head_scale}
     if layers and supervised:
         recipe["layer_weight"] = o.layer_weight_beside if losses else o.layer_weight
@@ -212,9 +211,9 @@ def completed(part: Recipe, o: Options) -> Recipe:
     return recipe
 
 
-def free_layer(layer: Recipe) -> Recipe:
+def free_layer(layer: Recipe, classes: int) -> Recipe:
     """A layer of the same size and start, without its targets."""
-    templates = layer["templates"] if "templates" in layer else layer["subclasses"] * CLASSES
+    templates = layer["templates"] if "templates" in layer else layer["subclasses"] * classes
     return {"at": layer["at"], "templates": templates, "alpha": layer["alpha"]}
 
 
@@ -222,7 +221,12 @@ def free_layer(layer: Recipe) -> Recipe:
 
 
 def attach(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module, example: torch.Tensor, steps: int
+    recipe: Recipe,
+    student: nn.Module,
+    teacher: nn.Module,
+    example: torch.Tensor,
+    steps: int,
+    classes: int | None = None,
 ) -> KDHandle | None:
     """Give ``student`` what its recipe asks for; ``None`` where no teacher takes part.
 
@@ -232,11 +236,12 @@ def attach(
         teacher: the trained one.
         example: two images.
         steps: batches in an epoch, for warm-ups.
+        classes: of the labels, where the teacher has others.
     """
     weight: float | Schedule = recipe.get("layer_weight", 1.0)
     if "layer_epochs" in recipe:
         weight = weight * Cosine(recipe["layer_epochs"], steps_per_epoch=steps)
-    layers = [point(layer, weight) for layer in recipe.get("layers", [])]
+    layers = [point(layer, weight, classes) for layer in recipe.get("layers", [])]
     if layers and not recipe["supervised"]:
         attach_kd(student, at=layers, example=example).detach()
         layers = []
@@ -251,13 +256,15 @@ def attach(
     return kd
 
 
-def point(layer: Recipe, weight: float | Schedule) -> KDPoint:
+def point(layer: Recipe, weight: float | Schedule, classes: int | None = None) -> KDPoint:
     """A layer with its targets, or bare where the recipe has only a number of templates."""
     targets: CodebookTargets | DecisionTargets | None = None
     if layer.get("targets") == "codebook":
         targets = CodebookTargets(layer["templates"], sharpness=layer["temperature"])
     elif layer.get("targets") == "decisions":
-        targets = DecisionTargets(layer["subclasses"], components=layer["components"])
+        targets = DecisionTargets(
+            layer["subclasses"], components=layer["components"], num_classes=classes
+        )
     number = layer["templates"] if targets is None else None
     at = names(layer["at"])
     both = (at, None) if isinstance(at, str) else at

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from _accuracy_data import Split, Splits, epoch_batches
+from _accuracy_data import Augmented, Split, Splits
+from _accuracy_progress import Progress
 from models.cifar_resnet import fold_batch_norm, make
 from models.small_torchvision import mobilenet_v2, vgg
 from torch import Tensor, nn
@@ -21,6 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdlayers import KDHandle
 
 Recipe = dict[str, Any]
+
+
+class Batches(Protocol):
+    """What a network is trained on."""
+
+    steps: int
+    """Batches of an epoch."""
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of one epoch."""
+        ...
+
+
 SMALL_TORCHVISION: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobilenet_v2, "vgg": vgg}
 
 
@@ -34,18 +48,19 @@ def new_model(name: str, splits: Splits, seed: int, **options: float) -> nn.Modu
     """A network for these images, with the initial weights of ``seed``."""
     torch.manual_seed(seed)
     if name in SMALL_TORCHVISION:
-        model: nn.Module = SMALL_TORCHVISION[name](splits.classes, in_channels=1, **options)
+        small = SMALL_TORCHVISION[name]
+        model: nn.Module = small(splits.classes, in_channels=splits.channels, **options)
     else:
-        model = make(name, num_classes=splits.classes, in_channels=1, **options)
+        model = make(name, num_classes=splits.classes, in_channels=splits.channels, **options)
     return model.to(memory_format=torch.channels_last)
 
 
 def train(
     model: nn.Module,
     kd: KDHandle | None,
-    split: Split,
+    batches: Batches,
     recipe: Recipe,
-    seed: int,
+    progress: Progress,
     ce_weight: float = 1.0,
 ) -> float:
     """SGD with a rising and falling rate; returns seconds per epoch.
@@ -56,14 +71,12 @@ def train(
     Args:
         model: the network.
         kd: the handle of a method that has a teacher.
-        split: the images to train on.
-        recipe: epochs, batch_size, padding, flips, lr, weight_decay and precision.
-        seed: of the batches.
+        batches: gives the batches of an epoch; ``steps`` is their number.
+        recipe: epochs, lr, weight_decay and precision.
+        progress: what was trained before an interruption, and where to keep what is trained now.
         ce_weight: of cross-entropy; ``kd.loss`` is added to it.
     """
     device = device_of(model)
-    split = split.to(device)
-    steps = recipe["epochs"] * (len(split) // recipe["batch_size"])
     own = list(kd.parameters()) if kd is not None else []
     optimizer = torch.optim.SGD(
         [*model.parameters(), *own],
@@ -72,24 +85,32 @@ def train(
         nesterov=True,
         weight_decay=recipe["weight_decay"],
     )
+    steps = recipe["epochs"] * batches.steps
     schedule = OneCycleLR(
         optimizer, recipe["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
-    augmentation = recipe["padding"], recipe["flips"]
     low = recipe["precision"] == "bfloat16"
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "kd": kd}
     model.train()
-    start = seconds(device)
-    for epoch in range(recipe["epochs"]):
-        for x, y in epoch_batches(split, recipe["batch_size"], augmentation, seed, epoch):
+    for epoch in range(progress.resume(parts), recipe["epochs"]):
+        start = seconds(device)
+        sums: dict[str, Tensor] = {}
+        for x, y in batches.epoch(epoch):
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
-                loss = ce_weight * F.cross_entropy(model(x), y)
+                entropy = F.cross_entropy(model(x), y)
+                loss = ce_weight * entropy
                 if kd is not None:
                     loss = loss + kd.loss(y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return (seconds(device) - start) / recipe["epochs"]
+            terms = {} if kd is None else kd.terms
+            for name, value in {"cross-entropy": entropy.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        means = {name: float(f"{float(value) / batches.steps:.5g}") for name, value in sums.items()}
+        progress.keep(parts, epoch + 1, seconds(device) - start, means)
+    return progress.seconds / recipe["epochs"]
 
 
 def seconds(device: torch.device) -> float:
@@ -125,7 +146,8 @@ def trained_teacher(
     teacher = new_model(recipe["network"], splits, recipe["seed"]).to(device)
     if not path.exists():
         print(f"training the teacher, {recipe['network']}: {path}", flush=True)
-        spent = train(teacher, None, splits.train, recipe | {"flips": True}, recipe["seed"])
+        batches = Augmented(splits.train.to(device_of(teacher)), recipe | {"flips": True})
+        spent = train(teacher, None, batches, recipe, Progress(None))
         facts = {
             "recipe": recipe,
             "recipe_hash": digest(recipe),
@@ -137,7 +159,9 @@ def trained_teacher(
             "seconds_per_epoch": round(spent, 2),
         }
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": teacher.state_dict(), "facts": facts}, path)
+        # A stopped run leaves no half of a file, which the next one would read.
+        torch.save({"model": teacher.state_dict(), "facts": facts}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
     saved = torch.load(path, weights_only=True, map_location=device)
     teacher.load_state_dict(saved["model"])
     return fold_batch_norm(teacher), saved["facts"]

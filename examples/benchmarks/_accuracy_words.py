@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -137,3 +139,22 @@ def pruned_table(runs: dict[str, list[Line]]) -> str:
         "of the student's images; means over seeds."
     )
     return f"{note}\n\n{table(head, rows)}" if rows else ""
+
+
+def supervision_table(path: Path) -> str:
+    """What supervision.py measured, a column for each kind of images; empty without its file."""
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text("utf-8"))
+    rows = []
+    for part in ("logits", "codebook", "decisions"):
+        columns = list(found[part].values())
+        rows += [[f"{part}: {name}", *(f"{x[name]:.4g}" for x in columns)] for name in columns[0]]
+    options = ", ".join(f"{k} {v}" for k, v in found["options"].items())
+    note = (
+        f"Means over images or positions ({options}), by `examples/benchmarks/supervision.py`. "
+        "Targets are fitted to the first column's images. A perplexity is the number of classes or "
+        "templates that would share the probability equally: 1 is one-hot."
+    )
+    head = ("", *found["logits"])
+    return f"{note}\n\n{table(head, rows)}"

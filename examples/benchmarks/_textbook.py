@@ -20,6 +20,16 @@ def kd(student: Tensor, teacher: Tensor, _labels: Tensor, temperature: float = T
     return F.kl_div(ours, theirs, reduction="batchmean") * temperature**2
 
 
+def standardized_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Sun et al. 2024: `kd` of logits with mean 0 and deviation 1 over the classes."""
+
+    def scaled(logits: Tensor) -> Tensor:
+        centred = logits - logits.mean(dim=1, keepdim=True)
+        return centred / (1e-7 + logits.std(dim=1, keepdim=True))
+
+    return kd(scaled(student), scaled(teacher), labels)
+
+
 def mutual(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """Zhang et al. 2018: the same at temperature 1."""
     return kd(student, teacher, labels, temperature=1.0)

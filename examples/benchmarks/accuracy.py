@@ -1,21 +1,42 @@
-r"""Does it help, how much, and is it the supervision or the size? Measured on Fashion-MNIST.
+r"""Does it help, how much, and is it the supervision or the size?
 
-A teacher learns from all training images (but 5,000 for validation), once, and is kept in
-``--cache``. Students see a tenth of them. For each seed, every method starts from the same weights,
-and sees the same images in the same order with the same augmentation. The accuracy is that of the
-last epoch.
+For each seed, every method starts from the same weights, and sees the same images in the same order
+with the same augmentation. The accuracy is that of the last epoch. ``--regime`` sets data, teacher
+and recipe; every option may still be given.
 
-Every run is one JSON line in ``--out``, with its whole recipe. A run whose method, recipe and seed
-are there already is skipped, so this may be stopped at any time and called again. ``--tuning``
-leaves the test images alone.
+On Fashion-MNIST a teacher learns from all training images (but 5,000 for validation), once, and is
+kept in ``--cache``. Students see a tenth of them:
 
     python examples/benchmarks/accuracy.py --root data --download --out runs/accuracy.jsonl
 
-The committed runs are continued, with the committed teacher, on the device that they are of, by
+On CIFAR the teacher's weights are yours to bring. ``--root`` has torchvision's files, or
+``train/CLASS/*`` and ``test/CLASS/*`` in any image format:
+
+    python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
+        --teacher-checkpoint resnet56.pt --teacher-accuracy 72.63 --cache runs \
+        --out docs/data/results/cifar100-10000.jsonl
+    python examples/benchmarks/accuracy.py --regime cifar10-500 --root CIFAR10 \
+        --teacher-checkpoint resnet56.pt --teacher-data cifar100 --teacher-root CIFAR100 \
+        --cache runs --out docs/data/results/cifar10-500.jsonl
+
+As many epochs and templates as the papers have, for those with a GPU; the teacher runs each time:
+
+    python examples/benchmarks/accuracy.py --regime cifar100-all --root CIFAR100 --epochs 240 \
+        --teacher-checkpoint resnet56.pt --device cuda --templates 4096 --subclasses 8 \
+        --validation 500 --cache runs --out runs/cifar100-240.jsonl
+
+Every run is one JSON line in ``--out``, with its whole recipe. A run whose method, recipe and seed
+are there already is skipped; one that was stopped goes on after its last epoch, which ``--cache``
+has. So this may be stopped at any time and called again, and called twice at a time to use two
+cores: no run is done twice. ``--tuning`` leaves the test images alone.
+
+The committed runs on Fashion-MNIST are continued, with the committed teacher, on the device that
+they are of, by
 
     python examples/benchmarks/accuracy.py --cache docs/data/results \
         --out docs/data/results/fashion-mnist-6000.jsonl
-    python examples/benchmarks/report.py
+
+and ``python examples/benchmarks/report.py`` makes the pages.
 """
 
 from __future__ import annotations
@@ -37,9 +58,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from _accuracy_data import Split, Splits, few, load
 from _accuracy_methods import Options, Recipe, add_options, attach, chosen, recipes
 from _accuracy_probe import probes, pruned
+from _accuracy_progress import Progress, claimed
+from _accuracy_regimes import REGIMES, Regime, add_regimes, prepared
 from _accuracy_train import (
     accuracy,
     device_of,
@@ -50,7 +72,6 @@ from _accuracy_train import (
     parameters,
     seconds,
     train,
-    trained_teacher,
 )
 from torch import nn
 
@@ -62,42 +83,46 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for and what is not there yet."""
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    splits = load(args.root, download=args.download, validation=args.validation)
-    teacher, facts = trained_teacher(splits, teacher_recipe(args), args.cache, args.device)
-    print(f"teacher: {facts['validation_accuracy']:.2f} % of validation images", flush=True)
-    methods = recipes(with_widths(chosen(args), teacher, splits))
+    regime = prepared(args, teacher_recipe(args))
+    methods = recipes(with_widths(chosen(args), regime), regime.splits.classes)
     for seed in args.seeds:
         for name in args.methods or methods:
-            recipe = common_recipe(args) | {"teacher": facts["recipe_hash"]} | methods[name]
+            recipe = common_recipe(args) | {"teacher": regime.facts["recipe_hash"]} | methods[name]
+            kept = args.cache / f"{digest(recipe)}-{seed}.run"
             if key(name, recipe, seed) in finished(args.out):
                 continue
-            line = run(name, recipe, seed, teacher, splits, args)
-            line = {"method": name, "seed": seed, "recipe_hash": digest(recipe)} | line
-            append(args.out, line | {"recipe": recipe, "teacher": facts} | circumstances(args))
-            shown = line["validation_accuracy"], line["clock_seconds"]
-            print(f"seed {seed}  {name:28} {shown[0]:6.2f} %  {shown[1]:6.1f} s", flush=True)
+            with claimed(kept.with_suffix(".lock")) as mine:
+                # Another process may have finished it since the file was read.
+                if mine and key(name, recipe, seed) not in finished(args.out):
+                    complete(name, recipe, seed, regime, Progress(kept))
 
 
-def run(
-    name: str,
-    recipe: Recipe,
-    seed: int,
-    teacher: nn.Module,
-    splits: Splits,
-    args: argparse.Namespace,
-) -> dict[str, Any]:
+def complete(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress) -> None:
+    """One run, from its start or its last epoch to its line."""
+    args = regime.args
+    line = run(name, recipe, seed, regime, progress)
+    line = {"method": name, "seed": seed, "recipe_hash": digest(recipe)} | line
+    append(args.out, line | {"recipe": recipe, "teacher": regime.facts} | circumstances(args))
+    progress.done()
+    accuracies = [line["validation_accuracy"], line["test_accuracy"]]
+    shown = " and ".join(f"{value:.2f}" for value in accuracies if value is not None)
+    print(f"seed {seed}  {name:28} {shown} %  {line['clock_seconds']:.0f} s", flush=True)
+
+
+def run(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress) -> dict[str, Any]:
     """Train and measure one student."""
     start = time.perf_counter()
-    split = few(splits.train, recipe["images"], seed)
+    splits, args = regime.splits, regime.args
+    split, batches, teacher = regime.given(recipe, seed)
     student = new_model(recipe["student"], splits, seed, width=recipe["width"]).to(args.device)
     device = device_of(student)
-    example = torch.zeros(2, 1, *split.images.shape[1:], device=device)
-    kd = attach(recipe, student, teacher, example, len(split) // recipe["batch_size"])
+    example = splits.blank(2).to(device)
+    kd = attach(recipe, student, teacher, example, batches.steps, splits.classes)
     fitted = seconds(device)
-    if kd is not None:
-        kd.fit(fit_batches(split.to(device), seed), seed=seed, progress=False)
+    if kd is not None and not progress.started:
+        kd.fit(batches.plain(128), seed=seed, progress=False)
     fitted = seconds(device) - fitted
-    spent = train(student, kd, split, recipe, seed, recipe["ce_weight"])
+    spent = train(student, kd, batches, recipe, progress, recipe["ce_weight"])
     terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
     let_go(kd, recipe)
     if args.save and any(".kd." in name for name, _ in student.named_parameters()):
@@ -113,17 +138,19 @@ def run(
         "seconds_of_fit": round(fitted, 2),
         "clock_seconds": round(time.perf_counter() - start, 1),
         "last_terms": terms,
+        "curve": progress.curve,
         "scales": scales(student),
         "probes": probes(student, args.last.partition(":")[0], split, shown),
-        "pruned": pruned(student, split, shown, splits),
+        "pruned": pruned(student, split, shown, splits) if args.pruning else [],
     }
 
 
-def with_widths(options: Options, teacher: nn.Module, splits: Splits) -> Options:
+def with_widths(options: Options, regime: Regime) -> Options:
     """The options with the widths of the control students that are as large as letKD-2's."""
+    splits, teacher = regime.splits, regime.teacher
     larger = new_model(options.student, splits, 0, width=options.width).to(device_of(teacher))
-    example = torch.zeros(2, 1, *splits.test.images.shape[1:], device=device_of(teacher))
-    attach(recipes(options)["layers only (2)"], larger, teacher, example, 1)
+    example = splits.blank(2).to(device_of(teacher))
+    attach(recipes(options, splits.classes)["layers only (2)"], larger, teacher, example, 1)
     found = {"width_parameters": parameters, "width_macs": macs}
     widths = {
         name: matching_width(options.student, splits, count(larger, splits), count)
@@ -142,12 +169,6 @@ def let_go(kd: KDHandle | None, recipe: Recipe) -> None:
         kd.remove()
     else:
         kd.detach()
-
-
-def fit_batches(split: Split, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The student's images without augmentation, in a random order."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return split.take(order).batches(128)
 
 
 def scales(student: nn.Module) -> dict[str, float]:
@@ -193,8 +214,10 @@ def teacher_recipe(args: argparse.Namespace) -> Recipe:
 
 def common_recipe(args: argparse.Namespace) -> Recipe:
     """What all students have in common."""
+    recorded = {"views": args.views} if args.views else {}
+    drawn = {} if args.draw is None else {"draw": args.draw}
     return {
-        "data": "fashion-mnist",
+        "data": args.data,
         "validation": args.validation,
         "images": args.images,
         "epochs": args.epochs,
@@ -204,7 +227,7 @@ def common_recipe(args: argparse.Namespace) -> Recipe:
         "lr": args.lr,
         "weight_decay": args.weight_decay,
         "precision": args.precision,
-    }
+    } | (recorded | drawn)
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
@@ -253,12 +276,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--root", default="data", help="folder of the data set; default: %(default)s")
-    add("--download", action="store_true", help="fetch the data set where it is missing")
+    add_regimes(parser)
     add("--out", type=Path, default=Path("runs/accuracy.jsonl"), help="default: %(default)s")
     add("--cache", type=Path, default=Path("runs"), help="of teachers; default: %(default)s")
     add("--methods", nargs="+", help="default: all; a wrong name lists them")
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
+    add("--no-pruning", dest="pruning", action="store_false", help="leave it out, as it takes time")
     add("--tuning", action="store_true", help="do not look at the test images")
     add("--save", type=Path, help="folder for the students with KD layers; default: none is kept")
     add("--device", default="cpu", help="such as cuda; default: %(default)s")
@@ -275,10 +298,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="default: %(default)s")
     add("--padding", type=int, default=2, help="of the crops; default: %(default)s")
     add("--augment", action="store_true", help="crop and flip the student's images")
+    add("--views", type=int, default=0, help="record so many of the teacher; 0: run it each time")
+    add("--draw", type=int, help="seed of which images students see; default: the run's seed")
     add("--lr", type=float, default=0.1, help="highest rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
     add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
     add_options(parser)
+    parser.set_defaults(**REGIMES[parser.parse_known_args(arguments)[0].regime])
     args = parser.parse_args(arguments)
     unknown = set(args.methods or ()) - set(recipes(chosen(args)))
     if unknown:

@@ -1,6 +1,6 @@
-"""Losses on the logits: against the same formulas written down, torchdistill's, and a bare step.
+"""Losses: against the same formulas written down, torchdistill's, and a bare step.
 
-Alone: forward and backward of the loss on given logits, also of its own layers if it has any. In a
+Alone: forward and backward on given logits or features, also of own layers if there are any. In a
 step: student and teacher, forward, backward and SGD, against the same step without a distillation
 loss. All variants take turns in one process; ratios are taken round by round.
 
@@ -18,32 +18,69 @@ from functools import partial
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import _textbook as textbook
+import _textbook_relations as relations
 import torch
 from _cases import Case, add_losses, make_networks, run_teacher, sgd, training_step
 from _tables import Report, Table, command_line, read, settings
 from _timing import Step, alternate, ratio, spread
+from _torchdistill import torchdistill_losses
 from torch import Tensor, nn
 
 import kdlayers
-from kdlayers import AEKTLoss, DKDLoss, KDLoss, MutualLoss, StudentFriendlyKDLoss
+from kdlayers import (
+    AEKTLoss,
+    ChannelWiseLoss,
+    DISTLoss,
+    DKDLoss,
+    KDLoss,
+    MutualLoss,
+    RKDLoss,
+    SimilarityPreservingLoss,
+    StudentFriendlyKDLoss,
+)
 
 FORMS = ("chi2", "ratio_sq", "ratio", "is")
+
+
+class OnEveryPixel(KDLoss):
+    """Class maps without labels, so that every pixel counts."""
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The divergence at every pixel."""
+        return super().forward(student, teacher)
+
+
 # The library's loss, and the textbook's for a number of classes.
 LOSSES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Callable]]] = {
     "KD": (KDLoss, lambda _: textbook.kd),
     "DKD": (DKDLoss, lambda _: textbook.dkd),
     **{
         f"AEKT {form}": (
-            partial(AEKTLoss, form, alpha=1.0, beta=8.0, gamma=1.0),
+            partial(AEKTLoss, form=form, alpha=1.0, beta=8.0, gamma=1.0),
             partial(textbook.AEKT, form=form),
         )
         for form in FORMS
     },
     "student-friendly KD": (StudentFriendlyKDLoss, textbook.StudentFriendly),
     "mutual": (MutualLoss, lambda _: textbook.mutual),
+    "KD, standardised": (partial(KDLoss, standardize=True), lambda _: textbook.standardized_kd),
+    "DIST": (DISTLoss, lambda _: relations.dist),
+}
+# The same on features or class maps: a shape, and a small one.
+FEATURES: dict[str, tuple[Callable[[], nn.Module], Callable, tuple[int, ...], tuple[int, ...]]] = {
+    "RKD": (RKDLoss, relations.rkd, (64, 512), (4, 8)),
+    "similarity-preserving": (
+        SimilarityPreservingLoss,
+        relations.similarity,
+        (64, 128, 8, 8),
+        (4, 3, 2, 2),
+    ),
+    "channel-wise": (ChannelWiseLoss, relations.channelwise, (8, 21, 64, 64), (2, 3, 4, 4)),
+    "KD on class maps": (OnEveryPixel, relations.pixels, (8, 21, 64, 64), (2, 3, 4, 4)),
 }
 AGAIN = "none, once more"
 SHAPES = ((64, 100), (256, 1000))
+COLUMNS = ("kdlayers, ms", "of the textbook's", "of torchdistill's")
 
 
 def main() -> None:
@@ -52,6 +89,7 @@ def main() -> None:
     report = Report("losses", "Losses on the logits", settings(args))
     for shape in ((8, 10),) if args.quick else SHAPES:
         alone(report, shape, args)
+    on_features(report, args)
     whole_step(report, args)
     report.save(args.out)
 
@@ -62,26 +100,50 @@ def alone(report: Report, shape: tuple[int, int], args: argparse.Namespace) -> N
     for name, (ours, theirs) in LOSSES.items():
         key = f"{name}, logits {shape[0]}x{shape[1]}"
         losses = {"kdlayers": ours(), "textbook": theirs(shape[1])}
-        if name in ("KD", "mutual") and (found := torchdistill_kd(ours().temperature)):
-            losses["torchdistill"] = found
-        steps = {variant: on_logits(loss, shape, args.device) for variant, loss in losses.items()}
-        times = report.times_ms[key] = alternate(steps, args.rounds, device=args.device)
-        cells = [name, f"{spread(times['kdlayers'])}"]
-        for other in ("textbook", "torchdistill"):
-            text = "-"
-            if other in times:
-                slower = ratio(times["kdlayers"], times[other])
-                text = report.compare(key, "time", "kdlayers", other, slower)
-            cells.append(text)
-        rows.append(cells)
+        rows.append([name, *compared(report, name, key, losses, shape, args)])
     title = f"The loss alone, {shape[0]} samples of {shape[1]} classes"
-    columns = ("loss", "kdlayers, ms", "of the textbook's", "of torchdistill's")
     note = "Forward and backward to the student's logits and to the loss's own parameters."
-    report.add(Table(title, columns, rows, note))
+    report.add(Table(title, ("loss", *COLUMNS), rows, note))
 
 
-def on_logits(loss: Callable[..., Tensor], shape: tuple[int, int], device: str) -> Step:
-    """Forward and backward of a loss on fixed logits."""
+def on_features(report: Report, args: argparse.Namespace) -> None:
+    """Forward and backward on features or class maps, against the same two."""
+    rows = []
+    for name, (ours, theirs, whole, small) in FEATURES.items():
+        shape = small if args.quick else whole
+        size = "x".join(map(str, shape))
+        losses = {"kdlayers": ours(), "textbook": theirs}
+        key = f"{name}, features {size}"
+        rows.append([name, size, *compared(report, name, key, losses, shape, args)])
+    note = "Forward and backward to the student's features or class maps."
+    report.add(Table("The loss alone, on features", ("loss", "shape", *COLUMNS), rows, note))
+
+
+def compared(
+    report: Report,
+    name: str,
+    key: str,
+    losses: dict[str, Callable],
+    shape: tuple[int, ...],
+    args: argparse.Namespace,
+) -> list[str]:
+    """Cells of a row: our time, and what it is of the others'."""
+    found = torchdistill_losses().get(name)
+    losses = losses if found is None else {**losses, "torchdistill": found}
+    steps = {variant: on_logits(loss, shape, args.device) for variant, loss in losses.items()}
+    times = report.times_ms[key] = alternate(steps, args.rounds, device=args.device)
+    cells = [f"{spread(times['kdlayers'])}"]
+    for other in ("textbook", "torchdistill"):
+        text = "-"
+        if other in times:
+            slower = ratio(times["kdlayers"], times[other])
+            text = report.compare(key, "time", "kdlayers", other, slower)
+        cells.append(text)
+    return cells
+
+
+def on_logits(loss: Callable[..., Tensor], shape: tuple[int, ...], device: str) -> Step:
+    """Forward and backward of a loss on fixed logits or features."""
     torch.manual_seed(0)
     student = (2 * torch.randn(shape, device=device)).requires_grad_()
     teacher, labels = 4 * torch.randn(shape, device=device), torch.arange(shape[0], device=device)
@@ -98,20 +160,6 @@ def on_logits(loss: Callable[..., Tensor], shape: tuple[int, int], device: str) 
             parameter.grad = None
 
     return step
-
-
-def torchdistill_kd(temperature: float) -> Callable[..., Tensor] | None:
-    """The loss of torchdistill with the arguments in our order, or None if it is not installed."""
-    try:
-        from torchdistill.losses.mid_level import KDLoss as TheirLoss
-    except ImportError:
-        return None
-    loss = TheirLoss("out", "output", "out", "output", temperature, alpha=0.0)  # no cross-entropy
-
-    def call(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return loss({"out": {"output": student}}, {"out": {"output": teacher}}, labels)
-
-    return call
 
 
 def whole_step(report: Report, args: argparse.Namespace) -> None:
@@ -154,5 +202,5 @@ def in_step(case: Case, loss: Callable[[], kdlayers.DistillLoss] | None, device:
 
 if __name__ == "__main__":
     main()
-    if torchdistill_kd(1.0) is None:
+    if not torchdistill_losses():
         print("torchdistill was left out: pip install torchdistill")

@@ -1,10 +1,11 @@
-"""Makes docs/results.md from the lines that accuracy.py has written.
+"""Makes docs/results.md and a page for each regime from the lines that accuracy.py has written.
 
     python examples/benchmarks/report.py
 
 reads docs/data/results: ``*.jsonl`` with the reported runs of one regime each, ``*.sweeps.jsonl``
 with those that sweeps.py has written, ``*.tuning.jsonl`` with the runs on which its recipe was
-chosen, and ``*.txt`` with what was found out about it, which is the only part written by hand.
+chosen, ``*.teacher.json`` with what supervision.py has measured, and ``*.txt`` with what was found
+out about it, which is the only part written by hand.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _accuracy_glance import glance
-from _accuracy_methods import Options, Recipe, recipes
+from _accuracy_forest import draw_forest
+from _accuracy_methods import Options, recipes
+from _accuracy_overview import DRAWN, Entry, overview
+from _accuracy_published import published_table
+from _accuracy_regimes import REGIMES
+from _accuracy_setting import REFERENCES, first_line, setting, title
 from _accuracy_sweeps import draw_sweeps, sweep_tables
 from _accuracy_words import (
     Line,
@@ -29,13 +33,13 @@ from _accuracy_words import (
     plus_minus,
     probe_table,
     pruned_table,
+    supervision_table,
     table,
     tuning_table,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA, PAGE = ROOT / "docs" / "data" / "results", ROOT / "docs" / "results.md"
-REFERENCES = ("labels only", "KD")
 
 # What each control answers: a method, what it is compared with, and the question.
 CONTROLS = (
@@ -65,56 +69,76 @@ CONTROLS = (
     ("AEKT chi2", "DKD", "does AEKT's adaptive term, with its linear layer, help DKD?"),
 )
 
+# On the first page, in this order, with the words for its figure and table.
+MAIN = {
+    "cifar100-10000": "CIFAR-100, 10,000 images",
+    "cifar100-all": "CIFAR-100, all images",
+    "cifar10-500": "CIFAR-10, 500 images, teacher of CIFAR-100",
+    "cifar10-5000": "CIFAR-10, 5,000 images, teacher of CIFAR-100",
+    "fashion-mnist-6000": "Fashion-MNIST, 6,000 images",
+}
+
 INTRODUCTION = """\
 <!-- Made by examples/benchmarks/report.py from docs/data/results; do not edit. -->
 
-# Results
+# {title}
 
-Does it help, how much, and is it the supervision or the size? Every number here is computed by
-
-```bash
-python examples/benchmarks/report.py
-```
-
-from the committed lines in `docs/data/results`, one for each training, with its whole recipe;
-`examples/benchmarks/accuracy.py` writes them, and says how to run it. Accuracies are those of the
-**last epoch** on the test images, which no choice was made on.
-
-For every seed all methods have the same student images in the same batches, and the same initial
-weights of the student (a wider student cannot). Differences are therefore taken seed by seed. ± and
-brackets are 95 % intervals by Student's t. **Better** and **worse** are said only where the
-interval excludes zero; else it says "not separated", which does not mean equal. With fewer than
-three seeds there is no interval and no verdict. With many comparisons about one in twenty would
-exclude zero by chance alone.
-"""
-
-GLANCE = """\
-## At a glance
-
-Points of test accuracy; the sections below have the seeds, the settings and all other methods.
-Empty: not run.
+One regime of the [results](results.md). Accuracies are those of the **last epoch** on the test
+images, which no choice was made on. For every seed all methods have the same student images in the
+same batches, and the same initial weights of the student (a wider student cannot). Differences are
+therefore taken seed by seed. ± and brackets are 95 % intervals by Student's t. **Better** and
+**worse** are said only where the interval excludes zero; else it says "not separated", which does
+not mean equal. With fewer than three seeds there is no interval and no verdict.
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the page."""
+    """Write the pages and their figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="default: docs/data/results")
     parser.add_argument("--out", type=Path, default=PAGE, help="default: docs/results.md")
     args = parser.parse_args(arguments)
-    args.out.write_text(page(args.data), "utf-8")
+    for name, text in pages(args.data, args.out.name).items():
+        (args.out.parent / name).write_text(text, "utf-8")
+    shown, _ = entries(args.data)
+    panels = [(entry.short, entry.runs) for entry in shown]
+    draw_forest(panels, DRAWN, args.out.parent / "figures" / "results.svg")
     for path in regimes(args.data):
         figure = args.out.parent / figure_of(path)
         figure.parent.mkdir(exist_ok=True)
         draw_sweeps(beside(path, "sweeps"), by_method(read(path)), figure)
 
 
-def page(data: Path) -> str:
-    """The whole page."""
-    every = [(path, by_method(read(path))) for path in regimes(data)]
-    short = glance([(title(runs["labels only"][0]), runs) for _, runs in every])
-    parts = [INTRODUCTION, f"{GLANCE}\n{short}\n" if short else ""]
-    return "\n".join(part for part in [*parts, *(regime(*each) for each in every)] if part)
+def pages(data: Path, first: str = PAGE.name) -> dict[str, str]:
+    """All pages by file name; ``first`` is that of the overview."""
+    shown, others = entries(data)
+    missing = [words for stem, words in MAIN.items() if stem not in {e.stem for e in shown}]
+    found = {first: overview(shown, others, missing)}
+    for path in regimes(data):
+        found[f"results-{path.stem}.md"] = regime(path, by_method(read(path)))
+    return found
+
+
+def entries(data: Path) -> tuple[list[Entry], list[Entry]]:
+    """The regimes on the first page, and the others that it links to."""
+    every = {path.stem: entry_of(path) for path in regimes(data)}
+    shown = [stem for stem in MAIN if stem in every] or list(every)
+    return [every[stem] for stem in shown], [e for stem, e in every.items() if stem not in shown]
+
+
+def entry_of(path: Path) -> Entry:
+    """What the first page says of a regime."""
+    runs = by_method(read(path))
+    name = title(first_line(runs))
+    return Entry(path.stem, name, MAIN.get(path.stem, name), runs, len(methods_of(runs)))
+
+
+def methods_of(runs: dict[str, list[Line]]) -> list[str]:
+    """The methods that belong to a regime: without those on logits if the classes are others."""
+    line = first_line(runs)
+    data, taught = line["recipe"]["data"], line["teacher"]["recipe"].get("data")
+    foreign: list[str] = REGIMES["cifar10-500"]["methods"]
+    return list(recipes(Options())) if taught in (data, None) else foreign
 
 
 def regimes(data: Path) -> list[Path]:
@@ -135,26 +159,29 @@ def beside(path: Path, kind: str) -> list[Line]:
 
 
 def regime(path: Path, runs: dict[str, list[Line]]) -> str:
-    """One section: the runs of a file, its tuning and what was found."""
+    """One page: the runs of a file, its tuning and what was found."""
     tuning, sweeps = beside(path, "tuning"), sweep_tables(beside(path, "sweeps"), runs)
     picture = f"![accuracy over each value: seeds and their mean]({figure_of(path)})"
     found = path.with_suffix(".txt")
+    measured = path.with_suffix(".teacher.json")
     every = [line for lines in runs.values() for line in lines]
     parts = [
-        f"## {title(every[0])}",
+        INTRODUCTION.format(title=title(first_line(runs))),
         setting(every),
-        "### Accuracy and cost",
+        "## Accuracy and cost",
         main_table(runs),
-        *headed("### The supervision or the size?", controls(runs)),
-        *headed("### Before and after the layers", probe_table(runs)),
-        *headed("### Pruned", pruned_table(runs)),
-        *headed("### One value at a time", sweeps, picture),
+        *headed("## Beside published numbers", published_table(runs)),
+        *headed("## The supervision or the size?", controls(runs)),
+        *headed("## What the teacher says", supervision_table(measured)),
+        *headed("## Before and after the layers", probe_table(runs)),
+        *headed("## Pruned", pruned_table(runs)),
+        *headed("## One value at a time", sweeps, picture),
         found.read_text("utf-8").strip() if found.exists() else "",
-        *(("### How the recipe was chosen", tuning_table(tuning)) if tuning else ()),
-        "### Recipes",
+        *(("## How the recipe was chosen", tuning_table(tuning)) if tuning else ()),
+        "## Recipes",
         recipe_list(runs),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def headed(heading: str, body: str, *more: str) -> tuple[str, ...]:
@@ -194,68 +221,6 @@ def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
 # ------------------------------------------------------------------ parts of a regime
 
 
-def title(line: Line) -> str:
-    """What the regime is."""
-    recipe = line["recipe"]
-    images = f"{recipe['images']:,} images" if recipe["images"] else "all training images"
-    names = f"{line['teacher']['recipe']['network']} to {recipe['student']}"
-    return f"Fashion-MNIST, {names}, {images}, {recipe['epochs']} epochs"
-
-
-def setting(lines: Sequence[Line]) -> str:
-    """The recipe that all share, the teacher, dates and versions, as text."""
-    line = next(line for line in lines if line["method"] == "labels only")
-    recipe, teacher = line["recipe"], line["teacher"]
-    taught = teacher["recipe"]
-    dates = sorted({line["date"] for line in lines})
-    versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
-    items = [
-        f"**Teacher**: {taught['network']}, {teacher['parameters']:,} parameters, "
-        f"{teacher['macs']:,} multiply-adds, {taught['epochs']} epochs on all but the validation "
-        f"images: **{teacher['test_accuracy']:.2f} %** of the test images "
-        f"({teacher['validation_accuracy']:.2f} % of the validation images, "
-        f"{teacher['training_accuracy']:.2f} % of its own).",
-        f"**Student**: {recipe['student']} with stages of {stages(recipe['width'])} channels, "
-        f"{line['parameters']:,} parameters, {line['macs']:,} multiply-adds. It sees "
-        f"{seen(recipe['images'])}.",
-        f"**Training**: {recipe['epochs']} epochs, batches of {recipe['batch_size']}, SGD with "
-        f"Nesterov's momentum 0.9, weight decay {recipe['weight_decay']:g} on all parameters, rate "
-        f"{recipe['lr']:g} after a rise over a tenth of the steps, then falling to 0 by a cosine; "
-        f"{augmentation(recipe)}; {recipe['precision']} in training, float32 in testing. The "
-        "teacher runs on the student's batches, its batch norms folded; it has learnt with crops "
-        "and flips.",
-        f"**Validation**: {recipe['validation']:,} training images that nobody trains on.",
-        f"**Seconds** of an epoch, on {line['device']}, have augmentation and the teacher's "
-        "forward in them, and not `kd.fit`, once before. On a CPU they are process CPU time of one "
-        "thread, which other work on the machine lengthens less than the clock.",
-        f"**Run** {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {', '.join(versions)}.",
-    ]
-    return "\n".join(wrapped(item) for item in items)
-
-
-def wrapped(item: str) -> str:
-    """An entry of a list."""
-    return fill(item, 100, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-
-
-def augmentation(recipe: Recipe) -> str:
-    """What is done to the student's images."""
-    crops = f"crops with {recipe['padding']} pixels of padding" if recipe["padding"] else ""
-    flips = "flips" if recipe["flips"] else ""
-    return " and ".join(part for part in (crops, flips) if part) or "no augmentation"
-
-
-def seen(images: int) -> str:
-    """Which images a student sees; 0 stands for all."""
-    some = f"{images:,} of the teacher's images, equally many of every class, others for every seed"
-    return some if images else "all of the teacher's images"
-
-
-def stages(width: float) -> str:
-    """Channels of the three stages."""
-    return ", ".join(str(round(width * factor)) for factor in (1, 2, 4))
-
-
 def main_table(runs: dict[str, list[Line]]) -> str:
     """Accuracy, paired differences and cost of every method; the ones not run are named."""
     rows = []
@@ -269,8 +234,8 @@ def main_table(runs: dict[str, list[Line]]) -> str:
         rows.append([*cells, f"{mean(line['seconds_per_epoch'] for line in lines):.2f}"])
     head = ("", "seeds", "test accuracy %", *(f"minus {name}" for name in REFERENCES))
     head = (*head, "training accuracy %", "parameters", "MACs", "s per epoch")
-    missing = [name for name in recipes(Options()) if name not in runs]
-    note = f"\n\nNot run here: {', '.join(missing)}." if missing else ""
+    missing = [name for name in methods_of(runs) if name not in runs]
+    note = f"\n\nNot run yet: {', '.join(missing)}." if missing else ""
     cost = (
         "Parameters and multiply-adds (MACs) are those of the student at inference, its KD layers"
     )
@@ -290,7 +255,7 @@ def controls(runs: dict[str, list[Line]]) -> str:
 
 def recipe_list(runs: dict[str, list[Line]]) -> str:
     """What is special about each method's recipe, as it is in the lines."""
-    common = runs["labels only"][0]["recipe"]
+    common = first_line(runs)["recipe"]
     rows = []
     for name, lines in runs.items():
         recipe = lines[0]["recipe"]

@@ -6,19 +6,16 @@ learning rate that is hard on them. It shows how a loss fails, not which method 
 
 from __future__ import annotations
 
-import math
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples
 
-import _method as shared
+import data
 import torch
-import torch.nn.functional as F
-from _accuracy_words import table
-from _data import Images
+from _tables import Table
+from aekt import accuracy, regnet, train
 from torch import nn
 
 from kdlayers import AEKTLoss, DistillLoss, DKDLoss, KDLoss, StudentFriendlyKDLoss, attach_kd
@@ -50,40 +47,38 @@ TABLES: dict[str, dict[str, Make]] = {
 
 def main() -> None:
     """Train every student of both tables, and print the tables."""
+    options = data.options(__doc__)
+    options.set_defaults(epochs=40)
+    args = options.parse_args()
     torch.set_num_threads(1)  # rounding decides which seeds fail
-    args, whole, few = shared.start(__doc__)
-    teacher = shared.trained_teacher(whole, args)
+    images = data.load(args)
+    torch.manual_seed(0)
+    teacher = regnet([1, 2, 2], [32, 64, 128], len(images.classes))
+    train(teacher, images.augmented, 1 if args.quick else 4)
+    print(f"teacher: {accuracy(teacher, images.test):.2f} %", flush=True)
     for title, losses in TABLES.items():
         rows = []
         for name, make in losses.items():
-            found = [run(make, teacher, few, Namespace(**vars(args) | {"seed": s})) for s in SEEDS]
+            found = [run(make, teacher, images.first(200), args.epochs, seed) for seed in SEEDS]
             accuracies, agreements = zip(*found, strict=True)
             rows.append([name, ", ".join(accuracies), ", ".join(filter(None, agreements))])
-        print(f"\n{title}\n\n{table(('', 'test accuracy %', 'agreement at the end'), rows)}")
+        print(f"\n{Table(title, ('', 'test accuracy %', 'agreement at the end'), rows).markdown()}")
 
 
-def run(make: Make, teacher: nn.Module, images: Images, args: Namespace) -> tuple[str, str]:
+def run(
+    make: Make, teacher: nn.Module, images: data.Images, epochs: int, seed: int
+) -> tuple[str, str]:
     """Accuracy of a student, or that it diverged; and the simplifier's agreement if it has one."""
-    student = shared.new_student(args.seed)
-    steps = len(images.plain) // args.batch_size
-    ramp = LinearWarmup(max(1, args.epochs // 4), start=0.1, steps_per_epoch=steps)
-    kd = attach_kd(student, teacher, losses=[make(ramp)], example=shared.EXAMPLE)
-    loader = shared.shuffled(images, args)
-    parameters = [*student.parameters(), *kd.parameters()]
-    optimizer, schedule = shared.sgd(parameters, args.epochs * len(loader), args)
-    student.train()
-    for _ in range(args.epochs):
-        for x, y in loader:
-            loss = F.cross_entropy(student(x), y) + kd.loss(y)
-            if not math.isfinite(loss.item()):
-                return "diverged", ""
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    torch.manual_seed(seed)
+    student = regnet([1, 1, 2], [16, 32, 64], len(images.classes))
+    ramp = LinearWarmup(max(1, epochs // 4), start=0.1, steps_per_epoch=len(images.plain) // 50)
+    kd = attach_kd(student, teacher, losses=[make(ramp)], example=images.example)
+    train(student, images.augmented, epochs, kd)
+    if not all(value.isfinite().all() for value in student.state_dict().values()):
+        return "diverged", ""
     agreement = [f"{value:.2f}" for key, value in kd.terms.items() if key.endswith("agreement")]
     kd.detach()
-    return f"{shared.accuracy(student, images):.1f}", "".join(agreement)
+    return f"{accuracy(student, images.test):.1f}", "".join(agreement)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`attach_kd`: from two models and some names to a student with KD layers and a handle."""
 
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from kdlayers._step.hooks import (
     drop_recording,
     guard_hooks,
 )
+from kdlayers._step.recorded_teacher import RecordedTeacher
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
 from kdlayers._step.tape import Forward, Tape
 from kdlayers._step.teacher import Teacher, Transform, make_teachers
@@ -37,20 +39,23 @@ from kdlayers.losses import DistillLoss, TemplateLoss
 
 def attach_kd(
     student: nn.Module,
-    teacher: nn.Module | Sequence[nn.Module] | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | RecordedTeacher | None = None,
     at: At = (),
     *,
     losses: Iterable[DistillLoss] = (),
     example: Any = None,
     teacher_weights: Sequence[float] | None = None,
-    teacher_transform: Transform | None = None,
+    teacher_transform: Transform | Literal["auto"] | None = None,
     memory: str = "normal",
 ) -> KDHandle:
     """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
 
     The student keeps its type, its forward, its names and its state-dict keys; the layers' keys are
     additional (``<point>...kd.*``). Both models are run on an example to find shapes; their flags,
-    buffers and the random state are as before afterwards. Every parameter exists on return: make
+    buffers and the random state are as before afterwards. New layers are drawn from the random
+    state and the student's weights: the same seed and weights give the same layers, and students
+    with other weights get other layers. For copies of one student call ``torch.manual_seed``
+    between. Every parameter exists on return: make
     the optimiser after this call, as ``Optimizer([*student.parameters(), *kd.parameters()])``, and
     call it before ``torch.compile``, DDP or FSDP wrap the student.
 
@@ -59,7 +64,8 @@ def attach_kd(
         teacher: the model to learn from. It is run in eval mode without gradients and left as it
             was found. ``None``: layers only, with ``num_templates`` given at the points. A list:
             losses on logits compare with the teachers' mean logits, KD layers and losses on
-            features with the first teacher, unless a loss names one by its ``teacher`` index.
+            features with the first teacher, unless a loss names one by its ``teacher_index``. A
+            :class:`RecordedTeacher`: what a teacher said in an earlier :meth:`KDHandle.record`.
         at: where the KD layers go: names of modules (the teacher's point has the same name; a name
             may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
             ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point
@@ -70,14 +76,20 @@ def attach_kd(
             default: two zero images that suit the student.
         teacher_weights: weights of the teachers in the mean of their logits, made to sum to 1;
             default: all equal.
-        teacher_transform: function of the images that the teachers' inputs go through, for a
-            teacher of another resolution or normalisation; default: none.
+        teacher_transform: what the images go through before the teacher sees them. ``"auto"``, for
+            timm models: from the mean, std, size and interpolation that the student's
+            ``pretrained_cfg`` states to those of the teacher's. A :class:`Renormalize` for other
+            models, or any function of the images. Default: none.
         memory: ``"low"``: KD layers never hold the scores of all positions in training, but compute
             them again in parts; ``"normal"`` (default): so only where it takes no longer, in large
             layers of up to 128 channels. The numbers are the same.
 
     Returns:
         The :class:`KDHandle`, with ``fit``, ``loss``, ``detach`` and ``remove``.
+
+    Warns:
+        KDLayersWarning: if student and teacher state different normalisations, and no
+            ``teacher_transform`` is given.
 
     Raises:
         NoMatchError: if a name stands for no module that runs; the nearest names are listed.
@@ -113,6 +125,7 @@ def attach_kd(
     tape.copies = traced.changes_input
     with ExitStack() as undo, undisturbed(student):
         undo.callback(take_out, student, tape)
+        _seed(student)
         _insert_layers(student, points, traced, tape, memory)
         _check_layers(student, traced, args, tape, [point.student for point in points])
         terms = _terms(points, losses, traced, teachers)
@@ -128,6 +141,19 @@ def attach_kd(
     _warn_of_other_teachers(terms, teachers)
     _warn_of_buffers(teachers)
     return KDHandle(student, teachers, terms, tape)
+
+
+def _seed(student: nn.Module) -> None:
+    """Seed new layers from the random state and the student's weights, within `undisturbed`.
+
+    The random state is as before after attach_kd, so that without the weights two students
+    attached one after the other would start with equal layers.
+    """
+    weights = [p.detach().flatten()[:64].double().cpu() for p in student.parameters()]
+    # Meta tensors have no values.
+    known = [w.numpy().tobytes() for w in weights if w.device.type == "cpu"]
+    drawn = int(torch.randint(2**62, ()))
+    torch.default_generator.manual_seed(drawn ^ zlib.crc32(b"".join(known)))
 
 
 def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:

@@ -193,7 +193,9 @@ def _is_stage(module: nn.Module) -> bool:
     if isinstance(module, containers):
         return any(_depth(child) >= 1 for child in module.children())
     return any(
-        isinstance(child, containers) and any(_depth(part) >= 2 for part in child.children())
+        any(_depth(part) >= 2 for part in child.children())
+        if isinstance(child, containers)
+        else _is_stage(child)  # a wrapper, such as the ``encoder`` of Hugging Face's models
         for child in module.children()
     )
 

@@ -177,6 +177,7 @@ class LayerParts(nn.Module):
                     return self._as_node(x)
             elif self._may_fuse(x) and self.why_plain(x.device) is None:
                 features = self.head.channels_last(x)
+                self._need_positions(features)
                 if self.fuses(x.device, features[..., 0].numel()):
                     return self._fused(x, features)
                 if self.frozen(x.device):
@@ -190,6 +191,15 @@ class LayerParts(nn.Module):
         return x + (self.alpha * value).to(x.dtype), scores, None
 
     @torch.jit.unused
+    def _need_positions(self, features: Tensor) -> None:
+        """Raise ShapeError for a training forward of one position, which has no variance."""
+        if self.norm.training and features.numel() == features.shape[-1] and not is_tracing():
+            raise ShapeError(
+                "a KD layer trains with the statistics of all positions in the batch, but this "
+                "batch is one image with one position; give two images or more (drop_last=True in "
+                "the DataLoader), larger images, or set the layer's .norm to eval mode"
+            )
+
     def _may_fuse(self, x: Tensor) -> bool:
         """Whether a fused path is possible at all, before the parts are looked at."""
         if self.memory == "low" or not self.training:

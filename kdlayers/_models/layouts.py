@@ -1,5 +1,6 @@
 """Which axis of a module's output holds the channels, and how positions form a grid."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import ceil, floor, isqrt, sqrt
 from typing import Literal, TypeAlias
@@ -104,13 +105,15 @@ def find_layout(
     *,
     growth: Growth | None = None,
     stated: Kind | None = None,
+    grids: Collection[Size] = (),
 ) -> Layout:
     """Layout of the output of ``module``, of ``shape``, for images of height and width ``image``.
 
     What was measured comes first (``growth``: which axes grow with the images), then what modules
     state (``stated``: convolutions and norms that made or took this very tensor; then timm's
-    ``output_fmt`` of the model), then the proportions of the axes. Where the channels are as many
-    as the rows or columns, proportions prove nothing and are not used.
+    ``output_fmt`` of the model), then ``grids``, the rows and columns of the model's other maps,
+    and last the proportions of the axes. Where the channels are as many as the rows or columns,
+    proportions prove nothing and are not used.
 
     Raises:
         LayoutError: if the axes cannot be told apart.
@@ -118,9 +121,11 @@ def find_layout(
     if len(shape) == 2:
         return Layout("vector")
     if len(shape) == 3:
-        return _token_layout(name, root, shape, image, growth)
+        return _token_layout(name, root, shape, image, growth, grids)
     if len(shape) == 4:
-        return Layout(_map_kind(name, module, root, shape, image, growth, stated))
+        measured = growth is not None and None not in (growth.height, growth.width)
+        kind = measured_kind(growth) if measured else stated
+        return Layout(kind or _map_kind(name, module, root, shape, image, growth, grids))
     raise LayoutError(
         f"the output of {name!r} has shape {shape}; kdlayers reads maps [B, C, H, W] or [B, H, W, "
         "C], tokens [B, L, C] and vectors [B, C]; choose another point, find_points(model) lists "
@@ -129,7 +134,12 @@ def find_layout(
 
 
 def _token_layout(
-    name: str, root: nn.Module, shape: Shape, image: Size, growth: Growth | None
+    name: str,
+    root: nn.Module,
+    shape: Shape,
+    image: Size,
+    growth: Growth | None,
+    grids: Collection[Size],
 ) -> Layout:
     if any(type(module).__name__ == "Unroll" for module in root.modules()):
         raise LayoutError(
@@ -143,30 +153,44 @@ def _token_layout(
             "it holds positions, not channels; kdlayers reads tokens [B, L, C]; choose another "
             "point, find_points(model) lists them"
         )
-    length = shape[1]
     # A class token, a distillation token beside it, four registers with a class token or without.
     stated = _stated_prefixes(root)
-    prefixes = dict.fromkeys((*stated, 0, 1, 2, 4, 5))
-    grids = {prefix: _proportional_grid(length - prefix, image) for prefix in prefixes}
-    found = {prefix: grid for prefix, grid in grids.items() if grid is not None}
+    prefixes = list(dict.fromkeys((*stated, 0, 1, 2, 4, 5)))
+    found = _token_grids(shape[1], prefixes, image, grids)
     if not found:
         raise LayoutError(
-            f"the {length} tokens of {name!r} form no grid of the image's proportions "
+            f"the {shape[1]} tokens of {name!r} form no grid of the image's proportions "
             f"{image[0]}:{image[1]}, with or without up to 5 prefix tokens; choose another point, "
             "find_points(model) lists them"
         )
+    found = [way for way in found if _grows(*way, growth)] or found
     # One position is no likely grid where several positions fit as well.
-    grown = [prefix for prefix, grid in found.items() if _grows(prefix, grid, growth)]
-    if not grown:
-        found = {p: grid for p, grid in found.items() if grid != (1, 1)} or found
-    if not grown and len(found) > 1 and not any(prefix in found for prefix in stated):
-        ways = " or ".join(f"{rows} x {c} after {p}" for p, (rows, c) in found.items())
+    found = [way for way in found if way[1] != (1, 1)] or found
+    found = [way for way in found if way[0] in stated[:1]] or found
+    found = [way for way in found if way[0] in stated] or found
+    if len(found) > 1:
+        ways = " or ".join(f"{rows} x {c} after {p}" for p, (rows, c) in found)
         raise LayoutError(
-            f"the {length} tokens of {name!r} may be a grid of {ways} prefix tokens; set "
+            f"the {shape[1]} tokens of {name!r} may be a grid of {ways} prefix tokens; set "
             "model.num_prefix_tokens to say how many there are"
         )
-    prefix = (grown or list(found))[0]
-    return Layout("tokens", prefix, found[prefix], image)
+    prefix, grid = found[0]
+    return Layout("tokens", prefix, grid, image)
+
+
+def _token_grids(
+    length: int, prefixes: Collection[int], image: Size, grids: Collection[Size]
+) -> list[tuple[int, Size]]:
+    """Prefixes with grids that the other tokens may form.
+
+    The grids are those of the model's own maps, of which tokens are made. Only where no map has as
+    many positions are they made up from the proportions of the images.
+    """
+    seen = [(p, grid) for p in prefixes for grid in grids if grid[0] * grid[1] == length - p]
+    if seen:
+        return seen
+    made = [(p, _proportional_grid(length - p, image)) for p in prefixes]
+    return [(p, grid) for p, grid in made if grid is not None]
 
 
 def _stated_prefixes(root: nn.Module) -> list[int]:
@@ -210,31 +234,29 @@ def _map_kind(
     shape: Shape,
     image: Size,
     growth: Growth | None,
-    stated: Kind | None,
+    grids: Collection[Size],
 ) -> Kind:
-    if growth is not None and growth.height is not None and growth.width is not None:
-        kind = _AXES.get((growth.height, growth.width))
-        if kind is None:
-            raise LayoutError(
-                f"the output of {name!r} has shape {shape}, whose axis {growth.height} grows with "
-                f"the height of the images and axis {growth.width} with their width; kdlayers "
-                "reads maps [B, C, H, W] or [B, H, W, C]; choose another point, "
-                "find_points(model) lists them"
-            )
-        return kind
+    if growth is not None and None not in (growth.height, growth.width):
+        raise LayoutError(
+            f"the output of {name!r} has shape {shape}, whose axis {growth.height} grows with "
+            f"the height of the images and axis {growth.width} with their width; kdlayers "
+            "reads maps [B, C, H, W] or [B, H, W, C]; choose another point, "
+            "find_points(model) lists them"
+        )
+    said = _maker(module) or _stated_format(root)
+    if said is not None:
+        return said
     _, first, second, third = shape
-    for kind in (stated, _maker(module), _stated_format(root)):
-        if kind is not None:
-            return kind
-    fits: dict[Kind, bool] = {
-        "NCHW": _proportional(second, third, image),
-        "NHWC": _proportional(first, second, image),
+    readings: dict[Kind, tuple[int, Size]] = {
+        "NCHW": (first, (second, third)),
+        "NHWC": (third, (first, second)),
     }
-    channels = {"NCHW": first, "NHWC": third}
-    for kind, fit in fits.items():
-        spatial = (second, third) if kind == "NCHW" else (first, second)
-        if fit and channels[kind] not in spatial and sum(fits.values()) == 1:
-            return kind
+    known: list[Kind] = [kind for kind, (_, grid) in readings.items() if grid in grids]
+    if len(known) == 1:
+        return known[0]
+    fits: list[Kind] = [k for k, (_, grid) in readings.items() if _proportional(*grid, image)]
+    if len(fits) == 1 and not known and readings[fits[0]][0] not in readings[fits[0]][1]:
+        return fits[0]
     raise LayoutError(
         f"the output of {name!r} has shape {shape}: it cannot be told which axis holds the "
         "channels; pass example= with images of another size, for instance of 3/2 the height"
@@ -257,6 +279,13 @@ def stated_kind(module: nn.Module) -> Kind | None:
         type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
     )
     return "NHWC" if last else None
+
+
+def measured_kind(growth: Growth | None) -> Kind | None:
+    """What the axes that grow with height and width tell of a map."""
+    if growth is None or growth.height is None or growth.width is None:
+        return None
+    return _AXES.get((growth.height, growth.width))
 
 
 def _maker(module: nn.Module) -> Kind | None:

@@ -1,19 +1,27 @@
 """Dry runs: what every module of a model returns, without leaving a trace in the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.layouts import Kind, Layout, Size, find_layout, stated_kind
+from kdlayers._models.layouts import (
+    Kind,
+    Layout,
+    Size,
+    find_layout,
+    measured_kind,
+    stated_kind,
+)
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
 from kdlayers._models.probe import Growth, growth
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick
+from kdlayers._utils.torch_internals import child_table, is_batch_norm, runs_forward_of
+from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick, put
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 
 
@@ -105,7 +113,18 @@ class Trace:
         module = self.model.get_submodule(name)
         found = self._grown().get(name) if len(call.shape) in (3, 4) else None
         evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
+        evidence["grids"] = self._grids() if len(call.shape) in (3, 4) else ()
         return find_layout(name, module, self.model, call.shape, self.image, **evidence)
+
+    def _grids(self) -> list[Size]:
+        """Rows and columns of all maps whose layout is measured or stated, in forward order."""
+        found: dict[Size, None] = {}
+        for name, call in self.calls.items():
+            if len(call.shape) == 4:
+                kind = measured_kind(self._grown().get(name)) or call.stated
+                if kind is not None:
+                    found[call.shape[2:] if kind == "NCHW" else call.shape[1:3]] = None
+        return list(found)
 
     def _grown(self) -> dict[str, Growth]:
         if self._growth is None:
@@ -182,6 +201,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     for name, (tensor, version) in tensors.items():
         calls[name].changed = tensor._version != version
         calls[name].stated = statements.of(tensor)
+    calls |= _iterated(model, calls)
     return Trace(
         model,
         calls,
@@ -194,6 +214,30 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
         changed_buffers=changed_buffers,
         example=example,
     )
+
+
+def _iterated(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Calls for Sequentials that did not run themselves, but their children one by one.
+
+    So does gradient checkpointing, which many libraries write as a loop over the children. What the
+    last child returned is what the Sequential would have returned.
+    """
+    found: dict[str, Call] = {}
+    for name, module in model.named_modules():
+        last = _last_child(module, name)
+        if name and name not in calls and last in calls:
+            found[name] = replace(calls[last], name=name)
+    return found
+
+
+def _last_child(module: nn.Module, name: str) -> str:
+    """Name of the last child of a Sequential, and so on; where KD layers put their hooks."""
+    while isinstance(module, nn.Sequential) and runs_forward_of(module, nn.Sequential):
+        key, last = next(reversed(child_table(module).items()), ("", None))
+        if last is None or is_batch_norm(last):
+            break
+        name, module = f"{name}.{key}", last
+    return name
 
 
 class _Statements:
@@ -219,8 +263,12 @@ def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> se
     """Those of the modules ``names`` whose features the model's output does not depend on."""
     model, features = traced.model, dict[str, Tensor]()
 
-    def keep(name: str, output: Any) -> None:
-        features[name] = pick(output, traced.calls[name].path)
+    def keep(name: str, output: Any) -> Any:
+        # In the place of the features, as a KD layer's are: a part of the output computed from
+        # them before, such as the pooled features beside them, does not count.
+        path = traced.calls[name].path
+        features[name] = pick(output, path).clone()
+        return put(output, path, features[name])
 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
@@ -231,8 +279,9 @@ def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> se
             stack.callback(hook.remove)
         args = tuple(_differentiable(arg) for arg in fresh(to_model(example, model)))
         outputs = [tensor for _, tensor in leaves(run_example(model, args, traced.label))]
-    asked = [name for name, tensor in features.items() if tensor.requires_grad]
-    reached = depend(outputs, [features[name] for name in asked])
+        # Inside, as checkpointing runs parts again in the backward pass, in eval mode like before.
+        asked = [name for name, tensor in features.items() if tensor.requires_grad]
+        reached = depend(outputs, [features[name] for name in asked])
     return {name for name, yes in zip(asked, reached, strict=True) if not yes}
 
 

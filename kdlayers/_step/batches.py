@@ -34,7 +34,8 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, (tuple, list)):
         images, labels = (*batch, None, None)[:2]
         sample = isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0)
-        second = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 2
+        shape = list(labels.shape) if isinstance(labels, Tensor) else []
+        second = len(shape) > 2 and isinstance(labels, Tensor) and labels.is_floating_point()
         if isinstance(images, (tuple, list)) and images:
             images = tuple(images) if all(isinstance(i, Tensor) for i in images) else None
         given = isinstance(images, (Tensor, tuple))
@@ -45,7 +46,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
         if sample:
             found += ", one sample of a data set: pass DataLoader(dataset, batch_size=64)"
         elif second:
-            found += f", of which the second has shape {list(labels.shape)}, like images: give a "
+            found += f", of which the second has shape {shape}, like images: give a "
             found += "model of two inputs batches ((first, second), labels)"
     elif isinstance(batch, Mapping):
         found = f"a {type(batch).__name__} with the keys {_pairs_of(batch)}"

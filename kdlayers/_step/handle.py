@@ -1,37 +1,34 @@
 """The handle that `attach_kd` returns: fit, loss, terms, state, and the ways out."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers._layer.layer import KDLayer
-from kdlayers._models.undisturbed import cuda_devices
-from kdlayers._step.batches import check_loader, split_batch
-from kdlayers._step.hooks import drop_recording
-from kdlayers._step.optimizer_check import OptimiserWatch
+from kdlayers._records.dataset import RecordedDataset
+from kdlayers._step.attachment import Attachment
+from kdlayers._step.batches import check_loader
+from kdlayers._step.fitting import fit_terms
+from kdlayers._step.gradient_norms import gradient_norms
+from kdlayers._step.hooks import drop_recording, unguard_hooks
+from kdlayers._step.image_statistics import ImageStatistics
+from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
 from kdlayers._step.plan import Plan
-from kdlayers._step.ranks import Ranks
-from kdlayers._step.sites import slots, take_out
-from kdlayers._step.state import load_state, state_of
-from kdlayers._step.summary import summarise
-from kdlayers._step.tape import Forward, Tape, check_labels, check_taught, versions_of
-from kdlayers._step.teacher import Taught, Teacher
+from kdlayers._step.ranks import ranks_of
+from kdlayers._step.recording import read_batch, record
+from kdlayers._step.sites import take_out
+from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
+from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Pair, Term, weighted_sum
-from kdlayers._targets.fitter import Fitter, pass_seed, run_passes
-from kdlayers._targets.passes import Passes
-from kdlayers.errors import (
-    AttachError,
-    CaptureError,
-    NotFittedError,
-)
+from kdlayers.errors import AttachError, CaptureError, NotFittedError
 
 
-class KDHandle:
+class KDHandle(Attachment):
     """Everything about a distillation that is not the student: made by :func:`kdlayers.attach_kd`.
 
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
@@ -78,9 +75,10 @@ class KDHandle:
         _keep_out_of_graphs()
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
-        own, added = _parameter_groups(self.student, self._terms)
+        self._images = ImageStatistics()
+        own, added = parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(own, added)
-        self._ranks = _ranks(self._terms)
+        self._ranks = ranks_of(self._terms)
         self._tape.armed, self._tape.ranks = bool(self._terms), self._ranks
         if self._ranks is not None:
             self._ranks.start()
@@ -132,35 +130,76 @@ class KDHandle:
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
-            KDLayersWarning: if passes that need the same data began with different batches.
+            KDLayersWarning: if passes that need the same data began with different batches; at the
+                first training batches after it, if their images are not normalised alike.
         """
         self._need_teacher("fit")
         check_loader(loader)
         if self._ranks is not None:
             self._ranks.start()
-        wanted = [term for term in self._terms if refit or not term.loss.fitted]
-        pairs = [(term, term.loss.fitter(seed=seed)) for term in wanted]
-        fitters = {id(fitter): (term, fitter) for term, fitter in pairs if fitter is not None}
-        devices = {d for teacher in self._teachers for d in cuda_devices(teacher.model)}
-
-        def batches(active: Sequence[Fitter], index: int) -> Iterator[Any]:
-            plan = Plan([fitters[id(fitter)][0] for fitter in active], self._teachers)
-            title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
-            start = pass_seed(seed, active, index)
-            for batch in passes.batches(start, title, progress=progress):
-                images, labels = split_batch(batch)
-                args = images if isinstance(images, tuple) else (images,)
-                tensors = plan.of_teachers(plan.teach(args, {}))
-                found = zip(plan.terms, tensors, strict=True)
-                yield [term.teacher_alone(tensor) for term, tensor in found], labels
-
-        with Passes(loader, devices) as passes:
-            run_passes([fitter for _, fitter in fitters.values()], batches)
-        for term, _ in fitters.values():
-            term.remember(self._teachers)
+        fit_terms(
+            self._terms,
+            self._teachers,
+            loader,
+            self._images,
+            seed=seed,
+            progress=progress,
+            refit=refit,
+        )
         self._look_again()
 
-    def loss(self, targets: Tensor | None = None, *, logits: Any = None) -> Tensor:
+    def record(
+        self,
+        dataset: Any,
+        path: str | PathLike[str],
+        *,
+        views: int = 8,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        dtype: str = "float16",
+        topk: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> RecordedDataset:
+        """Run the teachers once over seeded views of a data set, and write what the losses read.
+
+        Train with the data set that this returns and with ``kd.loss(y, recorded=key)``: the
+        teachers do not run, and the student sees the views that they saw. A call that was stopped
+        goes on where it was; where the record is finished, it is opened.
+
+        Args:
+            dataset: a map-style data set of (image, label), with its random transform. Equal seeds
+                of Python's, NumPy's and torch's generators must give equal images.
+            path: the folder to write.
+            views: number of augmented views of each sample; default 8.
+            batch_size: images in a forward of the teachers; default 256.
+            num_workers: processes that load images; default 0, none.
+            dtype: of what is written: ``"float16"`` (default) or ``"float32"``, which gives the
+                live teacher's numbers exactly.
+            topk: of logits keep this many of the largest, and the rest's mass; default: all.
+            seed: of the views; default 0.
+            progress: show a bar on a terminal, where tqdm is installed; default True.
+
+        Returns:
+            A data set of (image, label, key); see :class:`kdlayers.RecordedDataset`.
+
+        Raises:
+            RecordError: if the folder holds something else, the disk is too small, or a transform
+                cannot be seeded.
+            ArgumentError: if an option cannot be used.
+        """
+        self._need_teacher("record")
+        options = {"views": views, "batch_size": batch_size, "dtype": dtype, "topk": topk}
+        workers = {"num_workers": num_workers, "seed": seed, "progress": progress}
+        return record(self._plan, dataset, Path(path), **options, **workers)  # type: ignore[arg-type]
+
+    def loss(
+        self,
+        targets: Tensor | None = None,
+        *,
+        logits: Any = None,
+        recorded: Tensor | None = None,
+    ) -> Tensor:
         r"""Sum of the weighted terms for the student's last training forward.
 
         .. math:: L = \sum_i w_i(\text{step}) \, L_i
@@ -169,9 +208,11 @@ class KDHandle:
         yours. Each training forward is read once.
 
         Args:
-            targets: labels ``[B]``, as the losses need them. Labels of mixup ``[B, K]`` go
-                through where no loss reads them; those that do, such as ``DKDLoss``, refuse them.
+            targets: labels as the losses need them: class indices ``[B]``, or probabilities
+                ``[B, classes]`` after mixup, CutMix or label smoothing.
             logits: the student's logits, if it was run inside :meth:`batch`.
+            recorded: the keys of the batch, if a record takes the place of the teachers; see
+                :meth:`record`.
 
         Returns:
             A scalar tensor with gradients into the student and the train-only parameters.
@@ -184,12 +225,43 @@ class KDHandle:
                 changed in place since.
             NotFittedError: if :meth:`fit` has not been called.
             ShapeError: if the batch was empty.
+            RecordError: if the record is damaged, or of other teachers, losses or images.
         """
         compiling = torch.compiler.is_compiling()
-        pairs, labels = self._read(targets, logits, compiling)
-        total, logged = weighted_sum(self._terms, pairs, labels)
+        plan, pairs, labels = self._read(targets, logits, recorded, compiling)
+        total, logged = weighted_sum(plan.terms, pairs, labels)
         self._done(total, logged)
         return total
+
+    def gradient_norms(
+        self,
+        targets: Tensor | None = None,
+        *,
+        task: Tensor | None = None,
+        logits: Any = None,
+        recorded: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Norm of each term's gradient, to choose weights: call it for a batch, in place of `loss`.
+
+        Norms are over the student's parameters that every term reaches. ``.grad`` stays as it is,
+        the step is not counted, and the forward is read, so run the student again for a step.
+
+        Args:
+            targets: labels; this, ``logits`` and ``recorded`` as for :meth:`loss`.
+            task: your own loss of the same forward, such as ``F.cross_entropy(student(x), y)``.
+            logits: those of :meth:`batch`.
+            recorded: the keys of the batch.
+
+        Returns:
+            ``{name: norm}`` for every term, times its weight under ``name + ".weighted"``, and
+            ``"task"`` if it was given.
+
+        Raises:
+            ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
+            ArgumentError: if no parameter is reached by all of them; also as :meth:`loss`.
+        """
+        plan, pairs, labels = self._read(targets, logits, recorded, compiling=False)
+        return gradient_norms(self.student, plan.terms, pairs, labels, task)
 
     @contextmanager
     def batch(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
@@ -230,55 +302,7 @@ class KDHandle:
         self._tape.fail()
         self._tape.consume()
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Train-only parameters of the losses, for the optimiser; none of them is the student's."""
-        seen: set[nn.Parameter] = set()
-        for term in self._terms:
-            for parameter in term.loss.parameters():
-                if parameter.requires_grad and parameter not in seen:
-                    seen.add(parameter)
-                    yield parameter
-
-    @property
-    def layers(self) -> dict[str, KDLayer]:
-        """The student's KD layers by the names of their points, to be called or looked at.
-
-        They share the student's parameters and batch norms; their ``alpha`` and ``memory`` are the
-        values of now. In the student the layers act through hooks, and ``<point>...kd`` holds their
-        parts.
-        """
-        return {name: slot.as_layer() for name, slot in slots(self.student).items()}
-
-    # ---------------------------------------------------------------- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Targets, train-only parameters and the step: tensors and numbers, safe to save.
-
-        Together with the student's and the optimiser's state a resumed run goes on exactly. The
-        tensors are copies, and a checksum of them is part of the state.
-        """
-        return state_of(self._terms, self.step)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
-
-        All or nothing: if it fails, every loss is as it was before.
-
-        Raises:
-            CheckpointError: if the state is of other losses, of KD layers or a teacher of other
-                sizes, damaged, changed, or of an unknown version.
-        """
-        self.step = load_state(self._terms, self._teachers, slots(self.student), state)
-        self._look_again()
-
-    def summary(self) -> str:
-        """Points, shapes, parameters and multiply-adds added, and what is fitted, as a table."""
-        return summarise(self.student, self._terms)
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    # ---------------------------------------------------------------- ways out
+    # ---------------------------------------------------------------- detaching and removal
 
     def detach(self) -> None:
         """Let go of teacher, captures and train-only parts; the student keeps its KD layers."""
@@ -291,6 +315,7 @@ class KDHandle:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
         self.detach()
         take_out(self.student, self._tape)
+        unguard_hooks()
 
     # ---------------------------------------------------------------- inside
 
@@ -300,12 +325,6 @@ class KDHandle:
                 f"kd.{method}() needs a teacher: this handle was detached, or attached with "
                 "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
             )
-
-    def _look_again(self) -> None:
-        """Ask the losses again whether they are fitted, and where their tensors are."""
-        self._fitted = False
-        for term in self._terms:
-            term.device = None
 
     def _need_fitted(self) -> None:
         unfitted = [term.name for term in self._terms if not term.loss.fitted]
@@ -317,8 +336,8 @@ class KDHandle:
         self._fitted = True
 
     def _read(
-        self, targets: Tensor | None, logits: Any, compiling: bool
-    ) -> tuple[list[Pair], Tensor | None]:
+        self, targets: Tensor | None, logits: Any, recorded: Tensor | None, compiling: bool
+    ) -> tuple[Plan, list[Pair], Tensor | None]:
         """What the terms of the last forward compare, and the labels; the teacher runs here."""
         if not self._teachers:
             self._need_teacher("loss")
@@ -335,36 +354,30 @@ class KDHandle:
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
         labels = check_labels(targets, found)
-        if ahead is None:
+        self._images.of_training((forward.args, forward.kwargs))
+        plan = self._plan
+        if recorded is not None:
+            plan, tensors = read_batch(plan, recorded, forward, found, self.step)
+        elif ahead is None:
             autocast = forward.autocast_dtype(self.student, found)
-            taught = self._plan.teach(forward.args, forward.kwargs, autocast)
+            tensors = plan.of_teachers(plan.teach(forward.args, forward.kwargs, autocast))
         else:
             check_taught(forward, ahead)
-            taught = ahead.taught
-        pairs = self._plan.pairs(forward, found, taught, self.step)
+            tensors = plan.of_teachers(ahead.taught)
+        pairs = plan.pairs(forward, found, tensors, self.step)
         if self._watch.unjudged:
             weighted = zip(self._terms, pairs, strict=True)
             self._watch.look([term.name for term, pair in weighted if pair.weight])
         if compiling:  # tensors: a compiled sum does not depend on their values
             for pair in pairs:
                 pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
-        return pairs, labels
+        return plan, pairs, labels
 
     def _done(self, total: Tensor, logged: dict[str, Tensor]) -> None:
         if self._ranks is not None:
             self._ranks.average_after(total)
         self.terms = logged
         self.step += 1
-
-
-@dataclass
-class Ahead:
-    """What ``kd.teach`` learnt before the student runs, and of which inputs."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[int | None]
-    taught: list[Taught]
 
 
 def _keep_out_of_graphs() -> None:
@@ -378,33 +391,9 @@ def _keep_out_of_graphs() -> None:
             setattr(KDHandle, name, torch.compiler.disable(method))
 
 
-def _ranks(terms: Sequence[Term]) -> Ranks | None:
-    """What keeps the train-only parameters equal over the ranks; None if there are none."""
-    owners = {term.name: list(term.loss.parameters()) for term in terms}
-    parameters = list(dict.fromkeys(p for group in owners.values() for p in group))
-    names = [name for name, group in owners.items() if group]
-    return Ranks(parameters, names) if parameters else None
-
-
 def _release(student: nn.Module, tape: Tape) -> None:
     """End the recording; called by `detach`, and when the handle is garbage."""
     tape.fail()
     tape.consume()
     tape.armed, tape.ranks = False, None
     drop_recording(student, tape)
-
-
-def _parameter_groups(
-    student: nn.Module, terms: Iterable[Term]
-) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
-    """The student's own parameters, and by term those that attach_kd added."""
-    layers = slots(student)
-    new = {id(p) for slot in layers.values() for p in slot.parameters()}
-    own = [p for p in student.parameters() if id(p) not in new]
-    added: dict[str, list[nn.Parameter]] = {}
-    for term in terms:
-        added[term.name] = list(term.loss.parameters())
-        if term.scores and term.point in layers:
-            # The loss alone reaches the templates whatever alpha is.
-            added[term.name].append(layers[term.point].head.weight)
-    return own, added

@@ -12,7 +12,7 @@ an empty tape that never records.
 
 import sys
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ from kdlayers.errors import AttachError
 SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
 _CONFUSES_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+
+_LIVE: "WeakSet[InsertLayer]" = WeakSet()
+"""Every hook of a KD layer in this process, also those of copies."""
+_FOUND: list[bool] = []
+"""torch.compile's setting before the first of them."""
 
 
 class Slot(LayerParts):
@@ -62,16 +68,16 @@ class Slot(LayerParts):
         local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
         # layers keep their values. load_state_dict works on its own copy of the dict.
         own = self.state_dict()
         if may_keep_values(state_dict, prefix, list(own), missing_keys):
             state_dict.update({prefix + key: value for key, value in own.items()})
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *args
-        )
+        reports = missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
 
 class InsertLayer:
@@ -82,10 +88,12 @@ class InsertLayer:
         self.store = store
         self.path = path
         self.tape = tape
+        _LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled or copied students are compiled too."""
         self.__dict__.update(state)
+        _LIVE.add(self)
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
@@ -235,9 +243,19 @@ def guard_hooks(*, reset: bool = False) -> None:
     if reset or "torch._dynamo" in sys.modules:
         from torch import _dynamo
 
+        if not _FOUND:
+            _FOUND.append(_dynamo.config.skip_nnmodule_hook_guards)
         _dynamo.config.skip_nnmodule_hook_guards = False
         if reset:
             _dynamo.reset()
+
+
+def unguard_hooks() -> None:
+    """Give torch.compile's setting back as it was found, once no KD layer is left in any model."""
+    if _FOUND and not _LIVE:
+        from torch import _dynamo
+
+        _dynamo.config.skip_nnmodule_hook_guards = _FOUND.pop()
 
 
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:

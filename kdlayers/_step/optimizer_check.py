@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from kdlayers._step.sites import slots
+from kdlayers._step.terms import Term
 from kdlayers._utils.warn import warn
 
 
@@ -18,10 +20,13 @@ class OptimiserWatch:
     def __init__(
         self, own: Iterable[nn.Parameter], added: Mapping[str, Iterable[nn.Parameter]]
     ) -> None:
-        self.own = [p for p in own if p.requires_grad][-1:]
+        everything = [p for p in own if p.requires_grad]
+        self.all_own = everything
+        self.own = everything[-1:]
         groups = {name: [p for p in group if p.requires_grad] for name, group in added.items()}
         self.unjudged = {name: group for name, group in groups.items() if group and self.own}
         self.own_before: Tensor | None = None
+        self.dtypes: list[torch.dtype] = []
         self.before: dict[str, Tensor] = {}
 
     def look(self, live: Collection[str]) -> None:
@@ -29,22 +34,43 @@ class OptimiserWatch:
 
         Warns about groups that the last optimiser step left out.
         """
+        if self.all_own:
+            self._tell_frozen()
         if not self.unjudged:
             return
         own = _probe(self.own)
-        if self.own_before is not None and not torch.equal(own, self.own_before):
+        dtypes = [p.dtype for p in self.own]
+        stepped = self.own_before is not None and not torch.equal(own, self.own_before)
+        if stepped and dtypes == self.dtypes:  # student.half() changes values too
             self._judge()
+        self.dtypes = dtypes
         self.own_before = own
         self.before = {name: _probe(g) for name, g in self.unjudged.items() if name in live}
 
     def _judge(self) -> None:
         groups = {name: self.unjudged.pop(name) for name in self.before}
+        # Parameters that were frozen after attach are meant to stay.
+        groups = {name: g for name, g in groups.items() if any(p.requires_grad for p in g)}
         still = [name for name, g in groups.items() if torch.equal(_probe(g), self.before[name])]
         if still:
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
                 "attach_kd, or without kd.parameters(). Make it after attach_kd as "
-                "Optimizer([*student.parameters(), *kd.parameters()])",
+                "Optimizer([*student.parameters(), *kd.parameters()]), or give them to the one "
+                'there is: optimizer.add_param_group({"params": kd.added_parameters()})',
+            )
+
+    def _tell_frozen(self) -> None:
+        """Warn once, at the first step, where a tool has frozen all that it did not add itself."""
+        own, self.all_own = self.all_own, []
+        added = {name: g for name, g in self.unjudged.items() if g}
+        frozen = [name for name, g in added.items() if not any(p.requires_grad for p in g)]
+        if frozen and not any(p.requires_grad for p in own):
+            warn(
+                f"everything that the student had at attach_kd is frozen now, and so are "
+                f"{', '.join(frozen)}, as after peft's get_peft_model: the KD layers do not learn. "
+                "Set requires_grad_(True) on their parameters, the names with '.kd.', or give "
+                "the layers as modules_to_save, before the optimiser is made",
             )
 
 
@@ -55,3 +81,19 @@ def _probe(parameters: Iterable[nn.Parameter]) -> Tensor:
 def _local(parameter: nn.Parameter) -> Tensor:
     to_local = getattr(parameter, "to_local", None)  # FSDP's shards
     return parameter.detach() if to_local is None else to_local().detach()
+
+
+def parameter_groups(
+    student: nn.Module, terms: Iterable[Term]
+) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
+    """The student's own parameters, and by term those that attach_kd added."""
+    layers = slots(student)
+    new = {id(p) for slot in layers.values() for p in slot.parameters()}
+    own = [p for p in student.parameters() if id(p) not in new]
+    added: dict[str, list[nn.Parameter]] = {}
+    for term in terms:
+        added[term.name] = list(term.loss.parameters())
+        if term.scores and term.point in layers:
+            # The loss alone reaches the templates whatever alpha is.
+            added[term.name].append(layers[term.point].head.weight)
+    return own, added

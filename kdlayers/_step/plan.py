@@ -18,6 +18,8 @@ class Plan:
     def __init__(self, terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
         self.terms = list(terms)
         self.teachers = list(teachers)
+        self.recorded: dict[int, tuple[Plan, Any]] = {}
+        """The same terms as they read a record, and the open record, by the record's tag."""
         self.taps: list[list[str]] = [[] for _ in teachers]
         self.logits = [False] * len(teachers)
         for term in terms:
@@ -45,13 +47,16 @@ class Plan:
         return taught
 
     def of_teachers(self, taught: Sequence[Taught]) -> list[Tensor]:
-        """The teacher's tensor of each term, in its own layout."""
+        """The teacher's tensor of each term, in its own layout, or as vectors."""
         found: list[Tensor] = []
         mean: Tensor | None = None
         for term in self.terms:
             logits, features = taught[term.teacher_index or 0]
             if term.tap is not None:
-                found.append(features[term.tap])
+                reader = None if term.readers is None else term.readers[1]
+                found.append(
+                    features[term.tap] if reader is None else reader.of_taps(features, term.tap)
+                )
             elif term.teacher_index is not None or len(taught) == 1:
                 found.append(logits)  # type: ignore[arg-type]  # asked for in `teach`
             else:
@@ -60,22 +65,28 @@ class Plan:
         return found
 
     def pairs(
-        self, forward: Forward, logits: Tensor, taught: Sequence[Taught], step: int
+        self, forward: Forward, logits: Tensor, teachers: Sequence[Tensor], step: int
     ) -> list[Pair]:
-        """What each term compares, with its weight; the losses follow the student's device."""
+        """What each term compares, with its weight; the losses follow the student's device.
+
+        ``teachers`` holds the teacher's tensor of each term, as `of_teachers` gives them.
+        """
         pairs = []
-        for term, teacher in zip(self.terms, self.of_teachers(taught), strict=True):
+        for term, teacher in zip(self.terms, teachers, strict=True):
             student, templates = logits, None
             if term.point is not None and term.scores:
                 student, templates = forward.scores[term.point]
             elif term.point is not None:
                 student = forward.features[term.point]
-            if term.student_layout is not None and term.student_layout.kind == "tokens":
+            if term.readers is not None:
+                student = term.readers[0](student, image_size((forward.args, forward.kwargs)))
+            elif term.student_layout is not None and term.student_layout.kind == "tokens":
                 image = image_size((forward.args, forward.kwargs))
                 student = term.student_layout.on_grid(student, image)
-            if term.device != student.device:
-                _follow(term.loss, student.device)
-                term.device = student.device
+            place = (student.device, student.dtype == torch.float64)
+            if term.place != place:
+                _follow(term.loss, *place)
+                term.place = place
             pairs.append(Pair(student, templates, teacher, term.loss.weight_at(step)))
         return pairs
 
@@ -89,8 +100,15 @@ class Plan:
         return torch.stack(parts).sum(0)
 
 
-def _follow(loss: nn.Module, device: torch.device) -> None:
-    """Move the loss to the student's device; parameters keep their identity for the optimiser."""
+def _follow(loss: nn.Module, device: torch.device, double: bool) -> None:
+    """Move the loss to the student's device, and to float64 with a student in float64.
+
+    Losses compute in float32 for all other dtypes. Parameters keep their identity for the
+    optimiser.
+    """
     tensors = (*loss.parameters(), *loss.buffers())
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     if any(tensor.device != device for tensor in tensors):
         loss.to(device)
+    if double and any(tensor.dtype != torch.float64 for tensor in floats):
+        loss.to(torch.float64)

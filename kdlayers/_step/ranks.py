@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd import Variable
 
+from kdlayers._step.terms import Term
 from kdlayers._utils.distributed import world_size
 from kdlayers._utils.torch_internals import current_backward, joined, runs_on_all_ranks
 from kdlayers.errors import CaptureError
@@ -87,3 +88,11 @@ def _average_alike(parameters: Sequence[nn.Parameter]) -> None:
         grad.copy_((mean / world_size()).view_as(grad))
         if parameter.grad is None and count > 0:  # another rank has one
             parameter.grad = grad
+
+
+def ranks_of(terms: Sequence[Term]) -> Ranks | None:
+    """What keeps the train-only parameters equal over the ranks; None if there are none."""
+    owners = {term.name: list(term.loss.parameters()) for term in terms}
+    parameters = list(dict.fromkeys(p for group in owners.values() for p in group))
+    names = [name for name, group in owners.items() if group]
+    return Ranks(parameters, names) if parameters else None

@@ -89,6 +89,16 @@ class Forward:
         return None
 
 
+@dataclass
+class Ahead:
+    """What ``kd.teach`` learnt before the student runs, and of which inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int | None]
+    taught: list[Any]
+
+
 class Tape:
     """Whether to record, and the last forward that was recorded."""
 
@@ -141,7 +151,7 @@ class Tape:
                 f"the module at {forward.repeated!r} ran more than once in this forward; choose a "
                 "point that runs once, find_points(model) lists them"
             )
-        _check_recorded(forward, wanted)
+        _check_recorded(forward, wanted, student)
         _check_unchanged(forward, given=logits is not None)
         output = forward.output if logits is None else logits
         found = output
@@ -258,7 +268,13 @@ def _no_forward(student: nn.Module) -> str:
     )
 
 
-def _check_recorded(forward: Forward, wanted: Wanted) -> None:
+def _frozen(student: nn.Module, name: str) -> bool:
+    """Whether nothing inside the module, its KD layer included, can be trained."""
+    parameters = list(student.get_submodule(name).parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _check_recorded(forward: Forward, wanted: Wanted, student: nn.Module) -> None:
     missing, cut = [], []
     for name in wanted.features:
         if name not in forward.features:
@@ -276,6 +292,13 @@ def _check_recorded(forward: Forward, wanted: Wanted) -> None:
             f"{', '.join(missing)}: nothing was recorded in this forward although the student ran, "
             "so the hooks were bypassed: the model was compiled before attach_kd, or the module "
             "was replaced since (convert_sync_batchnorm, fuse); attach after such changes"
+        )
+    frozen = [name for name in cut if _frozen(student, name)]
+    if frozen:
+        raise CaptureError(
+            f"{', '.join(frozen)}: nothing there or before it can learn, because requires_grad is "
+            "False for all these parameters of the student, its KD layers included, so the loss "
+            "would have no gradient; unfreeze them, or attach at a later point"
         )
     if cut:
         raise CaptureError(

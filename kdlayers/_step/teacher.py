@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, image_size, trace
+from kdlayers._models.vectors import class_key
 from kdlayers._models.wrappers import check_pair, unwrap
+from kdlayers._step.call import for_teacher
+from kdlayers._step.normalisation import automatic, warn_of_difference
+from kdlayers._step.recorded_teacher import RecordedTeacher, traces_of
 from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
 from kdlayers._utils.locks import lock_of
@@ -75,6 +79,8 @@ class Teacher:
         Raises:
             CaptureError: if the teacher cannot run on the inputs, or a tapped module did not run.
         """
+        if kwargs:
+            args, kwargs = for_teacher(self.model, args, kwargs)
         if self.transform is not None:
             args, kwargs = transformed(args, kwargs, self.transform)
         like = self._like()
@@ -152,6 +158,7 @@ class Teacher:
             features[point.call.name] = tap.features
             if point.layout.kind == "tokens":
                 features[point.call.name] = point.layout.on_grid(tap.features, image_size(given))
+                features[class_key(point.call.name)] = tap.features[:, 0]
         return output, features
 
     def _point(self, name: str) -> "_Point":
@@ -264,10 +271,10 @@ def logits_of(taught: Taught) -> Tensor:
 
 def make_teachers(
     student: nn.Module,
-    given: nn.Module | Sequence[nn.Module] | None,
+    given: nn.Module | Sequence[nn.Module] | RecordedTeacher | None,
     example: tuple[Any, ...],
     weights: Sequence[float] | None,
-    transform: Transform | None,
+    transform: Transform | Literal["auto"] | None,
 ) -> list[Teacher]:
     """Check and dry-run the teachers that the user gave.
 
@@ -275,6 +282,8 @@ def make_teachers(
         AttachError: if one is the student, or shares parameters with it.
         ArgumentError: if the weights, or the teachers' classes, do not fit together.
     """
+    if isinstance(given, RecordedTeacher):
+        return _recorded_teachers(given, weights, transform)
     models: list[nn.Module] = []
     if given is not None:
         models = [given] if isinstance(given, nn.Module) else list(given)
@@ -284,15 +293,15 @@ def make_teachers(
             f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
             f"{weights}"
         )
-    if models and transform is not None:
-        example = transformed(example, {}, transform)[0]
     teachers = []
     for model, weight in zip(models, weights, strict=True):
         inner, called = unwrap(model, "teacher")
         check_pair(student, inner)
+        own = _transform_for(student, inner, transform)
         with lock_of(inner):
-            traced = trace(inner, example, "teacher")
-        teachers.append(Teacher(inner, traced, called, weight / sum(weights), transform))
+            images = example if own is None else transformed(example, {}, own)[0]
+            traced = trace(inner, images, "teacher")
+        teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
         raise ArgumentError(
@@ -300,3 +309,33 @@ def make_teachers(
             "teachers of the same classes"
         )
     return teachers
+
+
+def _recorded_teachers(
+    given: RecordedTeacher,
+    weights: Sequence[float] | None,
+    transform: Transform | Literal["auto"] | None,
+) -> list[Teacher]:
+    if weights is not None or transform is not None:
+        raise ArgumentError(
+            "teacher_weights and teacher_transform were applied when the teacher was recorded; "
+            "leave them out with RecordedTeacher(path)"
+        )
+    shares = [known["weight"] for known in given.reader.description.about["teachers"]]
+    traces = traces_of(given.reader)
+    return [Teacher(t.model, t, t.model, w) for t, w in zip(traces, shares, strict=True)]
+
+
+def _transform_for(
+    student: nn.Module, teacher: nn.Module, transform: Transform | Literal["auto"] | None
+) -> Transform | None:
+    if transform is None:
+        warn_of_difference(student, teacher)
+        return None
+    if isinstance(transform, str):
+        if transform != "auto":
+            raise ArgumentError(
+                f'teacher_transform must be a function of the images or "auto", got {transform!r}'
+            )
+        return automatic(student, teacher)
+    return transform

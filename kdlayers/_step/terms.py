@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdlayers._models.layouts import Layout, common_size, pool
 from kdlayers._models.trace import Trace
+from kdlayers._models.vectors import Vectors, vectors
 from kdlayers._step.tape import LOW
 from kdlayers._step.teacher import Teacher
 from kdlayers.errors import ArgumentError
@@ -53,11 +54,13 @@ class Term:
     teacher_layout: Layout | None = None
     shrink: tuple[float, float] = (1.0, 1.0)
     """The pooled teacher grid over the teacher's own, height and width, seen at attach."""
+    readers: tuple[Vectors, Vectors] | None = None
+    """How the student's and the teacher's vectors are read, where the loss compares no maps."""
     positions: int = 1
     """Positions of the student at this point, for images of the size of the example."""
 
-    device: torch.device | None = None
-    """Where the loss was put last, to follow a student that moves."""
+    place: tuple[torch.device, bool] | None = None
+    """Device of the student's tensor that the loss followed last, and whether it was float64."""
 
     def value(
         self, student: Tensor, teacher: Tensor, targets: Tensor | None, templates: Tensor | None
@@ -74,7 +77,7 @@ class Term:
         """Both tensors as the loss reads them: on one grid, and on the student's device."""
         teacher = teacher.to(student.device)
         ours, theirs = self.student_layout, self.teacher_layout
-        if ours is None or theirs is None or self.compares_classes:
+        if ours is None or theirs is None or self.compares_classes or self.readers is not None:
             return student, teacher
         if student.shape[0] != teacher.shape[0]:
             return student, teacher  # the loss or the handle says what is wrong
@@ -120,7 +123,7 @@ class Term:
 
     def teacher_alone(self, teacher: Tensor) -> Tensor:
         """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
-        if self.teacher_layout is None or self.compares_classes:
+        if self.teacher_layout is None or self.compares_classes or self.readers is not None:
             return teacher
         grid = self.teacher_layout.to_grid(teacher)
         height, width = _size(grid)
@@ -145,6 +148,8 @@ def feature_term(
     term = Term(name, loss, loss.teacher_index, point, tap, scores=isinstance(loss, TemplateLoss))
     teacher = teachers[term.teacher_index or 0].traced
     term.student_layout, term.teacher_layout = student.layout(point), teacher.layout(tap)
+    if loss.tokens != "patch":
+        term.readers = vectors(loss.tokens, student, point, teacher, tap)
     ours = _size(term.student_layout.to_grid(_empty(student, point)))
     theirs = _size(term.teacher_layout.to_grid(_empty(teacher, tap)))
     term.positions = ours[0] * ours[1] + term.student_layout.prefix
@@ -158,7 +163,10 @@ def example_pair(term: Term, student: Trace, teachers: Sequence[Teacher]) -> tup
     teacher = teachers[term.teacher_index or 0].traced
     if term.point is None or term.tap is None:
         return student.logits, teacher.logits
-    return term.pair(_empty(student, term.point), _empty(teacher, term.tap))
+    ours, theirs = _empty(student, term.point), _empty(teacher, term.tap)
+    if term.readers is not None:
+        ours, theirs = term.readers[0](ours), term.readers[1](theirs)
+    return term.pair(ours, theirs)
 
 
 def _empty(traced: Trace, name: str) -> Tensor:

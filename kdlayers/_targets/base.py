@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
 from kdlayers._utils.plain_tensors import finite, why_not_plain
-from kdlayers.errors import ArgumentError, CheckpointError, NotFittedError, ShapeError
+from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
 
@@ -197,29 +197,3 @@ def check_features(features: object, width: int | None = None) -> None:
             f"features must be [..., {width}], as at fit, got {check.shape(found)}; the channels "
             "are the last axis: for maps [B, C, H, W] use .movedim(1, -1)"
         )
-
-
-def expand_labels(features: Tensor, labels: Tensor | None) -> Tensor:
-    """Class indices, int64, for every position [...] of features [..., D].
-
-    Raises:
-        ArgumentError: without labels.
-        ArgumentTypeError: if they are not integers, such as those of mixup or one-hot rows.
-        ShapeError: if their shape is not a leading part of ``[...]``.
-    """
-    if labels is None:
-        raise ArgumentError(
-            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
-            "features, labels) with integer labels, or use CodebookTargets at this point"
-        )
-    indices = check.class_indices(
-        "labels", labels, "pass unmixed batches, or use CodebookTargets at this point"
-    )
-    where = check.shape(features)[:-1]
-    if check.shape(indices) != where[: indices.dim()]:
-        raise ShapeError(
-            "labels must be integer classes, one for each image or position, so their shape must "
-            f"be a leading part of {where}, got {indices.dtype} of shape {check.shape(indices)}; "
-            "use integer labels, not one-hot rows"
-        )
-    return indices.reshape(indices.shape + (1,) * (len(where) - indices.dim())).expand(where)

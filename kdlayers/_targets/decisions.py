@@ -11,16 +11,17 @@ from kdlayers._targets.base import (
     check_features,
     check_shapes,
     check_templates,
-    expand_labels,
 )
 from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass
-from kdlayers._targets.distances import affine, own_subclass, rows_of
-from kdlayers._targets.divergence import decision_divergence, needs_grad
+from kdlayers._targets.distances import affine, own_subclass
+from kdlayers._targets.divergence import decision_divergence, mixed_rows, needs_grad
 from kdlayers._targets.fitter import Fitter
+from kdlayers._targets.labels import hard_labels, soft_labels
 from kdlayers._targets.rows import RowFitter
 from kdlayers._utils.chunks import fuses, work_dtype
-from kdlayers.errors import ArgumentError, CheckpointError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._mixed import is_mixed
 
 
 class DecisionTargets(TemplateTargets):
@@ -42,6 +43,18 @@ class DecisionTargets(TemplateTargets):
 
     :math:`P` is a table of counts, without softmax and temperature; exact zeros are common.
 
+    Labels of mixup, CutMix and label smoothing are probabilities :math:`y_{ic}` of the classes. The
+    assignment is then the mean over the classes :math:`M_i` that hold weight:
+
+    .. math::
+        q_i = \frac{\sum_{c \in M_i} y_{ic} \, P_{h_1(z_i, c),\,\cdot}}
+        {\sum_{c \in M_i} y_{ic}}
+
+    :math:`M_i` are the classes with labels above the uniform part that smoothing adds: above
+    :math:`\epsilon / C`, which is found as the smallest label where more than half of the classes
+    share it. One-hot rows give exactly the assignment of the class. The extension to such labels is
+    ours.
+
     :meth:`fit` needs integer labels and reads the data two to four times: for the class statistics
     of the discriminant analysis (in float64; class frequencies as priors, covariance within classes
     with divisor :math:`N - C`, tolerance 1e-4); for the sample that k-means clusters, of 256 rows
@@ -56,6 +69,8 @@ class DecisionTargets(TemplateTargets):
             Default 60, the authors' for CIFAR-100, or all if there are fewer. Another number is cut
             to those that exist, with a warning.
         num_classes: C; default: the classes that ``attach_kd`` finds, or the largest label + 1.
+        ignore_index: label of positions that take part neither in the fit nor in the loss, such as
+            255 in segmentation masks; the loss is the mean over the others. Default: none.
 
     Attributes:
         projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
@@ -109,12 +124,22 @@ class DecisionTargets(TemplateTargets):
     )
 
     def __init__(
-        self, subclasses: int = 8, *, components: int = COMPONENTS, num_classes: int | None = None
+        self,
+        subclasses: int = 8,
+        *,
+        components: int = COMPONENTS,
+        num_classes: int | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         self.subclasses = check.count("subclasses", subclasses)
         self.components = check.count("components", components)
         self.num_classes = num_classes
+        if ignore_index is not None and type(ignore_index) is not int:
+            raise ArgumentTypeError(
+                f"ignore_index must be an integer or None, got {type(ignore_index).__name__}"
+            )
+        self.ignore_index = ignore_index
 
     @property
     def num_classes(self) -> int | None:
@@ -147,7 +172,7 @@ class DecisionTargets(TemplateTargets):
     @override
     def fitter(self, *, seed: int = 0) -> Fitter:
         plan = Plan(self.subclasses, self.components, self.num_classes, seed, self._install)
-        return RowFitter(ScatterPass(plan))
+        return RowFitter(ScatterPass(plan), self.ignore_index)
 
     @override
     def _install(self, **buffers: Tensor) -> None:
@@ -165,21 +190,32 @@ class DecisionTargets(TemplateTargets):
         Args:
             features: ``[..., D]``, the channels last.
             labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
-                for features ``[B, H, W, D]``, where every position has its image's label.
+                for features ``[B, H, W, D]``, where every position has its image's label; or masks
+                ``[B, H', W']``, which are brought to the grid by the nearest pixel.
+                Or floating-point probabilities with one axis more, such as ``[B, C]``. The cost
+                grows with the largest number of classes that hold weight in a row (2 after mixup);
+                finding them waits for the device once.
 
         Returns:
-            ``[..., K]``, rows of :attr:`decisions`, without gradient. A row for features without
-            finite distances begins with NaN.
+            ``[..., K]``, rows of :attr:`decisions` or their means, without gradient. A row for
+            features without finite distances begins with NaN; positions to be ignored have zeros.
 
         Raises:
             NotFittedError: before :meth:`fit`.
-            ArgumentError: without labels, or if a label is out of range (checked on the CPU; an
-                accelerator reports an indexing error).
-            ArgumentTypeError: if labels are not integers, as after mixup.
+            ArgumentError: without labels, or if a label is negative or out of range (checked on the
+                CPU; an accelerator reports an indexing error).
+            ArgumentTypeError: if labels are not a tensor of numbers.
             ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
-        own, decisions = self._own(features, labels)
-        return rows_of(decisions, own).reshape(*features.shape[:-1], len(decisions))
+        kept = self._kept(features, labels)
+        if labels is None or kept is None:
+            own, shares, decisions = self._own(features, labels)
+            return mixed_rows(decisions, own, shares).reshape(*features.shape[:-1], len(decisions))
+        rows = self._kept_labels(features, labels, kept)
+        own, _, decisions = self._own(features[kept], rows)
+        whole = decisions.new_zeros(*features.shape[:-1], len(decisions))
+        whole[kept] = mixed_rows(decisions, own, None)
+        return whole
 
     @override
     def divergence(
@@ -190,30 +226,59 @@ class DecisionTargets(TemplateTargets):
         *,
         templates: Tensor | None = None,
     ) -> Tensor:
+        kept = self._kept(features, labels)
+        if labels is not None and kept is not None:
+            rows = self._kept_labels(features, labels, kept)
+            if not len(rows):
+                return student.sum() * 0.0
+            student, features = student[kept], features[kept]
+            labels = rows
         if type(self).soft_assignment is not DecisionTargets.soft_assignment or not fuses(
             student, templates
         ):
             return super().divergence(student, features, labels, templates=templates)
-        own, decisions = self._own(features, labels)
+        own, shares, decisions = self._own(features, labels)
         check_templates(student.shape[-1] if templates is None else len(templates), len(decisions))
         rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
-        value: Tensor = decision_divergence(rows, templates, own, decisions, needed)[0]
+        value: Tensor = decision_divergence(rows, templates, own, decisions, shares, needed)[0]
         return value
 
+    @staticmethod
+    def _kept_labels(features: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+        return hard_labels(features, labels).to(features.device)[kept]
+
+    def _kept(self, features: Tensor, labels: Tensor | None) -> Tensor | None:
+        """Positions with another label than ``ignore_index``; None where all count."""
+        if self.ignore_index is None or labels is None or is_mixed(labels):
+            return None
+        return hard_labels(features, labels).to(features.device) != self.ignore_index
+
     @torch.no_grad()
-    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sub-class of each position, ``[N]``, and the table in the type to compute in."""
+    def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sub-class of each position ``[N]`` (or several with their shares, ``[N, m]``); the table.
+
+        All in the type to compute in.
+        """
         projection, shift = self._need(self.projection), self._need(self.shift)
         centers, decisions = self._need(self.centers), self._need(self.decisions)
         check_features(features, projection.shape[1])
-        labels = expand_labels(features, labels).to(features.device).reshape(-1)
-        check.in_range("labels", labels, self._num_classes or 0)
+        classes, shares = soft_labels(features, labels, self._num_classes or 0)
         dtype = work_dtype(features, projection)
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)
             z = affine(rows, projection.to(dtype), shift.to(dtype))
-            own = own_subclass(z, labels, centers.to(dtype), self.subclasses)
-        return own, decisions.to(dtype)
+            if shares is None:
+                classes = classes.to(features.device).reshape(-1)
+                check.in_range("labels", classes, self._num_classes or 0)
+                own = own_subclass(z, classes, centers.to(dtype), self.subclasses)
+                return own, None, decisions.to(dtype)
+            classes = classes.to(features.device).reshape(len(z), -1)
+            shares = shares.to(features.device, dtype).reshape(len(z), -1)
+            each = [
+                own_subclass(z, one, centers.to(dtype), self.subclasses)
+                for one in classes.unbind(dim=1)
+            ]
+        return torch.stack(each, dim=1), shares, decisions.to(dtype)
 
     @override
     def _check_state(self, state: dict[str, Tensor]) -> None:

@@ -62,13 +62,21 @@ def codebook_divergence(
 
 @torch.library.custom_op("kdlayers::decision_divergence", mutates_args=())
 def decision_divergence(
-    student: Tensor, templates: Tensor | None, own: Tensor, decisions: Tensor, need_grad: bool
+    student: Tensor,
+    templates: Tensor | None,
+    own: Tensor,
+    decisions: Tensor,
+    shares: Tensor | None,
+    need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `codebook_divergence`, with `rows_of` the decisions as the assignment."""
-    sums = torch.xlogy(decisions, decisions).sum(dim=1)
+    """As `codebook_divergence`, with `mixed_rows` of the decisions as the assignment."""
+    sums = torch.xlogy(decisions, decisions).sum(dim=1) if shares is None else None
 
     def assign(part: slice) -> tuple[Tensor, Tensor]:
-        return rows_of(decisions, own[part]), sums.index_select(0, own[part].clamp(min=0))
+        mixed = mixed_rows(decisions, own[part], None if shares is None else shares[part])
+        if sums is None:
+            return mixed, torch.xlogy(mixed, mixed).sum(dim=1)
+        return mixed, sums.index_select(0, own[part].clamp(min=0))
 
     with torch.autocast(student.device.type, enabled=False):
         return _divergence(student, templates, assign, need_grad)
@@ -78,6 +86,16 @@ def decision_divergence(
 def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * factor``, as an operator without a derivative: a second backward is an error."""
     return (grad * factor).to(dtype, copy=True)
+
+
+def mixed_rows(table: Tensor, own: Tensor, shares: Tensor | None) -> Tensor:
+    """`rows_of` for ``own`` ``[n]``; or their means for ``[n, m]``, weighted by ``shares``."""
+    if shares is None:
+        return rows_of(table, own)
+    total = rows_of(table, own[:, 0]).mul_(shares[:, :1])
+    for index in range(1, own.shape[1]):
+        total.addcmul_(rows_of(table, own[:, index]), shares[:, index : index + 1])
+    return total
 
 
 def _divergence(

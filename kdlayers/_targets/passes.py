@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from kdlayers._utils.progress import shown
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 
@@ -61,12 +61,7 @@ class Passes:
         torch.manual_seed(seed)
         for reseed, _ in self._sources:
             reseed(seed)
-        batches = self._loader
-        if progress and sys.stderr.isatty() and find_spec("tqdm") is not None:
-            from tqdm import tqdm
-
-            batches = tqdm(batches, desc=title, leave=False)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(shown(self._loader, title, progress)):
             if index == 0:
                 self._compare(seed, [tensor.clone() for _, tensor in leaves(batch)])
             yield batch
@@ -102,7 +97,7 @@ def _held_sources(root: object) -> Iterator[Source]:
     """Sources of the generators that ``root`` and the objects in its attributes hold."""
     numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
     seen: set[int] = set()
-    layer = [root]
+    layer: list[Any] = [root]
     for _ in range(DEPTH):
         layer = [held for held in layer if id(held) not in seen]
         seen.update(map(id, layer))

@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdlayers._targets.base import check_features, expand_labels
+from kdlayers._targets.base import check_features
+from kdlayers._targets.labels import hard_labels
 from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import FitError, ShapeError
 
@@ -36,8 +37,9 @@ class RowFitter:
     every matrix product is the same, and the result does not depend on the batch size.
     """
 
-    def __init__(self, first: Pass) -> None:
+    def __init__(self, first: Pass, ignore_index: int | None = None) -> None:
         self.stage = first.stage
+        self._ignore_index = ignore_index
         self._pass: Pass | None = first
         self._like: Tensor | None = None
         self._batch = 0
@@ -56,7 +58,10 @@ class RowFitter:
                     "DecisionTargets learns from labels, but fit() got batches without them; use a "
                     "loader of (images, labels), or CodebookTargets at this point"
                 )
-            labels = expand_labels(teacher, targets).reshape(-1)
+            labels = hard_labels(teacher, targets).reshape(-1).to(rows.device)
+            if self._ignore_index is not None:
+                kept = labels != self._ignore_index
+                rows, labels = rows[kept], labels[kept]
         self._batch += 1
         for block in self._blocks.push(rows, labels.to(rows.device)):
             self._feed(current, *block)

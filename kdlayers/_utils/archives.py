@@ -5,6 +5,7 @@ import zipfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -29,6 +30,15 @@ def write_archive(content: Any, path: str | os.PathLike[str] | BinaryIO) -> None
         torch.serialization.set_crc32_options(wanted)
 
 
+FROM_CHECKPOINT = (
+    "Attach the KD layers as for training, load its weights with model.load_state_dict(checkpoint["
+    "'state_dict_ema']) (or 'state_dict', 'model_ema', 'model'), then call save_student(model, "
+    "path). A timm checkpoint is read by `with torch.serialization.safe_globals(["
+    "argparse.Namespace]): checkpoint = torch.load(path, weights_only=True)`"
+)
+"""How a training checkpoint becomes a student."""
+
+
 def read_archive(path: str | os.PathLike[str] | BinaryIO) -> tuple[Any, str]:
     """What `write_archive` wrote, on the CPU, and what to call the file in messages.
 
@@ -50,6 +60,12 @@ def _read(file: BinaryIO, label: str) -> Any:
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # neither zipfile nor torch.load has one exception for damage
+        if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{label} could not be read: it holds more than tensors and plain values, which "
+                "could run code, as a training script's checkpoint does; it is not a file of "
+                f"save_student. {FROM_CHECKPOINT}"
+            ) from error
         raise CheckpointError(
             f"{label} could not be read: it is damaged, incomplete, or not written by torch.save "
             f"({_first_line(error)}); take another copy of the file"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kdlayers._utils.plain_tensors import why_hollow
 from kdlayers.errors import CheckpointError
 
 _DEPTH = 32
@@ -25,7 +26,8 @@ def checksum(tree: Any) -> str:
     counts with its dtype, its shape and its bytes, and any other object with its type alone.
 
     Raises:
-        CheckpointError: if the tree is too deep or too large.
+        CheckpointError: if the tree is too deep or too large, or a tensor is expanded: reading it
+            would take more memory than it holds.
     """
     digest = hashlib.sha256()
     left = [_NODES]
@@ -62,6 +64,9 @@ def _add_tensor(digest: _Digest, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype} {list(tensor.shape)} {tensor.layout}\n".encode())
     if tensor.is_meta or tensor.layout is not torch.strided:
         return  # whoever reads the state refuses them
+    why = why_hollow(tensor)
+    if why is not None:
+        raise CheckpointError(f"the state is damaged: a tensor {why}")
     if tensor.is_quantized:
         for part in quantisation(tensor):
             _add(digest, part, 2, [8])

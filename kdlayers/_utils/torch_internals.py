@@ -68,8 +68,10 @@ def _active_ddp() -> nn.Module | None:
     return found
 
 
-# Whether ``torch.func`` has wrapped a tensor; under ``vmap`` its numbers cannot be read.
-is_functional: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+def is_functional(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # no stub names it
+    return bool(functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
 from kdlayers.functional._decoupled import decouple
+from kdlayers.functional._mixed import is_mixed, mean_over_classes
 from kdlayers.functional._precision import full_precision
 
 Form: TypeAlias = Literal["chi2", "ratio_sq", "ratio", "is"]
@@ -61,7 +62,9 @@ def aekt(
     Args:
         student: logits, ``[B, K]``; in the method they have passed the extra linear layer.
         teacher: logits of the same shape.
-        targets: class indices, ``[B]``. The labels count, also where the teacher is wrong.
+        targets: class indices, ``[B]``. The labels count, also where the teacher is wrong. Or
+            probabilities ``[B, K]``: the mean over the classes that hold weight, weighted by the
+            labels, as in :func:`dkd`; exactly the same with one-hot rows.
         form: a row of the table. Default ``"chi2"``, our choice.
         temperature: above 0. Default 4. At 1 the ratio starts near K: use ``ratio_clip``.
         ratio_clip: largest :math:`r` in the gradient, above 0; ``None`` (default): no clip.
@@ -74,7 +77,7 @@ def aekt(
 
     Raises:
         ShapeError: if the tensors are not logits of one shape with one label a sample.
-        ArgumentTypeError: if the labels are soft or not integers.
+        ArgumentTypeError: if the labels are not a tensor of numbers.
         ArgumentError: if a label, a number or a word is out of range.
 
     Example:
@@ -88,8 +91,14 @@ def aekt(
         check.positive("ratio_clip", ratio_clip)
     check.logits(student, teacher)
     limit = ratio_limit(student.dtype, ratio_clip)
-    values = _of_logits(student, teacher, targets, form, temperature, limit, drop_one_minus_s)
-    return check.reduce(values, reduction)
+
+    def term(labels: Tensor, by: Reduction) -> Tensor:
+        values = _of_logits(student, teacher, labels, form, temperature, limit, drop_one_minus_s)
+        return check.reduce(values, by)
+
+    if is_mixed(targets):
+        return mean_over_classes(term, targets, student.shape[1], reduction)
+    return term(targets, reduction)
 
 
 def ratio_limit(dtype: torch.dtype, ratio_clip: float | None) -> float:

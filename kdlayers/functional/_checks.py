@@ -108,25 +108,24 @@ def given(targets: Tensor | None, loss: object) -> Tensor:
 
 def labels(targets: object, student: Tensor) -> Tensor:
     """The labels as int64 [B]; raise unless they are class indices that fit ``student``."""
-    hint = "use kd / KDLoss, which needs no labels, or pass the hard labels"
-    targets = class_indices("targets", targets, hint)
+    targets = class_indices("targets", targets)
     if targets.shape != student.shape[:1]:
         raise ShapeError(
             f"targets must be class indices of shape {list(student.shape[:1])}, one a sample, "
-            f"got {shape(targets)}; for one-hot rows pass targets.argmax(dim=1)"
+            f"got {shape(targets)}; for one-hot rows pass targets.float()"
         )
     in_range("targets", targets, student.shape[1])
     return targets
 
 
-def class_indices(name: str, value: object, instead: str) -> Tensor:
-    """``value`` as int64; raise unless it is a tensor of integers, and say what to do instead."""
+def class_indices(name: str, value: object) -> Tensor:
+    """``value`` as int64; raise unless it is a tensor of integers."""
     found = tensor(name, value)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise ArgumentTypeError(
             f"{name} must be integer class indices, one for each sample, got {found.dtype} of "
-            f"shape {shape(found)}; soft labels (mixup, CutMix, label smoothing) have no single "
-            f"class: {instead}"
+            f"shape {shape(found)}, or probabilities [batch, classes]; for one-hot rows pass "
+            f"{name}.float()"
         )
     return found.long()
 
@@ -137,8 +136,7 @@ def in_range(name: str, indices: Tensor, classes: int) -> None:
     Not on an accelerator, where reading waits for the device and indexing reports a wrong label
     anyway; nor in a graph of ``torch.compile`` or under ``torch.func``.
     """
-    on_cpu = indices.device.type == "cpu" and indices.numel() > 0
-    if not on_cpu or torch.compiler.is_compiling() or is_functional(indices):
+    if not readable(indices):
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= classes:
@@ -146,6 +144,12 @@ def in_range(name: str, indices: Tensor, classes: int) -> None:
             f"{name} must lie in 0..{classes - 1} for {classes} classes, got labels from {low} "
             f"to {high}"
         )
+
+
+def readable(values: Tensor) -> bool:
+    """Whether values can be looked at here without waiting for a device or leaving a graph."""
+    on_cpu = values.device.type == "cpu" and values.numel() > 0
+    return on_cpu and not torch.compiler.is_compiling() and not is_functional(values)
 
 
 def shape(tensor: Tensor) -> list[int]:

@@ -1,10 +1,10 @@
 """DIST: correlations of class probabilities, within samples and within classes."""
 
-import torch
 from torch import Tensor
 
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._cosine import cosine
 from kdlayers.functional._precision import full_precision
 
 _EPS = 1e-8
@@ -68,10 +68,10 @@ def dist(
             f"{check.shape(student)}; use drop_last=True in the DataLoader, or gamma=0"
         )
     ours, theirs = (_centred(logits, temperature) for logits in (student, teacher))
-    total = beta * (1 - _correlation(ours, theirs, dim=1).mean())
+    total = beta * (1 - cosine(ours, theirs, 1, _EPS).mean())
     if gamma:
         ours, theirs = (p - p.mean(dim=0, keepdim=True) for p in (ours, theirs))
-        total = total + gamma * (1 - _correlation(ours, theirs, dim=0).mean())
+        total = total + gamma * (1 - cosine(ours, theirs, 0, _EPS).mean())
     return temperature**2 * total
 
 
@@ -80,13 +80,3 @@ def _centred(logits: Tensor, temperature: float) -> Tensor:
     if temperature != 1:
         logits = logits / temperature
     return logits.softmax(dim=1) - 1 / logits.shape[1]
-
-
-def _correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
-    """Pearson's correlation along ``dim`` of values with mean 0; a constant has 0."""
-    ours, theirs = (torch.linalg.vector_norm(p, dim=dim) for p in (student, teacher))
-    norms = ours.clamp_min(_EPS) * theirs.clamp_min(_EPS)
-    # Over infinity a constant gets no gradient; over the bound it would get a huge one.
-    norms = norms.masked_fill((ours == 0) | (theirs == 0), torch.inf)
-    correlation: Tensor = (student * teacher).sum(dim=dim) / norms
-    return correlation

@@ -7,6 +7,7 @@ from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction
 from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._kd import divergence
+from kdlayers.functional._mixed import is_mixed, mean_over_classes
 from kdlayers.functional._precision import full_precision
 
 
@@ -33,6 +34,10 @@ def tckd(
         teacher: logits of the same shape.
         targets: class indices, ``[B]``, of any integer type. The label counts, not the teacher's
             prediction. Its range is checked on the CPU only, where that needs no synchronisation.
+            Or probabilities ``[B, K]`` (mixup, CutMix, label smoothing): the value of a sample is
+            then the mean of the values for each class that holds weight, weighted by the labels.
+            One-hot rows give exactly the value for class indices. The uniform part that label
+            smoothing adds is left out. Finding the classes waits for the device once.
         temperature: above 0. Default 4.
         reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
@@ -41,7 +46,7 @@ def tckd(
 
     Raises:
         ShapeError: if the tensors are not logits of one shape with one label a sample.
-        ArgumentTypeError: if the labels are soft or not integers.
+        ArgumentTypeError: if the labels are not a tensor of numbers.
         ArgumentError: if a label is out of range, or ``temperature`` or ``reduction`` is unusable.
 
     References:
@@ -54,6 +59,16 @@ def tckd(
         >>> tckd(student, teacher, torch.tensor([0]))
         tensor(1.8876)
     """
+    if is_mixed(targets):
+        check.logits(student, teacher)
+        return mean_over_classes(
+            lambda labels, by: tckd(
+                student, teacher, labels, temperature=temperature, reduction=by
+            ),
+            targets,
+            student.shape[1],
+            reduction,
+        )
     targets = _checked(student, teacher, targets, temperature)
     ours, theirs = decouple(student, teacher, targets, temperature)
     return divergence(ours.binary(), theirs.binary(), reduction, temperature**2)
@@ -91,6 +106,16 @@ def nckd(
         >>> nckd(student, teacher, torch.tensor([0]))
         tensor(2.4053)
     """
+    if is_mixed(targets):
+        check.logits(student, teacher)
+        return mean_over_classes(
+            lambda labels, by: nckd(
+                student, teacher, labels, temperature=temperature, reduction=by
+            ),
+            targets,
+            student.shape[1],
+            reduction,
+        )
     targets = _checked(student, teacher, targets, temperature)
     warn_of_two_classes(student)
     ours, theirs = decouple(student, teacher, targets, temperature)
@@ -119,7 +144,7 @@ def dkd(
     Args:
         student: logits, ``[B, K]``.
         teacher: logits of the same shape.
-        targets: class indices, ``[B]``, as in :func:`tckd`.
+        targets: class indices ``[B]`` or probabilities ``[B, K]``, as in :func:`tckd`.
         alpha: weight of the target-class term, 0 or more. Default 1.
         beta: weight of the non-target-class term, 0 or more. Default 8, the authors' value for
             ResNet-32x4 to ResNet-8x4 on CIFAR-100. They use 2 to 8 on CIFAR-100 and 0.5 to 2 on
@@ -132,8 +157,8 @@ def dkd(
 
     Raises:
         ShapeError: if the tensors are not logits of one shape with one label a sample.
-        ArgumentTypeError: if the labels are soft or not integers.
-        ArgumentError: if a label is out of range or a number is unusable.
+        ArgumentTypeError: if the labels are not a tensor of numbers.
+        ArgumentError: if a label is out of range or negative, or a number is unusable.
 
     Warns:
         KDLayersWarning: with two classes, where the non-target term is always 0.
@@ -149,6 +174,15 @@ def dkd(
         >>> dkd(student, teacher, torch.tensor([0]), beta=1.0)
         tensor(4.2928)
     """
+    if is_mixed(targets):
+        check.logits(student, teacher)
+        numbers = {"alpha": alpha, "beta": beta, "temperature": temperature}
+        return mean_over_classes(
+            lambda labels, by: dkd(student, teacher, labels, **numbers, reduction=by),
+            targets,
+            student.shape[1],
+            reduction,
+        )
     check.not_negative("alpha", alpha)
     check.not_negative("beta", beta)
     targets = _checked(student, teacher, targets, temperature)

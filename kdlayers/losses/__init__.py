@@ -10,6 +10,7 @@ from kdlayers.losses._base import DistillLoss as DistillLoss
 from kdlayers.losses._channelwise import ChannelWiseLoss as ChannelWiseLoss
 from kdlayers.losses._dist import DISTLoss as DISTLoss
 from kdlayers.losses._dkd import DKDLoss as DKDLoss
+from kdlayers.losses._feature import FeatureLoss as FeatureLoss
 from kdlayers.losses._fitnet import FitNetLoss as FitNetLoss
 from kdlayers.losses._inherit_explore import InheritExploreLoss as InheritExploreLoss
 from kdlayers.losses._kd import KDLoss as KDLoss

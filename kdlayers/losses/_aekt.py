@@ -13,6 +13,7 @@ from kdlayers.functional._aekt import Form, adaptive, ratio_limit
 from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._dkd import warn_of_two_classes
 from kdlayers.functional._kd import divergence
+from kdlayers.functional._mixed import classes_of, is_mixed
 from kdlayers.functional._precision import full_precision, linear
 from kdlayers.losses._base import LogitLoss, Weight
 
@@ -29,7 +30,10 @@ class AEKTLoss(LogitLoss):
     teacher with :math:`z_d`, so the distillation reaches the student only through :math:`W`. The
     cross-entropy stays the user's, **on the student's own logits** :math:`z^S`. :meth:`parameters`
     has the layer for the optimiser; the exported student does not have it. :meth:`relations`
-    returns :math:`W`, which the method reads as relations between classes.
+    returns :math:`W`, which the method reads as relations between classes. With labels that are
+    probabilities ``[B, K]`` (mixup, CutMix, label smoothing) the three terms are means over the
+    classes that hold weight, weighted by the labels; one-hot rows give exactly the terms for class
+    indices.
 
     **A reconstruction from the public summary.** It states three terms, the linear layer between
     the student's logits and the distillation, the cross-entropy before it, and the teacher/student
@@ -59,7 +63,7 @@ class AEKTLoss(LogitLoss):
 
     Raises:
         ArgumentError: if an option or number is out of range; at the call, if a label is.
-        ArgumentTypeError: at the call, if the labels are missing, soft or not integers.
+        ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
         ShapeError: at the call, if shapes differ or the number of classes has changed.
 
     Warns:
@@ -133,29 +137,37 @@ class AEKTLoss(LogitLoss):
             self._make_fc(len(saved), saved.dtype, saved.device)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The three weighted terms for logits ``[B, K]`` and labels ``[B]``."""
+        """The three weighted terms for logits ``[B, K]`` and labels ``[B]`` or ``[B, K]``."""
         targets = check.given(targets, self)
         self.build(student, teacher)
         mapped = self._mapped(student)
         check.logits(mapped, teacher)
         limit = ratio_limit(student.dtype, self.ratio_clip)
-        return self._terms(mapped, teacher, check.labels(targets, mapped), limit)
+        shares = None
+        if is_mixed(targets):
+            targets, shares = classes_of(targets, mapped.shape[1])
+        if shares is not None:  # a row for every image and class, which its share weighs
+            mapped, teacher = (t.repeat_interleave(shares.shape[1], 0) for t in (mapped, teacher))
+            targets, shares = targets.flatten(), shares.flatten()
+        return self._terms(mapped, teacher, check.labels(targets, mapped), shares, limit)
 
     @full_precision
-    def _terms(self, student: Tensor, teacher: Tensor, targets: Tensor, limit: float) -> Tensor:
+    def _terms(
+        self, student: Tensor, teacher: Tensor, targets: Tensor, shares: Tensor | None, limit: float
+    ) -> Tensor:
         square = self.temperature**2
         if self.standardize:
             student, teacher = standardize(student), standardize(teacher)
         ours, theirs = decouple(student, teacher, targets, self.temperature)
         binary, taught = ours.binary(), theirs.binary()
-        target = divergence(binary, taught, "mean", square)
+        target = _mean_divergence(binary, taught, shares, square)
         others = torch.zeros_like(target)
         if self.beta:
             warn_of_two_classes(student)
-            others = divergence(ours.others(), theirs.others(), "mean", square)
+            others = _mean_divergence(ours.others(), theirs.others(), shares, square)
         values, ratio = adaptive(binary, taught, self.form, limit, self.drop_one_minus_s)
-        adapted = square * values.mean()
-        self._record(target=target, others=others, adaptive=adapted, ratio=ratio.mean())
+        adapted, ratio = square * _mean(values, shares), _mean(ratio, shares)
+        self._record(target=target, others=others, adaptive=adapted, ratio=ratio)
         return self.alpha * target + self.beta * others + self.gamma * adapted
 
     def _mapped(self, student: Tensor) -> Tensor:
@@ -181,3 +193,16 @@ class AEKTLoss(LogitLoss):
         extra = ", standardize=True" if self.standardize else ""
         first = f"form={self.form!r}, {numbers}, temperature={self.temperature}{extra}"
         return f"{first}, {super().extra_repr()}"
+
+
+def _mean(values: Tensor, shares: Tensor | None) -> Tensor:
+    """Mean over samples of ``values [n]``; with shares, whose sum is the number of samples."""
+    return values.mean() if shares is None else (values * shares).sum() / shares.sum()
+
+
+def _mean_divergence(
+    student: Tensor, teacher: Tensor, shares: Tensor | None, factor: float
+) -> Tensor:
+    if shares is None:
+        return divergence(student, teacher, "mean", factor)
+    return _mean(divergence(student, teacher, "none", factor), shares)

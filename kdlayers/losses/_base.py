@@ -51,6 +51,11 @@ class DistillLoss(nn.Module):
     on_logits: ClassVar[bool] = False
     """Whether it takes class scores ``[B, K]`` rather than maps where ``at`` names a classifier."""
 
+    tokens: str = "patch"
+    """What it reads where ``at`` names a point: ``"patch"``, the grid of positions as maps
+    ``[B, C, H, W]``; ``"cls"``, the class token; ``"pooled"``, the mean over the grid. The last two
+    are vectors ``[B, C]``; a model without a class token gives its mean for ``"cls"``."""
+
     metric_names: tuple[str, ...] = ()
     """What :meth:`metrics` may give, so that no other term takes a name that this one logs."""
 

@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import channelwise
@@ -30,11 +30,8 @@ class ChannelWiseLoss(DistillLoss):
 
     Args:
         temperature: above 0. Default 4.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1; mmrazor gives
-            class maps 5, with temperature 1.
-        at: ``None`` for the models' class maps (default), a name, or a pair (student's, teacher's).
-        name: key in ``kd.terms``.
-        teacher_index: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
+            the models' class maps. mmrazor gives class maps a weight of 5, with temperature 1.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
@@ -77,7 +74,7 @@ class ChannelWiseLoss(DistillLoss):
             )
         if self.projector is None and student.shape[1] != teacher.shape[1]:
             projector = nn.Conv2d(student.shape[1], teacher.shape[1], 1, bias=False)
-            dtype = torch.promote_types(student.dtype, torch.float32)
+            dtype = work_dtype(student)
             self.projector = projector.to(student.device, dtype)
 
     def _build_from(self, state: dict[str, Tensor]) -> None:

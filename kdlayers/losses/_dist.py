@@ -21,10 +21,7 @@ class DISTLoss(LogitLoss):
         beta: weight of the inter-class relation. Default 1, as in the authors' code.
         gamma: weight of the intra-class relation. Default 1, as in the authors' code.
         temperature: above 0. Default 1, as in the authors' code.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: ``None`` for the models' logits (default), or names, for auxiliary classifiers.
-        name: key in ``kd.terms``.
-        teacher_index: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
         ArgumentError: if a number is out of range.

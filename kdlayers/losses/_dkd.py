@@ -14,7 +14,10 @@ class DKDLoss(LogitLoss):
 
     See :func:`kdlayers.functional.dkd` for the two terms. The authors add the loss to the
     cross-entropy and ramp its weight up over the first 20 epochs of CIFAR-100, as a
-    :class:`kdlayers.schedules.LinearWarmup` does. It needs hard labels.
+    :class:`kdlayers.schedules.LinearWarmup` does. It needs the labels: class
+    indices ``[B]``, or probabilities ``[B, K]`` of mixup, CutMix and label smoothing. For these it
+    is the mean over the classes that hold weight, weighted by the labels; one-hot rows give exactly
+    the loss for class indices.
 
     Args:
         alpha: weight of the target-class term. Default 1.
@@ -27,7 +30,7 @@ class DKDLoss(LogitLoss):
 
     Raises:
         ArgumentError: if a number is out of range; at the call, if a label is.
-        ArgumentTypeError: at the call, if the labels are missing, soft or not integers.
+        ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
         ShapeError: at the call, if the tensors are not logits of one shape with a label a sample.
 
     Warns:
@@ -63,7 +66,7 @@ class DKDLoss(LogitLoss):
         self.standardize = standardize
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The weighted sum for logits ``[B, K]`` and labels ``[B]``."""
+        """The weighted sum for logits ``[B, K]`` and labels ``[B]`` or ``[B, K]``."""
         targets = check.given(targets, self)
         if self.standardize:
             check.logits(student, teacher)

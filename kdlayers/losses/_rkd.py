@@ -25,10 +25,8 @@ class RKDLoss(DistillLoss):
     Args:
         distance: weight of the distances, 0 or more. Default 25, usual on CIFAR-100.
         angle: weight of the angles, 0 or more. Default 50, usual on CIFAR-100.
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 1.
-        at: a name or a pair (student's, teacher's); ``None`` (default): the models' outputs.
-        name: key in ``kd.terms``.
-        teacher_index: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
+            the models' outputs.
 
     Raises:
         ArgumentError: if a weight is negative, or both are 0.

@@ -21,12 +21,9 @@ class SimilarityPreservingLoss(DistillLoss):
     teacher is detached.
 
     Args:
-        weight: factor in ``kd.loss``, a number or a function of the step. Default 3000, usual on
-            CIFAR-100; the value itself is at most 4 / B.
-        at: a name or a pair (student's, teacher's), usually of the last feature maps; ``None``
-            (default): the models' outputs.
-        name: key in ``kd.terms``.
-        teacher_index: index of the teacher to learn from, where there are several.
+        weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; the default weight
+            is 3000, usual on CIFAR-100, as the value is at most 4 / B. ``at`` is usually the point
+            of the last feature maps; ``at=None`` compares the models' outputs.
 
     Raises:
         ShapeError: at the call, if the tensors are not features of the same 2 samples or more.

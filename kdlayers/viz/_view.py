@@ -172,8 +172,8 @@ def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
     spread = parts.square().sum(0)
     parts = F.pad(parts * (spread > 1e-12 * spread.max()), (0, 3 - parts.shape[1]))
     low, high = parts.quantile(parts.new_tensor([0.02, 0.98]), dim=0)
-    width = high - low
-    scaled = ((parts - low) / torch.where(width > 0, width, 1.0)).clamp(0, 1)
-    colors = torch.where(width > 0, scaled, 0.5).to(torch.float32)
+    reach = high - low
+    scaled = ((parts - low) / torch.where(reach > 0, reach, 1.0)).clamp(0, 1)
+    colors = torch.where(reach > 0, scaled, 0.5).to(torch.float32)
     before, after = colors.view(2, batch, height, width, 3).movedim(-1, 2)
     return before, after

@@ -108,7 +108,11 @@ def test_two_classes_are_warned_of_where_the_term_vanishes():
             "must be a number, got str",
         ),
         (lambda s, t: kdf.kd(s, t, reduction="batchmean"), ArgumentError, 'must be "mean", "sum"'),
-        (lambda s, t: kdf.dkd(s, t, t.softmax(1)), ArgumentTypeError, "soft labels .mixup"),
+        (
+            lambda s, t: kdf.dkd(s, t, t.softmax(1)[:, :4]),
+            ShapeError,
+            r"\[batch, 5\], one for",
+        ),
         (lambda s, t: kdf.dkd(s, t, Y[:2]), ShapeError, r"of shape \[4\], one a sample, got \[2\]"),
         (lambda s, t: kdf.dkd(s, t, Y - 1), ArgumentError, r"in 0..4 .* labels from -1 to 2"),
         (lambda s, t: kdf.dkd(s, t, Y > 1), ArgumentTypeError, "got torch.bool"),

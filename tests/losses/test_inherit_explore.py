@@ -219,7 +219,7 @@ def test_the_stage_shows_pass_and_reconstruction_loss():
 
 
 def test_data_that_cannot_be_learnt_from_is_refused():
-    with pytest.raises(FitError, match="is nan: the teacher's features hold NaN or infinity"):
+    with pytest.raises(FitError, match="is nan: the teacher's features have NaN or infinity"):
         InheritExploreLoss(factor_channels=3).fit([(maps(8) * float("nan"), None)])
     with pytest.raises(FitError, match="every batch had one image with a 1x1 map"):
         InheritExploreLoss(factor_channels=3).fit([(maps(8, batch=1, size=1), None)])

@@ -144,7 +144,9 @@ def append(rng, data):
 def mix(rng, data):
     """The beginning of the file and the end of another one, as two writers may leave it."""
     other = files()["other student"]
-    at = rng.randrange(min(len(data), len(other)))
+    pairs = enumerate(zip(data, other, strict=False))
+    differ = [at for at, (ours, theirs) in pairs if ours != theirs]
+    at = rng.randint(differ[0] + 1, differ[-1])  # parts of both, and not one of them as a whole
     return data[:at] + other[at:]
 
 

@@ -1,0 +1,81 @@
+"""The forest plot: differences to a reference with their intervals, a panel a regime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from _accuracy_words import FEWEST, Line, paired
+from _report import interval
+
+Runs = Mapping[str, Sequence[Line]]
+Row = tuple[str, float, float | None, float | None]
+BETTER, WORSE, OPEN = "#1a7f37", "#b42318", "#57606a"
+
+
+def reference_of(runs: Runs) -> str:
+    """What differences are taken to: KD, or labels only where logits say nothing."""
+    return "KD" if "KD" in runs else "labels only"
+
+
+def rows_of(runs: Runs, names: Sequence[str]) -> list[Row]:
+    """Of each method that was run its mean difference to the reference, and the interval's ends.
+
+    The ends are ``None`` with fewer seeds than an interval needs.
+    """
+    reference, rows = reference_of(runs), []
+    for name in names:
+        ours, theirs = paired(runs.get(name, ()), runs.get(reference, ()))
+        if name == reference or not ours:
+            continue
+        if len(ours) < FEWEST:
+            rows.append((name, mean(ours) - mean(theirs), None, None))
+        else:
+            rows.append((name, *interval(ours, theirs)))
+    return rows
+
+
+def draw_forest(panels: Sequence[tuple[str, Runs]], names: Sequence[str], path: Path) -> bool:
+    """Draw all regimes under each other; whether there was anything to draw.
+
+    The picture is as wide as a phone's screen, so that nothing is scaled down there. Drawing the
+    same lines again gives the same file.
+    """
+    known = [(title, reference_of(runs), rows_of(runs, names)) for title, runs in panels]
+    known = [panel for panel in known if panel[2]]
+    if not known:
+        return False
+    import matplotlib as mpl  # only here: everything else works without
+    from matplotlib.figure import Figure
+
+    heights = [len(rows) + 2.4 for _, _, rows in known]
+    with mpl.rc_context({"svg.hashsalt": "kdlayers", "svg.fonttype": "path", "font.size": 10}):
+        figure = Figure((4.6, 0.27 * sum(heights)), layout="constrained")
+        figure.patch.set_facecolor("white")
+        grid = figure.subplots(len(known), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for panel, (title, reference, rows) in zip(grid, known, strict=True):
+            draw_panel(panel, title, reference, rows)
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+    return True
+
+
+def draw_panel(panel: Any, title: str, reference: str, rows: Sequence[Row]) -> None:
+    """One regime: a row a method, the first on top."""
+    for place, (_, centre, low, high) in enumerate(rows):
+        if low is None or high is None:
+            panel.plot(centre, place, "o", mfc="white", mec=OPEN, ms=5)
+            continue
+        colour = BETTER if low > 0 else WORSE if high < 0 else OPEN
+        panel.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="butt")
+        panel.plot(centre, place, "o", color=colour, ms=5)
+    panel.axvline(0, color="black", lw=0.8)
+    panel.set_yticks(range(len(rows)), [row[0] for row in rows])
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_title(title, fontsize=10, fontweight="bold", loc="left", x=-0.55)
+    panel.set_xlabel(f"points of test accuracy minus {reference}", fontsize=9)
+    panel.tick_params(axis="y", length=0)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.grid(axis="x", lw=0.4, alpha=0.6)

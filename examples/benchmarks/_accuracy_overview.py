@@ -1,0 +1,194 @@
+"""The first page of the results: one figure, one table, what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from _accuracy_forest import reference_of
+from _accuracy_published import published_of
+from _accuracy_words import Line, bold, difference, plus_minus, table
+
+Runs = Mapping[str, Sequence[Line]]
+
+# What most readers choose from, in the order of the figure and the table.
+SHOWN = (
+    "labels only",
+    "KD",
+    "DKD",
+    "letKD-1",
+    "letKD-2",
+    "letKD-2 + KD",
+    "letKD-2 + KD, falling",
+    "layers only (2)",
+    "layers only (2) + KD",
+    "wider, same MACs",
+    "wider, same MACs + KD",
+    "wider, same parameters",
+    "wider, same parameters + KD",
+    "QuEST",
+    "FitNet",
+    "AT",
+    "IE-KD",
+    "SKD + KD",
+    "AEKT chi2",
+)
+
+# Of these the figure has what decides.
+DRAWN = (
+    "labels only",
+    "DKD",
+    "letKD-1",
+    "letKD-2",
+    "letKD-2 + KD",
+    "layers only (2)",
+    "wider, same MACs + KD",
+    "wider, same parameters + KD",
+    "FitNet",
+    "AT",
+    "IE-KD",
+)
+
+INTRODUCTION = """\
+<!-- Made by examples/benchmarks/report.py from docs/data/results; do not edit. -->
+
+# Results
+
+Which method should you use, and what does it give you? Each point is a method's test accuracy minus
+that of KD (of labels only where the teacher's classes are not the student's), seed by seed, with
+the 95 % interval of the mean. Green: better, the interval is above 0. Red: worse. Grey: not
+separated, which does not mean equal. Hollow: fewer than three seeds, so no interval, no verdict.
+
+![differences to KD with their intervals, a panel for each regime](figures/results.svg)
+"""
+
+PUBLISHED = """\
+*published*: the paper's numbers on all of CIFAR-100 from another teacher (A. Gorgun et al., BMVC
+2023), which were not run here.
+"""
+
+READING = """\
+*layers only*: letKD's layers without the teacher's supervision. *wider*: a student without layers
+that has as many parameters, or multiply-adds (MACs), as letKD-2's. **The rows of KD and of labels
+only are accuracies in %, the others are differences to KD**, or to labels only where the teacher
+has other classes. All runs of a seed have the same initial weights and images in the same order;
+accuracies are those of the last epoch. With so many comparisons about one in twenty excludes 0 by
+chance.
+
+Every number on these pages is computed from the committed lines in `docs/data/results`, one for
+each training, by `python examples/benchmarks/report.py`. `examples/benchmarks/accuracy.py` runs
+them, and says how.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A regime on the first page.
+
+    Attributes:
+        stem: the name of its file and its page.
+        title: what it is.
+        short: the same in few words.
+        runs: lines by method.
+        total: number of methods that belong to it.
+    """
+
+    stem: str
+    title: str
+    short: str
+    runs: Runs
+    total: int
+
+
+def overview(shown: Sequence[Entry], others: Sequence[Entry], missing: Sequence[str]) -> str:
+    """The page. ``shown`` are in its figure and table, ``others`` linked, ``missing`` not run."""
+    parts = [
+        INTRODUCTION,
+        "\n".join(
+            [finding(entry) for entry in shown] + [f"- **{x}**: not run yet." for x in missing]
+        ),
+        overview_table(shown),
+        PUBLISHED if any(published(entry) for entry in shown) else "",
+        READING,
+        "## All regimes\n\n" + "\n".join(link(entry) for entry in [*shown, *others]) + "\n",
+        toctree([*shown, *others]),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def finding(entry: Entry) -> str:
+    """One bullet: which methods are better and worse than the reference, by their intervals."""
+    reference = reference_of(entry.runs)
+    groups: dict[str, list[str]] = {}
+    for name in SHOWN:
+        if name in entry.runs and name != reference and reference in entry.runs:
+            _, verdict = difference(entry.runs[name], entry.runs[reference])
+            groups.setdefault(verdict.split(" (")[0], []).append(name)
+    said = [
+        f"{words} {reference}: {', '.join(f'*{name}*' for name in groups[verdict])}"
+        for verdict, words in (
+            ("better", "better than"),
+            ("worse", "worse than"),
+            ("not separated", "not separated from"),
+        )
+        if verdict in groups
+    ]
+    few = groups.get("too few seeds", [])
+    if few:
+        said.append(f"too few seeds for a verdict: {len(few)} methods")
+    return f"- **{entry.short}**: {'; '.join(said) or 'not run yet'}."
+
+
+def overview_table(entries: Sequence[Entry]) -> str:
+    """A row a method, a column a regime, and the published differences to KD."""
+    known = next((p for e in entries for p in [published(e)] if p), {})
+    names = [name for name in SHOWN if any(name in entry.runs for entry in entries)]
+    rows = []
+    for name in names:
+        row = [name, *(cell(name, entry.runs) for entry in entries)]
+        if known:
+            value = known.get(name)
+            level = name in ("labels only", "KD")
+            row.append("" if value is None else f"{value:.2f}" if level else against(value, known))
+        rows.append(row)
+    head = ["", *(f"[{entry.short}](results-{entry.stem}.md)" for entry in entries)]
+    return table([*head, "published, 240 epochs"] if known else head, rows)
+
+
+def published(entry: Entry) -> dict[str, float]:
+    """What was published about a regime's pair of networks."""
+    return published_of(next(iter(entry.runs.values()))[0])
+
+
+def against(value: float, known: Mapping[str, float]) -> str:
+    """A published accuracy as its difference to the published KD."""
+    return f"{value - known['KD']:+.2f}"
+
+
+def cell(name: str, runs: Runs) -> str:
+    """The accuracy of the references, the difference of all others."""
+    if name not in runs:
+        return "not run yet"
+    reference = reference_of(runs)
+    if name in ("labels only", reference) or reference not in runs:
+        return plus_minus([line["test_accuracy"] for line in runs[name]])
+    text, verdict = difference(runs[name], runs[reference])
+    if verdict.startswith("too few"):
+        seeds = len(runs[name])
+        return f"{text} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
+    return bold(text, verdict) if verdict in ("better", "worse") else text
+
+
+def link(entry: Entry) -> str:
+    """The regime's page, and how much of it was run."""
+    seeds = sorted({len(lines) for lines in entry.runs.values()})
+    span = str(seeds[-1]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    plural = "" if seeds[-1] == 1 else "s"
+    count = f"{len(entry.runs)} of {entry.total} methods, {span} seed{plural}"
+    return f"- [{entry.title}](results-{entry.stem}.md): {count}"
+
+
+def toctree(entries: Sequence[Entry]) -> str:
+    """The pages, for the site."""
+    names = "\n".join(f"results-{entry.stem}" for entry in entries)
+    return f"```{{toctree}}\n:maxdepth: 1\n:hidden:\n\n{names}\n```\n"

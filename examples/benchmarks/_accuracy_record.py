@@ -1,0 +1,236 @@
+"""What the teacher says about fixed augmented views, recorded once for all methods and seeds.
+
+A run then pays for no forward of the teacher. In exchange each image has few views, the same in all
+epochs and for all methods; view 0 is the image as it is, which ``kd.fit`` learns from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from _accuracy_data import Split, augmented
+from _accuracy_progress import claimed
+from torch import Tensor, nn
+
+CHANNELS_MEAN = ("layer1", "layer2")
+BATCH = 100
+SHAPES = "shapes.json"
+
+
+class Record:
+    """Images of all views and what the teacher makes of them, read from a folder as needed.
+
+    Args:
+        folder: with a folder for each view.
+        split: the images without augmentation.
+        views: number of views beside view 0.
+    """
+
+    def __init__(self, folder: Path, split: Split, views: int) -> None:
+        self.split = split
+        self.views = views
+        self._files: dict[str, list[Tensor]] = {}
+        for view in range(1 + views):
+            for name, shape in json.loads((folder / str(view) / SHAPES).read_text("utf-8")).items():
+                kind = torch.uint8 if name == "pixels" else torch.float16
+                values = mapped(folder / str(view) / name, shape, kind)
+                self._files.setdefault(name, []).append(values)
+        self.points = [name for name in self._files if name not in ("pixels", "logits")]
+
+    def take(self, name: str, views: Tensor, index: Tensor) -> Tensor:
+        """``"pixels"``, ``"logits"`` or the features of a point, for some images in some views."""
+        files = self._files[name]
+        pairs = zip(views.tolist(), index.tolist(), strict=True)
+        return torch.stack([files[view][image] for view, image in pairs])
+
+
+def mapped(path: Path, shape: Sequence[int], kind: torch.dtype) -> Tensor:
+    """A tensor in a file, of which only what is read comes into memory."""
+    count = torch.Size(shape).numel()
+    return torch.from_file(str(path), shared=False, size=count, dtype=kind).view(*shape)
+
+
+def recorded(
+    teacher: nn.Module,
+    teacher_hash: str,
+    split: Split,
+    points: Sequence[str],
+    cache: Path,
+    *,
+    views: int,
+    padding: int,
+) -> Record:
+    """The record of these images in ``cache``, made where it is missing.
+
+    Several processes share the work, a view each.
+
+    Args:
+        teacher: the network.
+        teacher_hash: what tells it from others.
+        split: the images.
+        points: modules of the teacher whose outputs are kept. Of ``layer1`` and ``layer2``, which
+            only attention transfer reads, it is the root of the channels' mean square: one channel,
+            with the same attention.
+        cache: folder of records.
+        views: augmented views an image, mirrored at random and cropped.
+        padding: of the crops.
+    """
+    about = [teacher_hash, list(points), padding, str(split.mean), str(split.std)]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    digest.update(split.images.numpy().tobytes())
+    folder = cache / f"record-{digest.hexdigest()[:12]}"
+    missing = list(range(1 + views))
+    while missing:
+        for view in missing:
+            part = folder / str(view)
+            with claimed(folder / f"{view}.lock") as mine:
+                if mine and not (part / SHAPES).exists():
+                    print(f"recording view {view} of {len(split):,} images: {part}", flush=True)
+                    part.mkdir(parents=True, exist_ok=True)
+                    write(teacher, split, points, part, view, padding)
+        missing = [view for view in missing if not (folder / str(view) / SHAPES).exists()]
+        if missing:  # another process is at them
+            time.sleep(2)
+    return Record(folder, split, views)
+
+
+@torch.no_grad()
+def write(
+    teacher: nn.Module, split: Split, points: Sequence[str], folder: Path, view: int, padding: int
+) -> None:
+    """Run the teacher over one view; the file of shapes comes last and says that all is there."""
+    draw = torch.Generator().manual_seed(view)
+    shapes: dict[str, list[int]] = {}
+    taps: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context((folder / name).open("wb"))
+            for name in ("pixels", "logits", *points)
+        }
+        for name in points:
+            hook = teacher.get_submodule(name).register_forward_hook(
+                lambda _, __, output, name=name: taps.__setitem__(name, output)
+            )
+            stack.callback(hook.remove)
+        teacher.eval()
+        for part in split.images.split(BATCH):
+            images = augmented(part, padding, True, draw) if view else part
+            logits = teacher(split.normalised(images))
+            found = {"pixels": images, "logits": logits.half()}
+            found |= {name: kept(name, taps[name]) for name in points}
+            for name, value in found.items():
+                files[name].write(value.contiguous().numpy().tobytes())
+                shapes[name] = [len(split), *value.shape[1:]]
+    (folder / SHAPES).write_text(json.dumps(shapes), "utf-8")
+
+
+def kept(name: str, maps: Tensor) -> Tensor:
+    """What is stored of a point's output."""
+    if name in CHANNELS_MEAN:
+        maps = maps.square().mean(1, keepdim=True).sqrt()
+    return maps.half()
+
+
+class Tap(nn.Module):
+    """Stands for a module of the teacher: its output is what was recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The recorded tensor."""
+        return x
+
+
+class Replay(nn.Module):
+    """A teacher that looks up what it said: ``attach_kd`` takes it for the network.
+
+    Args:
+        record: what it said.
+
+    Attributes:
+        keys: view and index of the images of the next batch, ``[2, B]``. Before `told` sets them
+            the first images stand for any, as dry runs ask for shapes only.
+    """
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+        self.keys: Tensor | None = None
+        self.register_buffer("device", torch.zeros(()))
+        for name in record.points:
+            parent: nn.Module = self
+            *containers, last = name.split(".")
+            for container in containers:
+                if container not in dict(parent.named_children()):
+                    parent.add_module(container, nn.Module())
+                parent = parent.get_submodule(container)
+            parent.add_module(last, Tap())
+
+    def told(self, views: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, normalised, and labels; what the teacher says next is about these."""
+        self.keys = torch.stack([views, index])
+        split = self.record.split
+        return split.normalised(self.record.take("pixels", views, index)), split.labels[index]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits; each point passes its features on the way."""
+        first = torch.arange(len(images))
+        views, index = self.keys if self.keys is not None else (torch.zeros_like(first), first)
+        if len(index) != len(images):
+            raise RuntimeError(f"{len(index)} recorded images for a batch of {len(images)}")
+        for name in self.record.points:
+            self.get_submodule(name)(self.record.take(name, views, index).float())
+        return self.record.take("logits", views, index).float()
+
+
+class RecordedBatches:
+    """Batches of recorded views, of which the teacher is told as they come.
+
+    Each image goes through its views in turn, from one drawn by the seed, so that in ``views``
+    epochs it is seen once in each. Order and views depend on seed and epoch alone.
+
+    Args:
+        teacher: the stand-in with the record.
+        size: of a batch; the last short one is dropped.
+        seed: of order and views.
+    """
+
+    def __init__(self, teacher: Replay, size: int, seed: int) -> None:
+        self.teacher = teacher
+        self.size = size
+        self.seed = seed
+        self.steps = len(teacher.record.split) // size
+        draw = torch.Generator().manual_seed(104_729 + seed)
+        self.first = torch.randint(
+            teacher.record.views, (len(teacher.record.split),), generator=draw
+        )
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of one epoch."""
+        draw = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        order = torch.randperm(len(self.first), generator=draw)
+        views = 1 + (self.first + epoch) % self.teacher.record.views
+        for index in order[: self.steps * self.size].split(self.size):
+            yield self.teacher.told(views[index], index)
+
+    def plain(self, size: int) -> Plain:
+        """View 0 of all images in a random order, for ``kd.fit``."""
+        draw = torch.Generator().manual_seed(self.seed)
+        return Plain(self.teacher, torch.randperm(len(self.first), generator=draw), size)
+
+
+class Plain:
+    """View 0 of all images, iterable again and again."""
+
+    def __init__(self, teacher: Replay, order: Tensor, size: int) -> None:
+        self.teacher = teacher
+        self.order = order
+        self.size = size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in self.order.split(self.size):
+            yield self.teacher.told(torch.zeros_like(index), index)

@@ -1,0 +1,129 @@
+"""The regimes: data, teacher and the settings that go with them; what a run is made of."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _accuracy_cifar import load_cifar
+from _accuracy_data import Augmented, Split, Splits, few, load
+from _accuracy_record import RecordedBatches, Replay, recorded
+from _accuracy_teacher import given_teacher
+from _accuracy_train import Recipe, device_of, trained_teacher
+from torch import nn
+
+CIFAR: dict[str, Any] = {
+    "data": "cifar100",
+    "teacher_data": "cifar100",
+    "teacher": "resnet56",
+    "student": "resnet20",
+    "width": 16.0,
+    "validation": 5000,
+    "padding": 4,
+    "augment": True,
+    "precision": "float32",
+    "templates": 512,
+    "temperature": 1.0,
+    "subclasses": 4,
+    "components": 60,
+    "layer_weight": 1.0,
+    "layer_weight_beside": 1.0,
+    "pruning": False,
+}
+FOREIGN = CIFAR | {
+    "data": "cifar10",
+    "validation": 1000,
+    "components": 9,
+    "epochs": 100,
+    "views": 16,
+    "methods": ["labels only", "FitNet", "AT", "IE-KD", "letKD-1", "letKD-2", "layers only (2)"],
+}
+
+# What a regime sets; each value is an option that may still be given.
+REGIMES: dict[str, dict[str, Any]] = {
+    "fashion-mnist": {},
+    "cifar100-10000": CIFAR | {"images": 10_000, "epochs": 20, "views": 4, "draw": 0, "warmup": 2},
+    "cifar100-all": CIFAR | {"images": 0, "epochs": 30, "draw": 0, "warmup": 3},
+    "cifar10-500": FOREIGN | {"images": 500},
+    "cifar10-5000": FOREIGN | {"images": 5000, "epochs": 30, "views": 4},
+}
+
+
+def add_regimes(parser: argparse.ArgumentParser) -> None:
+    """The options that say which data and which teacher."""
+    add = parser.add_argument
+    add("--regime", choices=list(REGIMES), default="fashion-mnist", help="default: %(default)s")
+    add("--data", choices=("fashion-mnist", "cifar10", "cifar100"), default="fashion-mnist")
+    add("--root", default="data", help="folder of the data set; default: %(default)s")
+    add("--download", action="store_true", help="fetch the data set where it is missing")
+    add("--teacher-checkpoint", type=Path, help="weights of a trained teacher; default: train one")
+    add("--teacher-accuracy", type=float, help="%% of its test images that it should get right")
+    add("--teacher-data", default="fashion-mnist", help="what the checkpoint was trained on")
+    add("--teacher-root", help="folder of that data set; default: --root")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Data and teacher of a call, and the options of the command line.
+
+    Attributes:
+        splits: the student's data.
+        teacher: the network.
+        facts: what is known about it.
+        args: the command line.
+    """
+
+    splits: Splits
+    teacher: nn.Module
+    facts: dict[str, Any]
+    args: argparse.Namespace
+
+    def given(self, recipe: Recipe, seed: int) -> tuple[Split, Any, nn.Module]:
+        """Images, batches and teacher of one run.
+
+        The images are drawn by the recipe's ``draw``, or where it has none by the seed. Where it
+        has ``views``, batches and teacher come from a record.
+        """
+        split = few(self.splits.train, recipe["images"], recipe.get("draw", seed))
+        if not recipe.get("views"):
+            split = split.to(device_of(self.teacher))
+            return split, Augmented(split, recipe, seed), self.teacher
+        names = ("layer1", "layer2", self.args.first, self.args.last)
+        points = [name.rpartition(":")[2] for name in names]
+        record = recorded(
+            self.teacher,
+            self.facts["recipe_hash"],
+            split,
+            points,
+            self.args.cache,
+            views=recipe["views"],
+            padding=recipe["padding"],
+        )
+        teacher = Replay(record)
+        return split, RecordedBatches(teacher, recipe["batch_size"], seed), teacher
+
+
+def prepared(args: argparse.Namespace, teacher_recipe: Recipe) -> Regime:
+    """Read the data, and load or train the teacher."""
+    splits = data_of(args, args.data, args.root)
+    path, kind = args.teacher_checkpoint, args.teacher_data
+    if path is None and args.data != "fashion-mnist":
+        raise SystemExit(f"{args.data} needs the weights of a teacher: --teacher-checkpoint FILE")
+    if path is None:
+        teacher, facts = trained_teacher(splits, teacher_recipe, args.cache, args.device)
+        print(f"teacher: {facts['validation_accuracy']:.2f} % of validation images", flush=True)
+        return Regime(splits, teacher, facts, args)
+    own = splits if kind == args.data else data_of(args, kind, args.teacher_root or args.root)
+    teacher, facts = given_teacher(path, args.teacher, own, args.cache, args.teacher_accuracy)
+    facts["recipe"]["data"] = kind
+    return Regime(splits, teacher.to(args.device), facts, args)
+
+
+def data_of(args: argparse.Namespace, name: str, root: str) -> Splits:
+    """The splits of a data set."""
+    options = {"download": args.download, "validation": args.validation}
+    if name == "fashion-mnist":
+        return load(root, **options)
+    return load_cifar(name, root, args.cache, **options)

@@ -1,0 +1,70 @@
+"""The figures of docs/seeing.md: the KD layers of a student of the accuracy benchmark.
+
+python examples/benchmarks/accuracy.py --root DATA --cache docs/data/results \
+        --methods letKD-2 --seeds 0 --save runs/students
+python examples/benchmarks/figures.py --root DATA runs/students/letKD-2-seed-0.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the networks of the examples
+
+import torch
+from _accuracy_data import MEAN, STD, Split, load
+from models.cifar_resnet import make
+from torch import nn
+
+from kdlayers import load_student, viz
+
+CLASSES = 10
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Load the student, and draw each layer that is asked for."""
+    args = parse(arguments)
+    test = load(args.root, download=False, validation=args.validation).test
+    fresh = make(args.network, num_classes=CLASSES, in_channels=1, width=args.width)
+    student = load_student(fresh, args.student)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.at:
+        draw(student, name, test, args.out)
+
+
+def draw(student: nn.Module, name: str, test: Split, out: Path) -> None:
+    """What the layer matched on one image of each of five classes, and on all images."""
+    batches = test.batches(250)
+    pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    chosen = torch.stack([pixels[labels == label][0] for label in range(5)])
+    view = viz.layer_view(student, chosen, name)
+    figures = {
+        "matches": viz.plot_matches(view, (chosen * STD + MEAN).clamp(0, 1)),
+        "usage": viz.plot_usage(viz.template_usage(student, batches, name)),
+    }
+    for kind, figure in figures.items():
+        file = out / f"{kind}-{name.replace('.', '-')}.png"
+        figure.savefig(file, dpi=110)
+        print(file, flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("student", type=Path, help="a file of accuracy.py --save")
+    add("--root", default="data", help="folder of Fashion-MNIST; default: %(default)s")
+    add("--validation", type=int, default=5000, help="as accuracy.py's; default: %(default)s")
+    add("--network", default="resnet8", help="the student's; default: %(default)s")
+    add("--width", type=float, default=8.0, help="of that network; default: %(default)s")
+    add("--at", nargs="+", default=["layer3.0", "last"], help="layers; default: letKD-2's")
+    add("--out", type=Path, default=Path("runs/figures"), help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

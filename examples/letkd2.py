@@ -1,0 +1,98 @@
+"""letKD-2: two KD layers in the student, which learn from the teacher's features.
+
+The first layer learns what the teacher decides at each position, the second which centre of a
+codebook of the teacher's features is near. Then the student is saved, and loaded without a teacher.
+
+    python examples/letkd2.py                # digits, in a minute or two
+    python examples/letkd2.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/
+"""
+
+from __future__ import annotations
+
+import data
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.regnet import BlockParams, RegNet
+
+import kdlayers
+from kdlayers import CodebookTargets, DecisionTargets, KDHandle, KDPoint, attach_kd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    """A teacher, a student that learns from it, and one that learns from labels only."""
+    args = data.options(__doc__).parse_args()
+    images = data.load(args)
+    few = images.first(200)  # the student sees fewer images than the teacher
+    classes = len(images.classes)
+    torch.manual_seed(0)
+    teacher = regnet([1, 2, 2], [32, 64, 128], classes)
+    train(teacher, images.augmented, 1 if args.quick else 4)
+    print(f"teacher: {accuracy(teacher, images.test):.2f} %")
+
+    torch.manual_seed(0)
+    student = regnet([1, 1, 2], [16, 32, 64], classes)
+    # The first block of the last stage, and the last stage, in student and teacher alike.
+    first, last = "trunk_output.block3.block3-0", "trunk_output.block3"
+    points = [
+        KDPoint(first, targets=DecisionTargets(subclasses=2)),
+        KDPoint(last, targets=CodebookTargets(64)),
+    ]
+    kd = attach_kd(student, teacher, points, example=images.example)
+    kd.fit(DataLoader(few.plain, 50))  # runs the teacher over these images, not the student
+    print(kd.summary())
+    train(student, few.augmented, args.epochs, kd)
+    kd.detach()  # the teacher and its targets go, the two layers stay
+    print(f"letKD-2: {accuracy(student, images.test):.2f} %")
+
+    kdlayers.save_student(student, args.out / "student.pt")
+    fresh = regnet([1, 1, 2], [16, 32, 64], classes)
+    loaded = kdlayers.load_student(fresh, args.out / "student.pt").eval()
+    loaded = kdlayers.bake(loaded)  # plain modules, no hooks
+    print(f"loaded and baked: {accuracy(loaded, images.test):.2f} %")
+
+    torch.manual_seed(0)
+    alone = regnet([1, 1, 2], [16, 32, 64], classes)
+    train(alone, few.augmented, args.epochs)
+    print(f"labels only: {accuracy(alone, images.test):.2f} %; one seed: too few to compare")
+
+
+def regnet(depths: list[int], widths: list[int], classes: int) -> nn.Module:
+    """A RegNet of torchvision for small images."""
+    params = BlockParams(depths, widths, [widths[0]] * 3, [1.0] * 3, [1, 2, 2])
+    return RegNet(params, num_classes=classes, stem_width=widths[0]).to(DEVICE)
+
+
+def train(model: nn.Module, images: Dataset, epochs: int, kd: KDHandle | None = None) -> None:
+    """An ordinary loop, with one more term if there is a handle."""
+    loader = DataLoader(images, 50, shuffle=True, drop_last=True)
+    parameters = [*model.parameters(), *(kd.parameters() if kd else [])]
+    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
+    for epoch in range(epochs):
+        model.train()
+        for x, y in loader:
+            x, y = x.to(DEVICE), y.to(DEVICE)
+            loss = F.cross_entropy(model(x), y) + (kd.loss(y) if kd else 0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if kd and epoch % 5 == 0:
+            print(f"epoch {epoch}:", {name: round(v.item(), 3) for name, v in kd.terms.items()})
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Dataset) -> float:
+    """Percentage of images whose class has the largest logit."""
+    model.eval()
+    right = [(model(x.to(DEVICE)).argmax(1).cpu() == y) for x, y in DataLoader(images, 250)]
+    return 100 * torch.cat(right).double().mean().item()
+
+
+if __name__ == "__main__":
+    main()

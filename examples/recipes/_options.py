@@ -1,0 +1,158 @@
+"""What the CIFAR recipes share: their options, a teacher from a file or trained, one student."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _images import Images, load, stand_in
+from _train import Recipe, Training, accuracy, digest, milestones, say
+from models.teachers import load_teacher
+from torch import nn
+
+from kdlayers import KDHandle
+
+TEST_BATCH = 500
+
+
+class Options(argparse.ArgumentParser):
+    """A command line with the options of both recipes."""
+
+    def __init__(self, description: str | None, out: str, epochs: int) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add = self.add_argument
+        add("--root", type=Path, help="folder of the data set, as torchvision lays it out")
+        add("--download", action="store_true", help="let torchvision fetch the data set into ROOT")
+        add("--stand-in", type=int, metavar="N", help="N random images instead of the data set: "
+            "shows that everything runs; accuracies mean nothing")  # fmt: skip
+        add("--teacher-checkpoint", type=Path, metavar="FILE", help="weights of the teacher")
+        add("--train-teacher", action="store_true", help="train the teacher first, by the same "
+            "schedule, unless --out has it already")  # fmt: skip
+        add("--seed", type=int, default=0, help="of initial weights and batches; default: 0")
+        add("--epochs", type=int, default=epochs, help="the rate falls at the same fractions of a "
+            "shorter run; default: %(default)s")  # fmt: skip
+        add("--teacher-epochs", type=int, default=epochs, help="default: %(default)s")
+        add("--test-every", type=int, default=10, metavar="N", help="epochs between tests, which "
+            "are only printed: the result is the last epoch's; 0: none; default: 10")  # fmt: skip
+        add("--amp", action="store_true", help="products in bfloat16")
+        add("--compile", action="store_true", help="compile the student and its losses")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+            help="default: cuda where there is one, else cpu")  # fmt: skip
+        add("--out", type=Path, default=Path("runs", out), help="folder of checkpoints and "
+            "results; a run goes on from the checkpoint there; default: %(default)s")  # fmt: skip
+
+
+def images_of(name: str, args: argparse.Namespace) -> tuple[Images, Images]:
+    """The training and test images that the command line asks for."""
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
+    if args.stand_in is None:
+        return load(name, args.root, download=args.download, device=device)
+    say(f"random images in the place of {name}: the accuracies mean nothing")
+    return stand_in(name, args.stand_in, device)
+
+
+def recipe_of(data: str, args: argparse.Namespace, fractions: tuple[float, ...]) -> Recipe:
+    """What teacher and students have in common."""
+    return {
+        "data": data if args.stand_in is None else f"{args.stand_in} random images",
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "milestones": milestones(fractions, args.epochs),
+        "fractions": list(fractions),
+        "weight_decay": 5e-4,
+        "ce_weight": 1.0,
+        "amp": args.amp,
+    }
+
+
+def find_teacher(
+    make: Callable[[], nn.Module],
+    name: str,
+    recipe: Recipe,
+    images: tuple[Images, Images],
+    args: argparse.Namespace,
+) -> tuple[nn.Module, Recipe]:
+    """The teacher from a checkpoint, from ``--out``, or trained; and what is known about it."""
+    torch.manual_seed(0)
+    teacher = make().to(args.device, memory_format=torch.channels_last)
+    path = args.teacher_checkpoint
+    if path is None:
+        path = args.out / f"teacher-{name}.pt"
+        if args.train_teacher:
+            train_teacher(teacher, name, recipe, images, path, args)
+        elif not path.exists():
+            raise SystemExit(
+                f"where is the teacher, {name}? Give --teacher-checkpoint FILE, or --train-teacher "
+                f"to train it by the same schedule and keep it in {path}"
+            )
+    load_teacher(teacher, name, path)
+    top1, _ = accuracy(teacher, images[1].plain(TEST_BATCH))
+    say(f"teacher {name}: {top1:.2f} % of the test images")
+    return teacher, {"network": name, "weights": digest(teacher), "accuracy": round(top1, 2)}
+
+
+def train_teacher(
+    teacher: nn.Module,
+    name: str,
+    recipe: Recipe,
+    images: tuple[Images, Images],
+    path: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Train the teacher with labels only, and keep it in ``path``; a stopped run goes on."""
+    epochs = args.teacher_epochs
+    own = {"epochs": epochs, "milestones": milestones(recipe["fractions"], epochs), "seed": 0}
+    recipe = recipe | own | {"network": name, "method": "labels", "ce_weight": 1.0}
+    training = Training(teacher, None, recipe, path.with_suffix("") / "checkpoint.pt")
+    run(training, images, args)
+    fresh = path.with_suffix(".new")
+    torch.save({"model": teacher.state_dict(), "recipe": recipe}, fresh)
+    fresh.replace(path)
+
+
+def train_student(
+    student: nn.Module,
+    kd: KDHandle | None,
+    recipe: Recipe,
+    images: tuple[Images, Images],
+    args: argparse.Namespace,
+    *,
+    fit_on: Any = None,
+) -> Training:
+    """Train a student that has its layers, from the start or a checkpoint.
+
+    ``fit_on`` are the batches that ``kd.fit`` reads; default: the training images as they are.
+    """
+    name = "-".join(str(recipe[key]) for key in ("pair", "method", "seed"))
+    forward = torch.compile(student) if args.compile else None
+    training = Training(
+        student,
+        kd,
+        recipe,
+        args.out / name / "checkpoint.pt",
+        forward=forward,
+        compiled=args.compile,
+    )
+    training.fit(images[0].plain(TEST_BATCH) if fit_on is None else fit_on)
+    run(training, images, args)
+    return training
+
+
+def run(training: Training, images: tuple[Images, Images], args: argparse.Namespace) -> None:
+    """All epochs on the augmented images."""
+    train, test = images
+    if len(train) < training.recipe["batch_size"]:
+        raise SystemExit(
+            f"{len(train)} training images do not fill a batch of {training.recipe['batch_size']}"
+        )
+    training.run(
+        train.augmented(training.recipe["batch_size"]),
+        lambda: accuracy(training.student, test.plain(TEST_BATCH)),
+        args.test_every,
+    )

@@ -1,0 +1,96 @@
+"""letKD and its rivals on CIFAR-100, by the published protocol, for every published pair.
+
+One command trains one student and ends with one line of JSON, which has the accuracy of the last
+epoch. A stopped run goes on where it was when it is started again.
+
+    python examples/recipes/cifar100.py --root data --download --train-teacher
+        --pair resnet56-resnet20 --method letkd-2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+# Idle threads sleep instead of spinning, which matters where a machine has other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
+
+import torch
+from _cifar100 import PAIRS, network
+from _images import Images
+from _methods import METHODS, WITHOUT_TEACHER, Pair, Sizes, attach, ce_weight
+from _options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, train_student
+from _train import Recipe, finish, parameters, say
+from torch import nn
+
+FRACTIONS = (150 / 240, 180 / 240, 210 / 240)  # of the epochs, where the rate falls
+TEACHER_LR = 0.05
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the student that the command line asks for."""
+    args = parse(arguments)
+    pair = PAIRS[args.pair]
+    images = images_of("cifar100", args)
+    common = recipe_of("cifar100", args, FRACTIONS) | {"batch_size": args.batch_size}
+    teacher, facts = None, {}
+    if args.method not in WITHOUT_TEACHER:
+        teacher, facts = teacher_of(pair, common | {"lr": TEACHER_LR}, images, args)
+
+    torch.manual_seed(args.seed)
+    student = network(pair.student).to(args.device, memory_format=torch.channels_last)
+    sizes = Sizes(args.num_templates, args.temperature, args.subclasses, args.components)
+    steps = len(images[0]) // args.batch_size
+    example = torch.zeros(2, 3, 32, 32, device=args.device)
+    kd = attach(args.method, pair, student, teacher, steps, example, 100, sizes)
+    say(f"student {pair.student}: {parameters(student):,} parameters with its layers")
+    recipe = common | {
+        "pair": args.pair,
+        "method": args.method,
+        "lr": pair.lr,
+        "ce_weight": ce_weight(args.method, pair),
+        "teacher": facts,
+        "sizes": asdict(sizes),
+    }
+    training = train_student(student, kd, recipe, images, args)
+    published = {key: pair.published.get(key) for key in ("teacher", args.method)}
+    finish(training, images[1].plain(TEST_BATCH), published, take_out=args.method == "quest")
+
+
+def teacher_of(
+    pair: Pair, recipe: Recipe, images: tuple[Images, Images], args: argparse.Namespace
+) -> tuple[nn.Module, Recipe]:
+    """The pair's teacher; its accuracy is printed beside the published one."""
+    name = pair.teacher
+    found = find_teacher(lambda: network(name), name, recipe, images, args)
+    say(f"the published teacher has {pair.published['teacher']} %")
+    return found
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Options(__doc__, "cifar100", 240)
+    add = parser.add_argument
+    add("--pair", choices=PAIRS, default="resnet56-resnet20", metavar="PAIR",
+        help=f"teacher and student: {', '.join(PAIRS)}; default: %(default)s")  # fmt: skip
+    add("--method", choices=METHODS, default="letkd-2", metavar="METHOD",
+        help=f"{', '.join(METHODS)}; layers: letKD-2's layers without supervision, the control of "
+        "capacity; default: %(default)s")  # fmt: skip
+    add("--batch-size", type=int, default=64, help="default: %(default)s, the authors'")
+    add("--num-templates", type=int, default=4096, metavar="K",
+        help="centres of the codebook at the end; default: %(default)s, the authors'")  # fmt: skip
+    add("--temperature", type=float, default=1.0, metavar="T",
+        help="of the codebook; larger is harder; default: %(default)s, the authors'")  # fmt: skip
+    add("--subclasses", type=int, default=8, metavar="S",
+        help="of each class, letKD-2's first layer; default: %(default)s, theirs")  # fmt: skip
+    add("--components", type=int, default=60,
+        help="of its discriminant analysis; default: %(default)s, the authors'")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""letKD on ImageNet, ResNet-34 to ResNet-18 or ResNet-50 to a MobileNet, on one or more GPUs.
+
+    torchrun --nproc-per-node 4 examples/recipes/imagenet.py --root imagenet --amp --compile
+
+Published are 100 epochs and the learning rate: 0.1, a tenth of it after 30, 60 and 90. Batch size,
+weight decay, templates, temperature and sub-classes on ImageNet are not: the defaults are ours.
+One command trains one student and ends with one line of JSON; a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
+
+import torch
+import torch.distributed as dist
+from _imagenet import PAIRS, in_order, load, network, shuffled, teacher_of
+from _methods import WITHOUT_TEACHER, Sizes, attach, ce_weight
+from _train import (
+    Training,
+    accuracy,
+    digest,
+    finish,
+    milestones,
+    parameters,
+    rank,
+    say,
+)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+METHODS = ("labels", "kd", "dkd", "layers", "quest", "letkd-1", "letkd-2")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One of the processes, or the only one."""
+    args = parse(arguments)
+    device = start(args)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    augmented, plain, validation, classes = load(args)
+    each = args.batch_size // world
+    batches = shuffled(augmented, each, rank(), world, args)
+    tests = in_order(validation, each, rank(), world, args)
+    pair, teacher, facts = PAIRS[args.pair], None, {}
+    if args.method not in WITHOUT_TEACHER:
+        torch.manual_seed(0)  # the same on every rank where they are random
+        teacher = teacher_of(pair.teacher, args.teacher_weights, classes)
+        teacher = teacher.to(device, memory_format=torch.channels_last)
+        top1, _ = accuracy(teacher, tests)
+        say(f"teacher {pair.teacher}: {top1:.2f} %; published {pair.published['teacher']} %")
+        facts = {"network": pair.teacher, "weights": digest(teacher), "accuracy": round(top1, 2)}
+
+    torch.manual_seed(args.seed)
+    student = network(pair.student, classes).to(device, memory_format=torch.channels_last)
+    sizes = Sizes(args.num_templates, args.temperature, args.subclasses, args.components)
+    example = torch.zeros(2, 3, args.size, args.size, device=device)
+    kd = attach(args.method, pair, student, teacher, len(batches), example, classes, sizes)
+    say(f"student {pair.student}: {parameters(student):,} parameters with its layers")
+    recipe = {
+        "data": "imagenet" if args.stand_in is None else f"{args.stand_in} random images",
+        "pair": args.pair,
+        "method": args.method,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "milestones": milestones((0.3, 0.6, 0.9), args.epochs),
+        "lr": pair.lr,
+        "batch_size": args.batch_size,
+        "weight_decay": args.weight_decay,
+        "ce_weight": ce_weight(args.method, pair),
+        "amp": args.amp,
+        "size": args.size,
+        "processes": world,
+        "teacher": facts,
+        "sizes": asdict(sizes),
+    }
+    name = f"{args.pair}-{args.method}-{args.seed}"
+    training = Training(
+        student,
+        kd,
+        recipe,
+        args.out / name / "checkpoint.pt",
+        forward=wrapped(student, device, args),
+        compiled=args.compile,
+    )
+    training.fit(in_order(plain, each, rank(), world, args))
+    training.run(batches, lambda: accuracy(student, tests), args.test_every)
+    published = {key: pair.published.get(key) for key in ("teacher", args.method)}
+    finish(training, tests, published, take_out=args.method == "quest")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Join the other processes where torchrun started several; the device of this one."""
+    torch.backends.cudnn.benchmark = True
+    if "RANK" not in os.environ:
+        return torch.device(args.device)
+    if torch.device(args.device).type == "cpu":
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
+
+
+def wrapped(student: nn.Module, device: torch.device, args: argparse.Namespace) -> nn.Module:
+    """What is called in training: the student, in DDP and compiled as wanted."""
+    model = student
+    if dist.is_initialized():
+        model = DistributedDataParallel(
+            student, device_ids=[device] if device.type == "cuda" else None
+        )
+    return torch.compile(model) if args.compile else model
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--root", type=Path, help="folder with train/CLASS/ and val/CLASS/")
+    add("--pair", choices=PAIRS, default="resnet34-resnet18", metavar="PAIR",
+        help=f"teacher and student: {', '.join(PAIRS)}; default: %(default)s")  # fmt: skip
+    add("--method", choices=METHODS, default="letkd-2", metavar="METHOD",
+        help=f"{', '.join(METHODS)}; layers: letKD-2's without supervision, the control of "
+        "capacity; default: %(default)s")  # fmt: skip
+    add("--teacher-weights", default="IMAGENET1K_V1", metavar="NAME",
+        help="torchvision's of that name, a file, or 'random'; default: %(default)s")  # fmt: skip
+    add("--seed", type=int, default=0, help="of initial weights and batches; default: 0")
+    add("--epochs", type=int, default=100, help="default: %(default)s, as published")
+    add("--batch-size", type=int, default=256, help="of all processes together; default: 256")
+    add("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
+    add("--num-templates", type=int, default=4096, metavar="K", help="default: %(default)s")
+    add("--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s")
+    add("--subclasses", type=int, default=8, metavar="S", help="default: %(default)s")
+    add("--components", type=int, default=60, help="default: %(default)s")
+    add("--size", type=int, default=224, help="side of the images; default: %(default)s")
+    add("--workers", type=int, default=8, help="of each process, to load images; default: 8")
+    add("--test-every", type=int, default=1, metavar="N", help="epochs between tests, which are "
+        "only printed: the result is the last epoch's; 0: none; default: 1")  # fmt: skip
+    add("--amp", action="store_true", help="products in bfloat16")
+    add("--compile", action="store_true", help="compile the student and its losses")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one, else cpu")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/imagenet"), help="folder of checkpoints and "
+        "results; a run goes on from the checkpoint there; default: %(default)s")  # fmt: skip
+    add("--stand-in", type=int, metavar="N", help="N random images instead of ImageNet: shows that "
+        "everything runs; accuracies mean nothing")  # fmt: skip
+    add("--classes", type=int, default=1000, help="of the random images; default: 1000")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Features of a whole image as one vector: the class token, or the mean over positions."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kdlayers._models.layouts import Layout, Size
+from kdlayers._models.trace import Trace
+from kdlayers.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Reads one vector an image from a module's output, of any layout."""
+
+    layout: Layout
+    class_token: bool = False
+    """Whether it is the first token, and not the mean over the grid."""
+
+    def __call__(self, tensor: Tensor, image: Size | None = None) -> Tensor:
+        """``[B, C]`` of the module's output; ``image`` is the size of the images."""
+        if self.class_token:
+            return tensor[:, 0]
+        return self.layout.to_grid(tensor, image).mean(dim=(1, 2))
+
+    def of_taps(self, taps: dict[str, Tensor], name: str) -> Tensor:
+        """``[B, C]`` of a teacher's taps, which have tokens on their grid."""
+        return taps[class_key(name)] if self.class_token else self(taps[name])
+
+
+def class_key(name: str) -> str:
+    """Where the first token of a module's output is kept, beside its grid."""
+    return f"class token of {name}"  # no name of a module: these have no spaces
+
+
+def vectors(
+    tokens: str, student: Trace, point: str, teacher: Trace, tap: str
+) -> tuple[Vectors, Vectors]:
+    """Readers of the student's and the teacher's vectors.
+
+    With ``tokens="cls"`` a model without a class token gives the mean over its positions.
+
+    Raises:
+        ArgumentError: if class tokens are asked for, and neither point has one.
+    """
+    layouts = student.layout(point), teacher.layout(tap)
+    pairs = zip((student, teacher), layouts, strict=True)
+    found = [tokens == "cls" and has_class_token(traced.model, y) for traced, y in pairs]
+    if tokens == "cls" and not any(found):
+        raise ArgumentError(
+            f'tokens="cls" compares class tokens, but neither {point!r} of the student '
+            f"({layouts[0]}) nor {tap!r} of the teacher ({layouts[1]}) has one; use "
+            'tokens="pooled"'
+        )
+    ours, theirs = (Vectors(y, token) for y, token in zip(layouts, found, strict=True))
+    return ours, theirs
+
+
+def has_class_token(model: nn.Module, layout: Layout) -> bool:
+    """Whether the first token of ``layout`` is a class token, and no register."""
+    if layout.kind != "tokens" or layout.prefix == 0:
+        return False
+    stated = getattr(model, "has_class_token", None)  # timm's statement, where there are registers
+    return bool(stated) if stated is not None else getattr(model, "cls_token", True) is not None

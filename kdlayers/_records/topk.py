@@ -1,0 +1,34 @@
+r"""Logits of many classes in few bytes: the largest, and the mass of the others.
+
+Kept are the :math:`k` largest log probabilities, the log of the probability that is left, and the
+normaliser. Read back, the other classes share the rest equally:
+
+.. math::
+    z_c = \log p_c + \log \sum_j e^{z_j} \text{ for the } k \text{ largest}, \qquad
+    z_c = \log \frac{1 - \sum_{\text{kept}} p_j}{K - k} + \log \sum_j e^{z_j} \text{ otherwise.}
+
+So the kept logits are exact, and the probabilities sum to one.
+"""
+
+import torch
+from torch import Tensor
+
+
+def compress(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``[B, K]`` to values ``[B, k + 2]`` and the kept classes ``[B, k]``, in int32."""
+    logits = logits.float()
+    total = logits.logsumexp(1, keepdim=True)
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    kept, others = order[:, :k], order[:, k:]
+    top = logits.gather(1, kept) - total
+    rest = (logits.gather(1, others) - total).logsumexp(1, keepdim=True)
+    return torch.cat([top, rest, total], 1), kept.int()
+
+
+def expand(values: Tensor, kept: Tensor, classes: int) -> Tensor:
+    """The logits ``[B, classes]``, in float32, that :func:`compress` stands for."""
+    values, k = values.float(), kept.shape[1]
+    top, rest, total = values[:, :k], values[:, k : k + 1], values[:, k + 1 :]
+    others = torch.tensor(float(classes - k), device=values.device).log()
+    logits = (rest - others).expand(-1, classes).clone()
+    return logits.scatter_(1, kept.long(), top) + total

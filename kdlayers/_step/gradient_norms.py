@@ -1,0 +1,78 @@
+"""How hard each term pulls at the parameters that all of them share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._step.terms import Pair, Term
+from kdlayers.errors import ArgumentError, ArgumentTypeError
+
+TASK = "task"
+
+
+def gradient_norms(
+    student: nn.Module,
+    terms: Sequence[Term],
+    pairs: Sequence[Pair],
+    targets: Tensor | None,
+    task: Tensor | None,
+) -> dict[str, float]:
+    """Norms of the terms' gradients, by name, raw and weighted, and of the task's own loss.
+
+    Raises:
+        ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
+        ArgumentError: if a term has the name of the task's entry, or no parameter is shared.
+    """
+    values = {
+        term.name: term.value(pair.student, pair.teacher, targets, pair.templates)
+        for term, pair in zip(terms, pairs, strict=True)
+    }
+    if task is not None:
+        _check_task(task, values)
+        values[TASK] = task
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    found = {name: _squares(value, parameters) for name, value in values.items()}
+    shared = [index for index, row in enumerate(zip(*found.values(), strict=True)) if _all(row)]
+    if not shared:
+        raise ArgumentError(
+            f"no parameter of the student gets a gradient of all of {list(found)}, so their norms "
+            "cannot be compared; call kd.gradient_norms with points that one forward reaches"
+        )
+    norms = {name: _norm([row[index] for index in shared]) for name, row in found.items()}
+    for term, pair in zip(terms, pairs, strict=True):
+        norms[f"{term.name}.weighted"] = norms[term.name] * float(pair.weight)
+    return norms
+
+
+def _check_task(task: Tensor, values: dict[str, Tensor]) -> None:
+    if not isinstance(task, Tensor) or task.dim() or not task.requires_grad:
+        raise ArgumentTypeError(
+            "task= takes the value of your own loss, such as F.cross_entropy(student(x), y): a "
+            "scalar tensor with a gradient"
+        )
+    if TASK in values:
+        raise ArgumentError(
+            f"a loss is called {TASK!r}, as the task's norm is; give it another name"
+        )
+
+
+def _squares(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """The square of the gradient's norm for each parameter; None where it is not reached."""
+    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return [
+        None if g is None else torch.linalg.vector_norm(g, dtype=_wide(g)).square() for g in grads
+    ]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _all(row: Sequence[Tensor | None]) -> bool:
+    return all(square is not None for square in row)
+
+
+def _norm(squares: Sequence[Tensor | None]) -> float:
+    known = [square for square in squares if square is not None]
+    return float(torch.stack([square.to(known[0]) for square in known]).sum().sqrt())

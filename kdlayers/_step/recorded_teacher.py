@@ -1,0 +1,98 @@
+"""A teacher that is not in memory: what it said lies in a record."""
+
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdlayers._models.layouts import Layout
+from kdlayers._models.trace import Call, Trace
+from kdlayers._records.dataset import register
+from kdlayers._records.files import Reader
+from kdlayers.errors import AttachError
+
+
+class RecordedTeacher:
+    """What teachers said in :meth:`kdlayers.KDHandle.record`, in the place of their models.
+
+    Pass it to :func:`kdlayers.attach_kd` as ``teacher``, with points and losses that were recorded.
+    The teachers need not be in memory. Each call of ``kd.loss`` then needs ``recorded=key``, and
+    ``kd.fit`` a loader of a recorded data set.
+
+    Args:
+        path: the folder of the record.
+
+    Raises:
+        RecordError: if the record is damaged or unfinished.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from torchvision.models import resnet18
+        >>> from kdlayers import KDLoss, RecordedTeacher, attach_kd
+        >>> student, teacher = resnet18(num_classes=10), resnet18(num_classes=10)
+        >>> data = TensorDataset(torch.randn(4, 3, 64, 64), torch.arange(4))
+        >>> with TemporaryDirectory() as folder:
+        ...     kd = attach_kd(student, teacher, losses=[KDLoss()])
+        ...     recorded = kd.record(data, folder, views=1)
+        ...     kd.remove()
+        ...     kd = attach_kd(student, RecordedTeacher(folder), losses=[KDLoss()])
+        ...     x, y, key = next(iter(DataLoader(recorded, batch_size=4)))
+        ...     logits = student(x)
+        ...     kd.loss(y, recorded=key).shape
+        torch.Size([])
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.reader = register(Reader(path))
+
+    def __repr__(self) -> str:
+        classes = ", ".join(known["class"] for known in self.reader.description.about["teachers"])
+        return f"RecordedTeacher({str(self.reader.path)!r}: {classes})"
+
+
+class AbsentModel(nn.Module):
+    """Stands for a teacher that was recorded, and cannot run."""
+
+    def __init__(self, kind: str, weights: str, taps: Iterable[str], reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader  # open for as long as a handle learns from it
+        for tap in taps:  # the names under which a user asks for points
+            place: nn.Module = self
+            for part in tap.split("."):
+                if part not in dict(place.named_children()):
+                    place.add_module(part, nn.Identity())
+                place = place.get_submodule(part)
+        self.kind = kind
+        self.weights = weights
+        """The hash of the recorded teacher's weights."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Say that there is nothing to run."""
+        raise AttachError(
+            f"the teacher ({self.kind}) is a record and cannot run: train with batches (x, y, key) "
+            "of the recorded data set and kd.loss(y, recorded=key), and fit with a loader of them"
+        )
+
+
+def traces_of(reader: Reader) -> list[Trace]:
+    """Dry runs of the recorded teachers, as far as the record tells: taps and logits."""
+    about = reader.description.about
+    shapes = {field.name: field.shape for field in reader.description.fields}
+    traces = []
+    for index, known in enumerate(about["teachers"]):
+        taps = [tap for teacher, tap in about["taps"].values() if teacher == index]
+        model = AbsentModel(known["class"], known["weights"], taps, reader)
+        logits = torch.zeros(2, about["classes"][index])
+        traced = Trace(model, {}, logits, (1, 1), "recorded teacher")
+        for name, (teacher, tap) in about["taps"].items():
+            if teacher == index and tap not in traced.calls:
+                shape = (2, *shapes[name])
+                order = len(traced.calls)
+                traced.calls[tap] = Call(tap, (), shape, torch.float32, torch.device("cpu"), order)
+                traced._layouts[tap] = Layout(about["layouts"][name] or "vector")
+        traces.append(traced)
+    return traces

@@ -1,0 +1,98 @@
+"""Labels of images or of positions: class indices, or probabilities as mixup makes them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
+from kdlayers.functional._mixed import classes_of, is_mixed
+
+
+def hard_labels(features: Tensor, labels: object) -> Tensor:
+    """Class indices, int64, for every position [...] of features [..., D]; for fits.
+
+    Raises:
+        ArgumentError: without labels.
+        ArgumentTypeError: if they are not integers, as those of mixup.
+        ShapeError: if their shape is not a leading part of ``[...]``.
+    """
+    if is_mixed(_checked(labels)):
+        raise ArgumentTypeError(
+            f"DecisionTargets is fitted to integer class labels, got {_found(labels)}; give fit() "
+            "a loader without mixup, CutMix and label smoothing. The training batches may have them"
+        )
+    return _spread(features, labels)
+
+
+def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor, Tensor | None]:
+    """Classes and shares of every position [...] of features [..., D].
+
+    Returns:
+        Class indices ``[...]`` and no shares; or class indices and shares ``[..., m]``, where
+        labels are probabilities of which some have several classes.
+
+    Raises:
+        ArgumentError: without labels, or with negative ones.
+        ArgumentTypeError: if they are no tensor of numbers.
+        ShapeError: if their shape is not a leading part of ``[...]``, for probabilities with
+            ``classes`` as one axis more.
+    """
+    labels = _checked(labels)
+    if not is_mixed(labels):
+        return _spread(features, labels), None
+    indices, shares = classes_of(labels, classes)
+    if shares is None:
+        return _spread(features, indices), None
+    where, several = list(features.shape[:-1]), shares.shape[-1:]
+    if list(shares.shape[:-1]) != where[: shares.dim() - 1]:
+        raise ShapeError(
+            f"labels given as probabilities must have a leading part of {where} and an "
+            f"axis of {classes} classes, got {_found(labels)}"
+        )
+    between = (1,) * (len(where) - shares.dim() + 1)
+    shape = (*shares.shape[:-1], *between, *several)
+    whole = (*where, *several)
+    return indices.reshape(shape).expand(whole), shares.reshape(shape).expand(whole)
+
+
+def _spread(features: Tensor, labels: object) -> Tensor:
+    labels = _checked(labels)
+    where = list(features.shape[:-1])
+    if labels.dim() == len(where) == 3 and len(labels) == where[0]:
+        labels = _resized(labels, (where[1], where[2]))
+    if list(labels.shape) != where[: labels.dim()]:
+        raise ShapeError(
+            "labels must be integer classes, one for each image or position, so their shape must "
+            f"be a leading part of {where}, got {_found(labels)}; give one-hot rows as "
+            "labels.float()"
+        )
+    return labels.long().reshape(labels.shape + (1,) * (len(where) - labels.dim())).expand(where)
+
+
+def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks ``[B, H, W]`` on the grid of the features, by the nearest pixel."""
+    if tuple(masks.shape[1:]) == size:
+        return masks
+    return F.interpolate(masks[:, None].double(), size, mode="nearest")[:, 0].long()
+
+
+def _checked(labels: object) -> Tensor:
+    if labels is None:
+        raise ArgumentError(
+            "DecisionTargets needs the class labels: call kd.loss(labels) or soft_assignment("
+            "features, labels), or use CodebookTargets at this point"
+        )
+    if not isinstance(labels, Tensor):
+        raise ArgumentTypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.is_complex() or labels.dtype == torch.bool:
+        raise ArgumentTypeError(
+            "DecisionTargets needs integer class labels or probabilities [batch, classes], got "
+            f"{_found(labels)}; give one-hot rows as labels.float()"
+        )
+    return labels
+
+
+def _found(labels: object) -> str:
+    if not isinstance(labels, Tensor):
+        return type(labels).__name__
+    return f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"

@@ -1,0 +1,14 @@
+"""Cosines whose gradient stays moderate where a vector is zero."""
+
+import torch
+from torch import Tensor
+
+
+def cosine(student: Tensor, teacher: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
+    """Cosine along ``dim``, with norms of at least ``eps``; 0, and no gradient, where one is 0."""
+    ours, theirs = (torch.linalg.vector_norm(value, dim=dim) for value in (student, teacher))
+    norms = ours.clamp_min(eps) * theirs.clamp_min(eps)
+    # Over infinity a zero vector gets no gradient; over the bound it would get a huge one.
+    norms = norms.masked_fill((ours == 0) | (theirs == 0), torch.inf)
+    found: Tensor = (student * teacher).sum(dim=dim) / norms
+    return found

@@ -1,0 +1,24 @@
+"""Distances between features of one shape."""
+
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdlayers.functional._cosine import cosine
+from kdlayers.functional._precision import full_precision
+
+Distance: TypeAlias = Literal["cosine", "mse", "smooth_l1"]
+
+
+@full_precision
+def feature_distance(
+    student: Tensor, teacher: Tensor, distance: Distance, channel_dim: int
+) -> Tensor:
+    """The mean distance: over positions for ``"cosine"``, over all elements for the others."""
+    if distance == "cosine":
+        return 1 - cosine(student, teacher, channel_dim).mean()
+    if distance == "smooth_l1":
+        return F.smooth_l1_loss(student, teacher.to(student.dtype))
+    # Not F.mse_loss, whose backward on torch 2.9 refuses a teacher in float64.
+    return (student - teacher).square().mean()

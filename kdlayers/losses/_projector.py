@@ -1,0 +1,50 @@
+"""Train-only modules that bring the student's features to the teacher's width."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+Layer: TypeAlias = nn.Conv2d | nn.Linear
+
+
+def make_projector(kind: str, student: int, teacher: int, *, maps: bool) -> nn.Module:
+    """A ``"linear"`` layer, or an ``"mlp"`` with one hidden GELU layer of the teacher's width.
+
+    Args:
+        kind: one of the two.
+        student: channels that go in.
+        teacher: channels that come out.
+        maps: whether the features are maps ``[B, C, H, W]``, and not vectors or tokens.
+    """
+    make: Callable[[int, int], Layer] = _convolution if maps else nn.Linear
+    if kind == "linear":
+        return make(student, teacher)
+    return nn.Sequential(make(student, teacher), nn.GELU(), make(teacher, teacher))
+
+
+def _convolution(student: int, teacher: int) -> nn.Conv2d:
+    return nn.Conv2d(student, teacher, 1)
+
+
+def projector_like(state: dict[str, Tensor], name: str) -> nn.Module | None:
+    """The projector whose weights a state dict holds under ``name``; None if it holds none."""
+    kind = "linear" if f"{name}.weight" in state else "mlp"
+    keys = [f"{name}.weight"] * 2 if kind == "linear" else [f"{name}.0.weight", f"{name}.2.weight"]
+    if any(key not in state for key in keys):
+        return None
+    first, last = (state[key] for key in keys)
+    maps = first.dim() == 4
+    made = make_projector(kind, first.shape[1], last.shape[0], maps=maps)
+    return made.to(first.device, first.dtype)
+
+
+def widths(projector: nn.Module) -> tuple[int, int] | None:
+    """Channels in and out of a projector made here; None for a module of the user's."""
+    layers = [projector[0], projector[-1]] if isinstance(projector, nn.Sequential) else [projector]
+    if not all(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in layers):
+        return None
+    first, last = layers[0].weight, layers[-1].weight
+    if not isinstance(first, Tensor) or not isinstance(last, Tensor):
+        return None
+    return first.shape[1], last.shape[0]

@@ -1,0 +1,54 @@
+"""Reads maps, tokens and vectors of two models so that they can be compared."""
+
+from torch import Tensor
+
+from kdlayers.errors import ShapeError
+from kdlayers.functional import _checks as check
+from kdlayers.losses._maps import on_one_grid
+
+
+def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Every position of both: maps on one grid, two vectors, or tokens of one number."""
+    _check(student, teacher)
+    if student.dim() == 3 or teacher.dim() == 3:
+        if student.dim() != teacher.dim() or student.shape[1] != teacher.shape[1]:
+            raise ShapeError(
+                "student and teacher must be of one kind where there are tokens [batch, tokens, "
+                f"channels], and of one number of tokens, got {check.shape(student)} and "
+                f"{check.shape(teacher)}; attach_kd knows their grid, alone use "
+                "tokens.transpose(1, 2).unflatten(2, (height, width))"
+            )
+        return student, teacher
+    if student.dim() == teacher.dim() == 2:
+        return student, teacher
+    ours, theirs = (t[:, :, None, None] if t.dim() == 2 else t for t in (student, teacher))
+    return on_one_grid(ours, theirs)
+
+
+def read_vectors(student: Tensor, teacher: Tensor, *, class_token: bool) -> tuple[Tensor, Tensor]:
+    """One vector ``[B, C]`` an image of both: the first token, or the mean over positions."""
+    _check(student, teacher)
+    return _vector(student, class_token), _vector(teacher, class_token)
+
+
+def _vector(features: Tensor, class_token: bool) -> Tensor:
+    if features.dim() == 2:
+        return features
+    if features.dim() == 4:
+        return features.mean(dim=(2, 3))
+    return features[:, 0] if class_token else features.mean(dim=1)
+
+
+def _check(student: Tensor, teacher: Tensor) -> None:
+    for name, value in (("student", student), ("teacher", teacher)):
+        check.floats(name, value)
+        if value.dim() not in (2, 3, 4) or not value.numel():
+            raise ShapeError(
+                f"{name} must be maps [batch, channels, height, width], tokens [batch, tokens, "
+                f"channels] or vectors [batch, channels], got {check.shape(value)}"
+            )
+    if len(student) != len(teacher):
+        raise ShapeError(
+            "student and teacher must be features of the same images, got batches of "
+            f"{len(student)} and {len(teacher)}"
+        )

@@ -1,0 +1,152 @@
+"""The examples are short, complete in themselves, and run; what they print is finite."""
+
+import ast
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kdlayers import load_student
+from tests.examples import EXAMPLES
+
+SCRIPTS = sorted(file for file in EXAMPLES.glob("*.py") if file.name != "data.py")
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d+(?:e[-+]?\d+)?|nan|inf)\b", re.IGNORECASE)
+
+# What each prints: names in front of an accuracy, and terms that it logs.
+PRINTED = {
+    "letkd2": (
+        ["teacher", "letKD-2", "labels only", "loaded and baked"],
+        ["TemplateLoss.trunk_output.block3"],
+    ),
+    "iekd": (
+        ["teacher", "IE-KD", "labels only"],
+        ["IE-KD", "IE-KD.inheritance", "IE-KD.exploration"],
+    ),
+    "skd": (
+        ["teacher", "student-friendly KD", "labels only"],
+        ["SKD", "SKD.entropy", "SKD.agreement"],
+    ),
+    "aekt": (
+        ["teacher", "AEKT", "labels only"],
+        ["AEKT", "AEKT.target", "AEKT.others", "AEKT.adaptive"],
+    ),
+    "mutual": (
+        [f"{name}, seed {seed}" for name in ("labels only", "DML", "IE-DML") for seed in (0, 1)],
+        ["MutualLoss", "total"],
+    ),
+}
+
+
+def run(name, folder, *options):
+    """The output of an example with ``--quick``, in a folder of its own."""
+    command = [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / f"{name}.py"), "--quick"]
+    done = subprocess.run(
+        [*command, *map(str, options)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=PRINTED)
+def example(request, tmp_path_factory):
+    """Name, output and folder of an example."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, run(request.param, folder), folder
+
+
+def test_accuracies_are_printed(example):
+    name, output, _ = example
+    for row in PRINTED[name][0]:
+        found = re.search(rf"^{re.escape(row)}: (\d+\.\d\d) %", output, re.M)
+        assert found is not None, f"{row} in {output}"
+        assert 0 <= float(found[1]) <= 100
+
+
+def test_every_term_is_logged_and_finite(example):
+    name, output, _ = example
+    lines = [line for line in output.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == (2 if name == "mutual" else 1)
+    for line in lines:
+        terms = ast.literal_eval(line.partition(": ")[2])
+        assert set(PRINTED[name][1]) <= set(terms), line
+        assert all(math.isfinite(value) for value in terms.values()), line
+    assert all(math.isfinite(float(number)) for number in NUMBER.findall(output))
+
+
+def test_the_saved_student_is_the_trained_one(example):
+    name, output, folder = example
+    if name != "letkd2":
+        return
+    import letkd2
+
+    fresh = letkd2.regnet([1, 1, 2], [16, 32, 64], 10)
+    student = load_student(fresh, folder / "runs" / "letkd2" / "student.pt")
+    assert sum(key.endswith(".head.weight") for key in student.state_dict()) == 2  # KD layers
+    accuracy = dict(re.findall(r"^([\w -]+): ([\d.]+) %", output, re.M))
+    assert accuracy["letKD-2"] == accuracy["loaded and baked"]
+
+
+def test_own_loop_goes_on_where_it_stopped_and_exports(tmp_path):
+    pytest.importorskip("timm")
+    first = run("own_loop", tmp_path, "--epochs", 1)
+    second = run("own_loop", tmp_path, "--resume")
+    assert re.findall(r"^epoch (\d+):", first, re.M) == ["0"]
+    assert re.findall(r"^epoch (\d+):", second, re.M) == ["1"]
+    assert "layer4" in first
+    folder = tmp_path / "runs" / "own_loop"
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["kd"]["step"] == 16
+    program = torch.export.load(folder / "student.pt2").module()
+    assert program(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
+
+
+def test_a_folder_of_ones_own_images(tmp_path):
+    from torchvision.transforms.functional import to_pil_image
+
+    for split, count in (("train", 60), ("test", 4)):
+        for label in ("cats", "dogs"):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
+                to_pil_image(pixels).save(folder / f"{index}.png")
+    output = run("skd", tmp_path, "--data", tmp_path)
+    assert re.search(r"^student-friendly KD: (\d+\.\d\d) %$", output, re.M)
+    (tmp_path / "test" / "dogs").rename(tmp_path / "test" / "wolves")
+    with pytest.raises(AssertionError, match="do not have the same class folders"):
+        run("skd", tmp_path, "--data", tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_they_are_short_and_complete(script):
+    text = script.read_text("utf-8")
+    assert len(text.splitlines()) <= 100
+    assert f"python examples/{script.name}" in text or f"examples/{script.name} --quick" in text
+    assert "kd.loss(" in text
+    local = {file.stem for file in EXAMPLES.rglob("*.py")}
+    imported = re.findall(r"^(?:from|import) (\w+)", text, re.M)
+    assert set(imported) & local <= {"data"}
+
+
+def test_there_are_not_too_many():
+    assert len(SCRIPTS) <= 12
+    assert len((EXAMPLES / "data.py").read_text("utf-8").splitlines()) <= 100
+    assert [file.name for file in EXAMPLES.glob("_*")] in ([], ["__pycache__"])
+
+
+@pytest.mark.parametrize("folder", ["", "recipes", "benchmarks"])
+def test_a_page_names_every_script(folder):
+    page = (EXAMPLES / folder / "README.md").read_text("utf-8")
+    scripts = [file.name for file in (EXAMPLES / folder).glob("[a-z]*.py")]
+    assert [name for name in scripts if f"`{name}`" not in page] == []
+    assert len(page.splitlines()) <= 45

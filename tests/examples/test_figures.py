@@ -1,0 +1,29 @@
+"""The page of visualize.py, and the figures of a student of the accuracy benchmark."""
+
+import torch
+
+from kdlayers import KDPoint, attach_kd, save_student
+from tests.benchmark_modules import load
+from tests.examples.test_examples import run
+
+
+def test_the_page_shows_every_figure(tmp_path):
+    run("visualize", tmp_path)
+    page = tmp_path / "runs" / "visualize"
+    text = (page / "index.html").read_text("utf-8")
+    figures = sorted(file.name for file in page.glob("*.png"))
+    assert len(figures) == 8
+    assert all(f'src="{name}"' in text for name in figures)
+    assert {"decisions.png", "relations.png", "usage-trunk_output-block2.png"} <= set(figures)
+
+
+def test_figures_of_a_student_of_the_benchmark(tmp_path, image_root):
+    figures = load("figures")
+    student = figures.make("resnet8", num_classes=10, in_channels=1, width=4)
+    example = torch.zeros(2, 1, 28, 28)
+    attach_kd(student, at=[KDPoint("layer3.0", num_templates=6)], example=example).detach()
+    save_student(student, tmp_path / "student.pt")
+    options = ["--root", str(image_root), "--validation", "20", "--width", "4", "--at", "layer3.0"]
+    figures.main([str(tmp_path / "student.pt"), *options, "--out", str(tmp_path / "out")])
+    found = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert found == ["matches-layer3-0.png", "usage-layer3-0.png"]

@@ -1,0 +1,79 @@
+"""The quickstart runs end to end, and its table tells the truth about its numbers."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from scipy import stats
+
+from kdlayers import load_student
+from tests.examples import EXAMPLES
+
+METHODS = ["labels only", "FitNet", "letKD-1", "letKD-2"]
+ROW = re.compile(
+    r"^(\S.*?) +([\d.]+) ± ([\d.]+) +([-+][\d.]+) \(([-+][\d.]+) to ([-+][\d.]+)\) +([\d,]+)$", re.M
+)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder of a run in small, its output, and its rows by method."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "quickstart.py"), "--quick", "--out", str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, {row[0]: row[1:] for row in ROW.findall(done.stdout)}
+
+
+def test_every_method_has_its_row(ran):
+    _, output, rows = ran
+    assert list(rows) == METHODS, output
+    for mean, spread, *_ in rows.values():
+        assert 0 <= float(mean) <= 100
+        assert 0 <= float(spread) <= 50
+
+
+def test_differences_are_those_of_the_means(ran):
+    rows = {name: [float(cell) for cell in row[:5]] for name, row in ran[2].items()}
+    assert rows["labels only"][2:] == [0, 0, 0]
+    for mean, _, above, low, high in rows.values():
+        assert above == pytest.approx(mean - rows["labels only"][0], abs=0.011)
+        assert above == pytest.approx((low + high) / 2, abs=0.011)
+
+
+def test_the_interval_is_students():
+    import quickstart
+
+    exact = stats.t.ppf(0.975, len(quickstart.SEEDS) - 1)
+    assert math.isclose(quickstart.T95, exact, abs_tol=1e-3)
+
+
+def test_layers_cost_parameters(ran):
+    counts = {name: int(row[-1].replace(",", "")) for name, row in ran[2].items()}
+    assert counts["labels only"] == counts["FitNet"]
+    # 64 templates on 64 channels, and 10 (two for each class) on 48: 2KC + 2K + 2.
+    last, first = 2 * 64 * 64 + 2 * 64 + 2, 2 * 10 * 48 + 2 * 10 + 2
+    assert counts["letKD-1"] - counts["FitNet"] == last
+    assert counts["letKD-2"] - counts["letKD-1"] == first
+
+
+def test_the_saved_student_predicts_the_same(ran):
+    import argparse
+
+    import data
+    import quickstart
+
+    folder, output, _ = ran
+    student = load_student(quickstart.network(16), folder / "student.pt")
+    args = argparse.Namespace(data=None, quick=True, epochs=1, out=folder)
+    test = [(x, y) for x, y in data.load(args).test if y >= 5]
+    said = re.search(r"^the last student, ([\d.]+) %: .*student\.pt$", output, re.M)
+    assert float(said[1]) == pytest.approx(quickstart.accuracy(student, test), abs=0.01)

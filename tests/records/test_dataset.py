@@ -1,0 +1,132 @@
+# ruff: noqa: NPY002 - transforms of users draw from NumPy's global generator
+"""Views are the same in every process, and a changed data set is noticed."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from kdlayers._records.dataset import from_reader, open_record, rows_of
+from kdlayers._records.files import Reader
+from kdlayers._records.views import check_repeatable, draw, image_check, seeded, view_at
+from kdlayers.errors import ArgumentError, RecordError
+from tests.records.data import FlipAndCrop, OwnGenerator, Squares
+from tests.records.test_files import run, write
+
+
+def test_a_mirrored_view_is_never_paired_with_another_row(tmp_path):
+    dataset = write(tmp_path / "record")
+    recorded = from_reader(Reader(tmp_path / "record"), dataset)
+    for epoch in range(3):
+        recorded.set_epoch(epoch)
+        for index in range(len(dataset)):
+            image, _, key = recorded[index]
+            reader, rows = rows_of(key[None])
+            said = reader.read(rows)["logits"]
+            assert torch.equal(said, run(image[None])[0])
+            assert not torch.equal(said, run(image.flip(-1)[None])[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_draw_the_same_views_and_follow_the_epoch(workers, tmp_path):
+    dataset = write(tmp_path / "record")
+    recorded = from_reader(Reader(tmp_path / "record"), dataset)
+    loader = DataLoader(recorded, batch_size=5, num_workers=workers, persistent_workers=True)
+    for epoch in range(2):
+        recorded.set_epoch(epoch)
+        here = [recorded[i] for i in range(len(dataset))]
+        images, labels, keys = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert torch.equal(images, torch.stack([image for image, _, _ in here]))
+        assert labels.tolist() == [label for _, label, _ in here]
+        assert torch.equal(keys, torch.stack([key for _, _, key in here]))
+
+
+def test_drawing_leaves_the_users_random_states_alone():
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    with seeded(3):
+        random.random(), np.random.rand(), torch.rand(2)
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        transforms.Compose([transforms.RandomCrop(8), transforms.RandomHorizontalFlip()]),
+        v2.Compose([v2.RandomResizedCrop(8), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4)]),
+        lambda image: image + float(np.random.rand()),
+        FlipAndCrop(),
+    ],
+    ids=["torchvision", "torchvision v2", "numpy", "python"],
+)
+def test_a_view_is_a_function_of_seed_sample_and_view(transform):
+    dataset = Squares(transform=transform)
+    first = draw(dataset, 1, 4, 2)[0]
+    torch.rand(3), random.random(), np.random.rand()
+    assert torch.equal(first, draw(dataset, 1, 4, 2)[0])
+    others = [draw(dataset, *which, 0)[0] for which in ((1, 4), (2, 4), (3, 4), (4, 4))]
+    assert len({image_check(image) for image in others}) > 1
+    assert check_repeatable(dataset, 0, 4)
+
+
+def test_a_transform_with_its_own_generator_is_refused():
+    with pytest.raises(RecordError, match="its own random generator"):
+        check_repeatable(Squares(transform=OwnGenerator()), 0, 4)
+    assert not check_repeatable(Squares(), 0, 4)  # no random transform: all views are equal
+
+
+def test_all_views_of_a_sample_come_round():
+    for sample in range(20):
+        assert sorted(view_at(sample, epoch, 5) for epoch in range(3, 8)) == list(range(5))
+    assert len({view_at(sample, 0, 5) for sample in range(20)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: Squares(23, transform=FlipAndCrop()), "24 samples, but the data set has 23"),
+        (lambda: Squares(transform=v2.RandomCrop(8)), "made with the transform"),
+    ],
+)
+def test_another_data_set_is_refused(change, message, tmp_path):
+    write(tmp_path / "record")
+    with pytest.raises(RecordError, match=message):
+        open_record(tmp_path / "record", change())
+
+
+def test_changed_images_are_refused_when_opened_and_when_drawn(tmp_path):
+    dataset = write(tmp_path / "record")
+    recorded = from_reader(Reader(tmp_path / "record"), dataset)
+    dataset.images[3, 0, 4, 4] += 1e-3
+    with pytest.raises(RecordError, match="sample 3 is not the image that the teacher saw"):
+        recorded[3]
+    dataset.images[0] += 1e-3
+    with pytest.raises(RecordError, match="sample 0"):
+        open_record(tmp_path / "record", dataset)
+
+
+def test_keys_are_checked(tmp_path):
+    dataset = write(tmp_path / "record")
+    recorded = from_reader(Reader(tmp_path / "record"), dataset)
+    key = recorded[0][2][None]
+    for wrong, message in [
+        (3, "got int"),
+        (key[0], "int64"),
+        (torch.tensor([[7, 0]]), "not those of an open record"),
+        (torch.cat([key, torch.tensor([[7, 0]])]), "2 records"),
+        (key + torch.tensor([0, 10**6]), "a view that the record does not have"),
+    ]:
+        with pytest.raises(RecordError, match=message):
+            rows_of(wrong)
+
+
+@pytest.mark.parametrize("epoch", [-1, 1.5, True])
+def test_epochs_are_checked(epoch, tmp_path):
+    dataset = write(tmp_path / "record")
+    with pytest.raises(ArgumentError, match="set_epoch"):
+        from_reader(Reader(tmp_path / "record"), dataset).set_epoch(epoch)

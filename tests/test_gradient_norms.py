@@ -1,0 +1,101 @@
+"""kd.gradient_norms: against gradients taken one by one, with nothing left behind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdlayers import CodebookTargets, FeatureLoss, KDLoss, KDPoint, attach_kd
+from kdlayers.errors import ArgumentError, ArgumentTypeError, StaleCaptureError
+from tests.nets import Net, batch
+
+IMAGES, LABELS = batch()
+
+
+def attached(*losses, at=()):
+    torch.manual_seed(0)
+    student = Net(4)
+    return student.train(), attach_kd(student, Net(6), at, losses=losses, example=IMAGES)
+
+
+def one_by_one(student, value):
+    """The norm over all parameters before the point, by backward()."""
+    student.zero_grad()
+    value.backward(retain_graph=True)
+    shared = [*student.stem.parameters(), *student.first.parameters()]
+    return sum(p.grad.square().sum() for p in shared).sqrt().item()
+
+
+def test_norms_equal_those_of_separate_backwards():
+    losses = [KDLoss(weight=0.5), FeatureLoss(at="first", distance="mse", weight=lambda step: 3.0)]
+    student, kd = attached(*losses)
+    logits = student(IMAGES)
+    found = kd.gradient_norms(LABELS, task=F.cross_entropy(logits, LABELS))
+    assert kd.step == 0
+    assert all(p.grad is None for p in student.parameters())
+    assert set(found) == {
+        *("KDLoss", "KDLoss.weighted", "task"),
+        *("FeatureLoss.first", "FeatureLoss.first.weighted"),
+    }
+
+    for loss in (0, 1):
+        other, handle = attached(losses[loss])
+        other.load_state_dict(student.state_dict())
+        handle._terms[0].loss.load_state_dict(losses[loss].state_dict())
+        handle._teachers[0].model.load_state_dict(kd._teachers[0].model.state_dict())
+        other(IMAGES)
+        expected = one_by_one(other, handle.loss(LABELS)) / (0.5, 3.0)[loss]
+        name = ("KDLoss", "FeatureLoss.first")[loss]
+        assert found[name] == pytest.approx(expected, rel=1e-4)
+        assert found[f"{name}.weighted"] == pytest.approx((0.5, 3.0)[loss] * expected, rel=1e-4)
+
+
+def test_the_norm_of_the_task_is_that_of_the_task():
+    student, kd = attached(FeatureLoss(at="first"))
+    value = F.cross_entropy(student(IMAGES), LABELS)
+    found = kd.gradient_norms(task=value)["task"]
+    assert found == pytest.approx(one_by_one(student, value), rel=1e-5)
+
+
+def test_the_weight_that_makes_a_term_as_strong_as_another():
+    student, kd = attached(KDLoss(), at=[KDPoint("last", targets=CodebookTargets(4))])
+    kd.fit([(IMAGES, LABELS)])
+    student(IMAGES)
+    norms = kd.gradient_norms(LABELS)
+    weight = norms["KDLoss"] / norms["TemplateLoss.last"]
+    kd._terms[0].loss.weight = weight
+    student(IMAGES)
+    norms = kd.gradient_norms(LABELS)
+    assert norms["TemplateLoss.last.weighted"] == pytest.approx(norms["KDLoss"], rel=0.05)
+
+
+def test_a_step_after_it_is_a_step_as_before():
+    student, kd = attached(KDLoss())
+    student(IMAGES)
+    kd.gradient_norms(LABELS)
+    student(IMAGES)
+    kd.loss(LABELS).backward()
+    assert kd.step == 1
+    student(IMAGES)
+    kd.gradient_norms(LABELS)
+    with pytest.raises((StaleCaptureError, ValueError, RuntimeError), match=r"no training forward"):
+        kd.loss(LABELS)
+
+
+def test_what_is_no_loss_is_refused():
+    student, kd = attached(KDLoss())
+    for wrong in (torch.zeros(3, requires_grad=True), torch.tensor(1.0), 2.0):
+        student(IMAGES)
+        with pytest.raises(ArgumentTypeError, match="task= takes the value of your own loss"):
+            kd.gradient_norms(LABELS, task=wrong)
+    student, kd = attached(KDLoss(name="task"))
+    logits = student(IMAGES)
+    with pytest.raises(ArgumentError, match="give it another name"):
+        kd.gradient_norms(LABELS, task=logits.sum())
+
+
+def test_terms_that_share_nothing_are_named():
+    student, kd = attached(KDLoss())
+    student(IMAGES)
+    other = torch.nn.Linear(2, 1)
+    with pytest.raises(ArgumentError, match=r"all of \['KDLoss', 'task'\]"):
+        kd.gradient_norms(LABELS, task=other(torch.zeros(2)).sum())
