@@ -9,6 +9,7 @@ from torchvision.models import resnet18
 
 import kdlayers
 from kdlayers import CodebookTargets, DecisionTargets, KDLoss, KDPoint, attach_kd
+from kdlayers._utils import chunks
 
 PACKAGE = str(Path(kdlayers.__file__).parent)
 INNER = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>", "<lambda>")  # parts of functions
@@ -32,7 +33,9 @@ def entered(call):
     return returned, len({file for file, _ in functions}), len(functions)
 
 
-def test_a_step_takes_one_short_way():
+def test_a_step_takes_one_short_way(monkeypatch):
+    monkeypatch.setattr(chunks, "LEAST_SCORES", 2**19)  # elsewhere tests take the fused path
+    monkeypatch.setattr(chunks, "LEAST_RATIO", 4)
     student, teacher = resnet18(num_classes=4), resnet18(num_classes=4)
     images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 4
     points = [
@@ -49,7 +52,7 @@ def test_a_step_takes_one_short_way():
         (F.cross_entropy(logits, labels) + loss).backward()
         optimiser.step()
     # Before terms were asked once it was 30 files and 109 functions.
-    assert of_loss[0] <= 19
-    assert of_loss[1] <= 70
+    assert of_loss[0] <= 24
+    assert of_loss[1] <= 75
     assert of_student[0] <= 5
     assert of_student[1] <= 30
