@@ -1,6 +1,7 @@
 """The page of the accuracy benchmark: its statistics, its parts, the committed lines."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -173,6 +174,24 @@ def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
     mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2
     assert rows[0].startswith(f"| KD | 2 | {mean:.2f} | ")
     assert "letKD-2 minus" not in page
+
+
+def test_a_regime_without_runs_may_have_a_page(tmp_path):
+    assert report.waiting(tmp_path / "cifar100-all.jsonl", "CIFAR-100, all images") == ""
+    part = {"students' images": {"perplexity": 1.25}, "test images": {"perplexity": 1.5}}
+    known = {"logits": part, "codebook": part, "decisions": part, "options": {"templates": 8}}
+    (tmp_path / "cifar100-all.teacher.json").write_text(json.dumps(known), "utf-8")
+    (tmp_path / "tiny.jsonl").write_text(
+        (report.DATA / "fashion-mnist-all.jsonl").read_text("utf-8"), "utf-8"
+    )
+    found = report.pages(tmp_path)
+    assert set(found) == {"results.md", "results-tiny.md", "results-cifar100-all.md"}
+    page = found["results-cifar100-all.md"]
+    assert "**No run has finished yet.**" in page
+    assert "| codebook: perplexity | 1.25 | 1.5 |" in page
+    bullet = "- **CIFAR-100, all images**: not run yet; [its teacher](results-cifar100-all.md)."
+    assert bullet in found["results.md"]
+    assert "\nresults-tiny\nresults-cifar100-all\n```" in found["results.md"]
 
 
 def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, image_root, tmp_path, monkeypatch):

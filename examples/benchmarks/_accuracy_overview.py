@@ -100,18 +100,29 @@ class Entry:
     total: int
 
 
-def overview(shown: Sequence[Entry], others: Sequence[Entry], missing: Sequence[str]) -> str:
-    """The page. ``shown`` are in its figure and table, ``others`` linked, ``missing`` not run."""
+def overview(
+    shown: Sequence[Entry],
+    others: Sequence[Entry],
+    missing: Sequence[str] = (),
+    waiting: Sequence[str] = (),
+) -> str:
+    """The page.
+
+    Args:
+        shown: regimes in its figure and table.
+        others: those that are only linked.
+        missing: bullets about those without runs.
+        waiting: of these the names of the ones that have pages.
+    """
+    bullets = [*(finding(entry) for entry in shown), *missing]
     parts = [
         INTRODUCTION,
-        "\n".join(
-            [finding(entry) for entry in shown] + [f"- **{x}**: not run yet." for x in missing]
-        ),
+        "\n".join(bullets),
         overview_table(shown),
         PUBLISHED if any(published(entry) for entry in shown) else "",
         READING,
         "## All regimes\n\n" + "\n".join(link(entry) for entry in [*shown, *others]) + "\n",
-        toctree([*shown, *others]),
+        toctree([*(entry.stem for entry in [*shown, *others]), *waiting]),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -188,7 +199,7 @@ def link(entry: Entry) -> str:
     return f"- [{entry.title}](results-{entry.stem}.md): {count}"
 
 
-def toctree(entries: Sequence[Entry]) -> str:
+def toctree(stems: Sequence[str]) -> str:
     """The pages, for the site."""
-    names = "\n".join(f"results-{entry.stem}" for entry in entries)
+    names = "\n".join(f"results-{stem}" for stem in stems)
     return f"```{{toctree}}\n:maxdepth: 1\n:hidden:\n\n{names}\n```\n"

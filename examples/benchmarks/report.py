@@ -112,11 +112,31 @@ def main(arguments: list[str] | None = None) -> None:
 def pages(data: Path, first: str = PAGE.name) -> dict[str, str]:
     """All pages by file name; ``first`` is that of the overview."""
     shown, others = entries(data)
-    missing = [words for stem, words in MAIN.items() if stem not in {e.stem for e in shown}]
-    found = {first: overview(shown, others, missing)}
+    missing = {stem: words for stem, words in MAIN.items() if stem not in {e.stem for e in shown}}
+    ready = {stem: waiting(data / f"{stem}.jsonl", words) for stem, words in missing.items()}
+    found = {f"results-{stem}.md": text for stem, text in ready.items() if text}
+    bullets = [
+        f"- **{words}**: not run yet{f'; [its teacher](results-{stem}.md)' if ready[stem] else ''}."
+        for stem, words in missing.items()
+    ]
+    found[first] = overview(shown, others, bullets, [stem for stem in ready if ready[stem]])
     for path in regimes(data):
         found[f"results-{path.stem}.md"] = regime(path, by_method(read(path)))
     return found
+
+
+def waiting(path: Path, title: str) -> str:
+    """The page of a regime without runs, if anything is known about it."""
+    measured, found = path.with_suffix(".teacher.json"), path.with_suffix(".txt")
+    if not measured.exists():
+        return ""
+    parts = [
+        INTRODUCTION.format(title=title),
+        "**No run has finished yet.**",
+        *headed("## What the teacher says", supervision_table(measured)),
+        found.read_text("utf-8").strip() if found.exists() else "",
+    ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def entries(data: Path) -> tuple[list[Entry], list[Entry]]:
