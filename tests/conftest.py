@@ -8,8 +8,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.accuracy_bench import bench, image_root
+
+# The first example of a test may compile or import; a busy machine takes longer for any.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 __all__ = ["bench", "image_root"]  # fixtures of several files
 

@@ -62,7 +62,11 @@ def numbers_of(call):
             for measure in ("norm", "cosine", "cka")
         ),
     ],
-    ids=str,
+    ids=lambda call: (
+        f"{call.func.__name__}, {call.keywords['measure']}"
+        if isinstance(call, partial)
+        else type(call).__name__
+    ),
 )
 def test_dead_features_do_not_explode(call):
     value, grad = numbers_of(call)

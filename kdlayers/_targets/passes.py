@@ -68,13 +68,21 @@ class Passes:
 
     def _compare(self, seed: int, first: list[Tensor]) -> None:
         seen = self._seen.setdefault(seed, first)
-        if len(seen) == len(first) and all(map(torch.equal, seen, first)):
+        if len(seen) == len(first) and all(map(_same, seen, first)):
             return
         warn(
             "kd.fit read the loader again and got other data, though codebooks and decisions need "
             "the same in every pass: the loader or its data set draws from a random source that "
             "kd.fit cannot seed; pass a loader without shuffling and augmentation"
         )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same bytes, so that NaN equals NaN."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    ours, theirs = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+    return torch.equal(ours, theirs)
 
 
 def _with_fresh_workers(loader: Iterable[Any]) -> Iterable[Any]:
