@@ -5,6 +5,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from kdlayers import CodebookTargets
 
@@ -23,6 +24,14 @@ class SmallNet(nn.Module):
 
     def forward(self, x):
         return self.fc(self.layer4(self.layer3(self.stem(x))).mean((2, 3)))
+
+
+class Mirrored(TensorDataset):
+    """Images and labels, every image mirrored half of the time."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        image, label = super().__getitem__(index)
+        return (image.flip(-1) if torch.rand(()) < 0.5 else image), label
 
 
 def block(channels: int, width: int, stride: int = 1) -> nn.Module:
@@ -51,6 +60,7 @@ def names_of_a_user() -> dict[str, object]:
         "teacher": SmallNet(64),
         "plain_loader": plain_loader,
         "loader": plain_loader,
+        "dataset": Mirrored(images, labels),
         "x": plain_loader[0][0],
         "y": plain_loader[0][1],
         "optimizer": torch.optim.SGD(student.parameters(), lr=0.01),

@@ -271,7 +271,7 @@ def test_a_changed_batch_norm_takes_the_plain_path(change):
 
 
 def test_one_position_is_refused_as_batch_norm_does():
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError, match="one image with one position"):
         KDLayer(5, 7)(torch.randn(1, 5, 1, 1))
 
 

@@ -164,7 +164,7 @@ ATTACHING = [
     (
         lambda s, t: load_student(s, __file__),
         CheckpointError,
-        "could not be read as a file of save",
+        "could not be read: it is damaged",
     ),
 ]
 

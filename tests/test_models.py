@@ -6,6 +6,9 @@ from torchvision import models
 
 from tests.attach_tester import CLASSES, AttachCase
 
+# Pairs of models that timm states other means and deviations for.
+pytestmark = pytest.mark.filterwarnings("ignore:the student .* states images:UserWarning")
+
 
 def tv(name, **kwargs):
     return lambda: getattr(models, name)(num_classes=CLASSES, **kwargs)

@@ -63,9 +63,10 @@ class Attachment:
     def layers(self) -> dict[str, KDLayer]:
         """The KD layers of this handle by the names of their points, in the student's order.
 
-        They share the student's parameters and batch norms; their ``alpha`` and ``memory`` are the
-        values of now. In the student the layers act through hooks, and ``<point>...kd`` holds their
-        parts. They are there after :meth:`detach` too, and gone after :meth:`remove`.
+        They share the student's parameters, batch norms, ``alpha`` and ``memory``: setting
+        ``kd.layers[name].alpha`` changes the student. In the student the layers act through hooks,
+        and ``<point>...kd`` holds their parts. They stay after :meth:`detach`, not after
+        :meth:`remove`.
         """
         return layers_of(self.student, self._tape)
 

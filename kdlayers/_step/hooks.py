@@ -49,12 +49,12 @@ class Slot(LayerParts):
         return self.enhance(x) if insert else x
 
     def as_layer(self) -> KDLayer:
-        """A KD layer of the very same parts, with the alpha and memory of now."""
+        """A KD layer of the very same parts, whose ``alpha`` and ``memory`` are the slot's."""
         with torch.random.fork_rng(devices=[]):
-            layer = KDLayer(1, 1, channel_dim=self.channel_dim, memory=self.memory)
-        layer.alpha = float(self.alpha)
+            layer = _LayerOfSlot(1, 1, channel_dim=self.channel_dim)
         layer.head, layer.norm, layer.value = self.head, self.norm, self.value
         layer.training = self.training
+        layer.__dict__["slot"] = self  # not a submodule, which would hold the parts twice
         return layer
 
     def extra_repr(self) -> str:
@@ -78,6 +78,23 @@ class Slot(LayerParts):
             state_dict.update({prefix + key: value for key, value in own.items()})
         reports = missing_keys, unexpected_keys, error_msgs
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+
+
+class _LayerOfSlot(KDLayer):
+    """A slot's parts as a layer that computes; its options are those of the slot."""
+
+    def __getattribute__(self, name: str) -> Any:
+        slot = object.__getattribute__(self, "__dict__").get("slot")
+        if slot is not None and name in ("alpha", "memory"):
+            return getattr(slot, name)
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        slot = self.__dict__.get("slot")
+        if slot is not None and name in ("alpha", "memory"):
+            setattr(slot, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class InsertLayer:

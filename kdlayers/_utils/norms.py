@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-EPS = 1e-12
+EPS = 1e-12  # TorchScript, which compiles the functions below, needs the number itself
 
 
 def inverse(norms: Tensor) -> Tensor:
@@ -11,7 +11,7 @@ def inverse(norms: Tensor) -> Tensor:
 
     Dividing by the bound alone also maps zeros to zeros, but multiplies their gradient by 1e12.
     """
-    return torch.where(norms > 0, norms.clamp_min(EPS).reciprocal(), 0.0)
+    return torch.where(norms > 0, norms.clamp_min(1e-12).reciprocal(), 0.0)
 
 
 def inverse_norm(vectors: Tensor) -> Tensor:
@@ -19,6 +19,6 @@ def inverse_norm(vectors: Tensor) -> Tensor:
     if vectors.dtype != torch.float64:
         vectors = vectors.float()
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # one graph for both modes
         return inverse(norms)
-    return norms.clamp_min_(EPS).reciprocal_()  # no gradient to keep at 0: half the operations
+    return norms.clamp_min_(1e-12).reciprocal_()  # no gradient to keep at 0: half the operations

@@ -16,10 +16,6 @@ def test_nothing_is_read_the_wrong_way_round():
     assert counts["right"] > 200
 
 
-def test_other_seeds_make_other_tries():
-    assert run(20, seed=1) != run(20, seed=2)
-
-
 @pytest.mark.zoo
 @pytest.mark.parametrize("seed", range(100))
 def test_architectures_where_channels_are_as_many_as_rows_or_columns(seed):
