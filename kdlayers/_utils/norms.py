@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 EPS = 1e-12  # TorchScript, which compiles the functions below, needs the number itself
 
@@ -19,6 +20,6 @@ def inverse_norm(vectors: Tensor) -> Tensor:
     if vectors.dtype != torch.float64:
         vectors = vectors.float()
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    if torch.is_grad_enabled() or torch.jit.is_tracing():  # one graph for both modes
+    if torch.is_grad_enabled() or is_tracing():  # one graph for both modes
         return inverse(norms)
     return norms.clamp_min_(1e-12).reciprocal_()  # no gradient to keep at 0: half the operations
