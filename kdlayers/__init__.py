@@ -25,7 +25,6 @@ from kdlayers._layer.layer import KDLayer as KDLayer
 from kdlayers._layer.layer import TemplateHead as TemplateHead
 from kdlayers._leaving.bake import bake as bake
 from kdlayers._leaving.fold import fold as fold
-from kdlayers._leaving.prune import PrunedLayer as PrunedLayer
 from kdlayers._leaving.prune import prune_templates as prune_templates
 from kdlayers._leaving.save import load_student as load_student
 from kdlayers._leaving.save import save_student as save_student
@@ -50,6 +49,5 @@ from kdlayers.losses import MutualLoss as MutualLoss
 from kdlayers.losses import RKDLoss as RKDLoss
 from kdlayers.losses import SimilarityPreservingLoss as SimilarityPreservingLoss
 from kdlayers.losses import StudentFriendlyKDLoss as StudentFriendlyKDLoss
-from kdlayers.losses import TemplateLoss as TemplateLoss
 
 __version__ = "0.1.0.dev0"

@@ -29,10 +29,10 @@ from kdlayers import (
     RKDLoss,
     SimilarityPreservingLoss,
     StudentFriendlyKDLoss,
-    TemplateLoss,
     attach_kd,
     bake,
 )
+from kdlayers.losses import TemplateLoss
 from kdlayers.schedules import Cosine, LinearWarmup
 from tests.nets import Net, batch
 

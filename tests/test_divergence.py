@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlayers import CodebookTargets, DecisionTargets, KDLayer, TemplateLoss, attach_kd
+from kdlayers import CodebookTargets, DecisionTargets, KDLayer, attach_kd
 from kdlayers._utils import chunks
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import template_kl
+from kdlayers.losses import TemplateLoss
 from tests import reference
 from tests.nets import Net
 

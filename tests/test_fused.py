@@ -7,20 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdlayers import (
-    CodebookTargets,
-    DecisionTargets,
-    KDLayer,
-    KDPoint,
-    TemplateLoss,
-    attach_kd,
-    fold,
-)
+from kdlayers import CodebookTargets, DecisionTargets, KDLayer, KDPoint, attach_kd, fold
 from kdlayers._layer import layer as layer_module
 from kdlayers._layer.layer import LayerParts
 from kdlayers._layer.recognise import recognise
 from kdlayers._targets.divergence import codebook_divergence, decision_divergence
 from kdlayers._utils import chunks
+from kdlayers.losses import TemplateLoss
 from tests import reference
 from tests.nets import Net
 from tests.test_divergence import assignments

@@ -12,7 +12,6 @@ from kdlayers import (
     FitNetLoss,
     KDLoss,
     KDPoint,
-    TemplateLoss,
     attach_kd,
     attach_mutual,
     bake,
@@ -33,6 +32,7 @@ from kdlayers.errors import (
     NoMatchError,
     ShapeError,
 )
+from kdlayers.losses import TemplateLoss
 from tests.attach_tester import Frozen
 from tests.nets import Awkward, Net, batch
 

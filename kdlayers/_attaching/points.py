@@ -28,9 +28,9 @@ class KDPoint:
             ``CodebookTargets()`` at the last point in forward order, ``DecisionTargets()`` before.
         num_templates: number of templates K; default: what the targets need.
         alpha: value ratio of the layer, default 1; 0 keeps the features and only supervises.
-        weight: factor of the point's :class:`~kdlayers.TemplateLoss` in ``kd.loss``: a number, or a
-            function of the step, such as those of :mod:`kdlayers.schedules`. Default 1, the
-            authors'. Without a teacher there is no such loss.
+        weight: factor of the point's :class:`~kdlayers.losses.TemplateLoss` in ``kd.loss``: a
+            number or a function of the step, such as those of :mod:`kdlayers.schedules`. Default
+            1, the authors'. Without a teacher there is no such loss.
 
     Raises:
         ArgumentTypeError: if a name is no string, ``targets`` no template targets, a number no

@@ -18,8 +18,8 @@ from kdlayers import (
     RKDLoss,
     SimilarityPreservingLoss,
     StudentFriendlyKDLoss,
-    TemplateLoss,
 )
+from kdlayers.losses import TemplateLoss
 from tests.benchmark_modules import load
 
 

@@ -20,7 +20,6 @@ from kdlayers import (
     KDLoss,
     KDPoint,
     MutualLoss,
-    PrunedLayer,
     attach_kd,
     attach_mutual,
     bake,
@@ -102,7 +101,7 @@ def leaving(student: Net, loader: Loader, x: Tensor) -> nn.Module:
     fresh = load_student(Net(), "student.pt")
     assert_type(fresh, Net)
     assert_type(fresh.classes(), int)
-    pruned: list[PrunedLayer] = prune_templates(fresh, loader, budget=0.01)
+    pruned = prune_templates(fresh, loader, budget=0.01)
     assert_type(pruned[0].after, int)
     assert_type(bake(fresh), nn.Module)
     return fold(fresh)
