@@ -304,7 +304,7 @@ def test_what_sits_in_the_model_says_what_it_is_and_the_layers_compute():
     assert not any(isinstance(module, KDLayer) for module in student.modules())
     assert "acts through a hook" in repr(student)
     layer = kd.layers["last"]
-    assert type(layer) is KDLayer
+    assert isinstance(layer, KDLayer)
     assert layer.head is held.head
     assert layer.alpha == 0.5
     assert list(layer.state_dict()) == list(held.state_dict())
