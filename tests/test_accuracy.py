@@ -258,7 +258,10 @@ def test_quest_has_letkd_1_but_alpha():
     ("student", "first", "last", "home", "shape"),
     [
         ("mobilenet_v2", "features.14", "features.18", "features.18.2", (1, 1280, 7, 7)),
-        ("vgg", "features.16", "features.19", "features.19", (1, 32, 7, 7)),
+        pytest.param(
+            *("vgg", "features.16", "features.19", "features.19", (1, 32, 7, 7)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_another_architecture_needs_names_for_both(

@@ -19,12 +19,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
-from _plain import PlainKD
+from _plain import PlainKD, PlainLayer
 from _tables import Report, Table, command_line, read, settings
 from _timing import Step, alternate, difference, ratio, spread
 from torch import Tensor, nn
 
-from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd
+from kdlayers import CodebookTargets, KDLayer, KDLoss, KDPoint, attach_kd
 
 CLASSES, TEMPLATES, T = 10, 64, 4.0
 AGAIN = "by hand, again"
@@ -129,8 +129,8 @@ def letkd(args: argparse.Namespace) -> dict[str, Step]:
 
     def by_hand() -> Step:
         student, teacher, x, y = networks(args.device)
-        torch.manual_seed(1)  # the layers start from the same weights
         kd = PlainKD(student, teacher, {"last": (16, state)})
+        copy_weights(kd.layers[0], attached.layers["last"])
 
         def step() -> None:
             student(x)
@@ -141,14 +141,22 @@ def letkd(args: argparse.Namespace) -> dict[str, Step]:
     student, teacher, x, y = networks(args.device)
     targets = CodebookTargets(TEMPLATES)
     targets.load_state_dict(state)
-    torch.manual_seed(1)
-    kd = attach_kd(student, teacher, [KDPoint("last", targets=targets)], example=x[:2])
+    attached = attach_kd(student, teacher, [KDPoint("last", targets=targets)], example=x[:2])
 
     def step() -> None:
         student(x)
-        backward(kd.loss(y), student)
+        backward(attached.loss(y), student)
 
     return {"by hand": by_hand(), "kdlayers": step, AGAIN: by_hand()}
+
+
+@torch.no_grad()
+def copy_weights(plain: PlainLayer, layer: KDLayer) -> None:
+    """Start the written-out layer from the library's weights."""
+    plain.templates.copy_(layer.head.weight)
+    plain.template_scale.copy_(layer.head.scale)
+    plain.values.copy_(layer.value.weight)
+    plain.value_scale.copy_(layer.value.scale)
 
 
 def backward(loss: Tensor, *modules: nn.Module) -> None:

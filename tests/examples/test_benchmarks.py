@@ -188,6 +188,7 @@ def test_page_needs_data(tmp_path):
     assert "run the benchmarks with --out" in done.stderr
 
 
+@pytest.mark.slow
 def test_stability_has_three_seeds_of_every_loss():
     done = subprocess.run(
         [sys.executable, str(FOLDER / "stability.py"), "--quick"],

@@ -259,7 +259,8 @@ class Sequence:
         ours, theirs = (
             torch.autograd.grad(value, weight, retain_graph=True)[0] for value in (found, expected)
         )
-        if not same or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6):
+        # Distances in float32 round: single small entries may differ more than the whole.
+        if not same or (ours - theirs).norm() > 1e-3 * theirs.norm():
             self.wrong(f"loss {found.item()} instead of {expected.item()}")
 
     def by_hand(self, seen: Seen) -> Tensor:
