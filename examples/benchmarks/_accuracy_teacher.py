@@ -9,8 +9,8 @@ from typing import Any
 
 from _accuracy_data import Splits
 from _accuracy_train import accuracy, macs, new_model, parameters
-from _recipe_teacher import load_teacher
 from models.cifar_resnet import fold_batch_norm
+from models.teachers import load_teacher
 from torch import nn
 
 NEAR = 0.5  # points of accuracy by which a teacher may miss what it claims

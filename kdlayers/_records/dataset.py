@@ -198,4 +198,9 @@ def transform_of(dataset: Any) -> str:
     """What the data set says about its transforms, without addresses in memory."""
     names = ("transform", "transforms", "target_transform")
     parts = [f"{n}={getattr(dataset, n)!r}" for n in names if getattr(dataset, n, None) is not None]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(dataset).__name__}({', '.join(parts)})")
+    return stable(f"{type(dataset).__name__}({', '.join(parts)})")
+
+
+def stable(description: str) -> str:
+    """A description without addresses in memory, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", description)

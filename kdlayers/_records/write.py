@@ -22,6 +22,7 @@ from kdlayers._records.files import (
     row_checks,
 )
 from kdlayers._records.views import draw, image_check
+from kdlayers._utils.files import TEMPORARY, replacing
 from kdlayers._utils.progress import shown
 from kdlayers.errors import RecordError
 
@@ -58,6 +59,7 @@ def write_record(
     if finished.exists():
         found = parse(finished.read_text("utf-8", errors="replace"), path)
         _need_same(replace(found, checks=""), plan, path)
+        _tidy(path)
         return
     done = _prepare(path, plan)
     rows = range(done, plan.rows)
@@ -79,9 +81,14 @@ def write_record(
         for file in files:
             os.fsync(file.fileno())
     whole = replace(plan, checks=file_digest(path / CHECKS))
-    _replace(finished, whole.to_json())
-    (path / PLAN).unlink()
-    (path / DONE).unlink()
+    _write_whole(finished, whole.to_json())
+    _tidy(path)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what only an unfinished record has; a killed call may have left it."""
+    for name in (PLAN, DONE):
+        (path / name).unlink(missing_ok=True)
 
 
 def _collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, list[int]]:
@@ -134,9 +141,10 @@ def _prepare(path: Path, plan: Description) -> int:
     path.mkdir(parents=True, exist_ok=True)
     if (path / PLAN).exists():
         _need_same(parse((path / PLAN).read_text("utf-8", errors="replace"), path), plan, path)
+        _allocate(path, plan)
         done = (path / DONE).read_text() if (path / DONE).exists() else "0"
         return int(done) if done.isdigit() else 0
-    if any(path.iterdir()):
+    if any(not file.name.startswith(TEMPORARY) for file in path.iterdir()):
         raise RecordError(f"{path} is not empty and holds no record; pass a new folder")
     free = shutil.disk_usage(path).free
     if plan.total_bytes > free:
@@ -144,23 +152,24 @@ def _prepare(path: Path, plan: Description) -> int:
             f"the record needs {_size(plan.total_bytes)}, but the disk of {path} has "
             f"{_size(free)} free; record fewer views, only what the losses need, or another dtype"
         )
-    widths = [field.row_bytes for field in plan.fields]
-    names = [field_path(path, i) for i in range(len(widths))]
-    for file, width in zip((*names, path / CHECKS), (*widths, 8), strict=True):
-        with file.open("wb") as new:
-            new.truncate(width * plan.rows)
-    _replace(path / PLAN, plan.to_json())
+    # The plan first: whatever a killed call leaves after it belongs to this record.
+    _write_whole(path / PLAN, plan.to_json())
+    _allocate(path, plan)
     return 0
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that it is either whole or not there."""
-    draft = path.with_suffix(".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+def _allocate(path: Path, plan: Description) -> None:
+    """Give every file its size; what is written already stays."""
+    widths = [field.row_bytes for field in plan.fields]
+    names = [field_path(path, i) for i in range(len(widths))]
+    for file, width in zip((*names, path / CHECKS), (*widths, 8), strict=True):
+        with file.open("ab") as found:
+            found.truncate(width * plan.rows)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _need_same(found: Description, plan: Description, path: Path) -> None:

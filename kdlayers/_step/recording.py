@@ -1,13 +1,10 @@
 """Writing what the teachers say of a data set, and reading it in the place of their forward."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdlayers._models.layouts import Layout
@@ -17,6 +14,7 @@ from kdlayers._records.dataset import (
     is_key,
     register,
     rows_of,
+    stable,
     transform_of,
 )
 from kdlayers._records.files import Description, Field, Reader
@@ -28,6 +26,7 @@ from kdlayers._step.plan import Plan
 from kdlayers._step.recorded_teacher import AbsentModel
 from kdlayers._step.tape import Forward
 from kdlayers._step.terms import Term
+from kdlayers._utils.checksums import checksum
 from kdlayers._utils.distributed import world_size
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
@@ -77,7 +76,7 @@ def record(
             {"class": type(t.model).__name__, "weights": weights_hash(t.model), "weight": t.weight}
             for t in plan.teachers
         ],
-        "teacher_transform": [_stable(t.transform) for t in plan.teachers],
+        "teacher_transform": [stable(repr(t.transform)) for t in plan.teachers],
         "layouts": {name: _kind(term) for name, term in _names(plan.terms)},
         "taps": {n: [t.teacher_index or 0, t.tap] for n, t in _names(plan.terms) if t.tap},
         "classes": [int(t.traced.logits.shape[-1]) for t in plan.teachers],
@@ -179,7 +178,8 @@ def teacher_tensors(plan: Plan, batch: Any) -> tuple[list[Tensor], Tensor | None
     images, labels = split_batch(batch)
     key = batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
     if key is not None and is_key(key):
-        plan, tensors = _read(plan, key)
+        reader, rows = rows_of(key)
+        plan, tensors = _plan_for(plan, reader), read(plan.terms, reader, rows)
     else:
         args = images if isinstance(images, tuple) else (images,)
         tensors = plan.of_teachers(plan.teach(args, {}))
@@ -204,7 +204,7 @@ def read_batch(
         )
     if reader.check_inputs and (step < FIRST_STEPS or step % EVERY == 0):
         _check_image(reader, rows, forward, step % len(rows))
-    return _read(plan, key)
+    return _plan_for(plan, reader), read(plan.terms, reader, rows)
 
 
 def _check_image(reader: Reader, rows: Sequence[int], forward: Forward, index: int) -> None:
@@ -218,11 +218,6 @@ def _check_image(reader: Reader, rows: Sequence[int], forward: Forward, index: i
             "data set gave it; do so inside the data set's transform, or, if the teacher's output "
             "for the recorded images is what you want, set recorded.check_inputs = False"
         )
-
-
-def _read(plan: Plan, key: Tensor) -> tuple[Plan, list[Tensor]]:
-    reader = rows_of(key)[0]
-    return _plan_for(plan, reader), read(plan.terms, key)
 
 
 def _plan_for(plan: Plan, reader: Reader) -> Plan:
@@ -254,9 +249,8 @@ def recorded_terms(terms: Sequence[Term], reader: Reader) -> list[Term]:
     return found
 
 
-def read(terms: Sequence[Term], key: Tensor) -> list[Tensor]:
-    """The teachers' tensor of each term for a batch of keys."""
-    reader, rows = rows_of(key)
+def read(terms: Sequence[Term], reader: Reader, rows: Sequence[int]) -> list[Tensor]:
+    """The teachers' tensor of each term for some rows of a record."""
     about, data = reader.description.about, reader.read(rows)
     found: dict[str, Tensor] = {}
     for name, term in _names(terms):
@@ -293,18 +287,5 @@ def check_teachers(plan: Plan, reader: Reader) -> None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and values of a model's parameters and buffers."""
-    if isinstance(model, AbsentModel):
-        return model.weights
-    total = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
-    return total.hexdigest()
-
-
-def _stable(thing: Any) -> str | None:
-    return None if thing is None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+    """The checksum of a model's parameters and buffers, with their names."""
+    return model.weights if isinstance(model, AbsentModel) else checksum(model.state_dict())

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+TEMPORARY = ".kdlayers-"
+"""What the names of temporary files begin with; a killed process may leave one."""
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
@@ -31,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
         return
     if found is not None and not os.access(target, os.W_OK):
         raise PermissionError(f"{path} is write-protected")
-    temporary = target.with_name(f".kdlayers-{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             watched = _Watched(file)

@@ -96,6 +96,21 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(seed, tmp_path):
     assert calls == 11 - last  # 72 rows in batches of 7; finished batches are not run again
 
 
+@pytest.mark.parametrize("left", ["the plan alone", "the plan of a finished record"])
+def test_a_kill_before_the_first_row_or_after_the_last_is_gone_on_from(left, whole, tmp_path):
+    path = tmp_path / "record"
+    if left == "the plan alone":
+        path.mkdir()
+    else:
+        shutil.copytree(whole, path)
+    dataset = Squares(transform=FlipAndCrop())
+    (path / write_module.PLAN).write_text(plan_for(dataset).to_json())
+    (path / ".kdlayers-0123.tmp").write_bytes(b"half")
+    write(path, dataset)
+    (path / ".kdlayers-0123.tmp").unlink()
+    assert contents(path) == contents(whole)
+
+
 def test_an_unfinished_record_is_refused(tmp_path):
     def stopped(_):
         raise KeyboardInterrupt
