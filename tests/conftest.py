@@ -25,8 +25,7 @@ TESTS = Path(__file__).parent
 def pytest_collection_modifyitems(items):
     """Mark the tests of examples, recipes and benchmarks, which plain pytest leaves out."""
     for item in items:
-        inside = TESTS / "examples" in item.path.parents
-        if inside or item.path.name.startswith("test_accuracy"):
+        if TESTS / "examples" in item.path.parents:
             item.add_marker(pytest.mark.benchmark)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from kdlayers import DecisionTargets
 from kdlayers.errors import CheckpointError
-from tests.test_decisions import data, fitted
+from tests.targets.test_decisions import data, fitted
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from kdlayers._utils import chunks
 from kdlayers.losses import TemplateLoss
 from tests import reference
 from tests.nets import Net
-from tests.test_divergence import assignments
+from tests.targets.test_divergence import assignments
 
 # torch.compile looks at gradients of non-leaf tensors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -266,7 +266,7 @@ def test_points_with_several_arguments_and_nested_outputs(tmp_path):
 
 def test_a_file_of_format_version_1_still_loads():
     # Written by kdlayers 0.1; later versions must go on reading it.
-    folder = Path(__file__).parent / "data"
+    folder = Path(__file__).parents[1] / "data"
     seen = torch.load(folder / "student_v1_outputs.pt", weights_only=True)
     student = load_student(Net(4).eval(), folder / "student_v1.pt")
     assert [layer.alpha for layer in slots(student).values()] == [0.5, 1.0]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
 from kdlayers.errors import CaptureError
 from tests.nets import Net, batch
-from tests.test_distributed import run
+from tests.step.test_distributed import run
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 IMAGES, LABELS = batch(12)

@@ -41,7 +41,7 @@ def value_in(path):
 # Saves students of the values given, again and again, as fast as it can.
 SAVER = """
 import sys
-from tests.test_save_atomic import student
+from tests.leaving.test_save_atomic import student
 from kdlayers import save_student
 students = [student(float(value)) for value in sys.argv[2:]]
 save_student(students[0], sys.argv[1])

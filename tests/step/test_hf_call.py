@@ -85,7 +85,7 @@ def test_what_a_teacher_is_called_with():
 def test_the_documented_trainer_keeps_label_smoothing(tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     pytest.importorskip("mlxtend")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     from hf_trainer import KDTrainer
 
     student = hugging_face().train()

@@ -21,10 +21,10 @@ from kdlayers.errors import (
 )
 from tests.nets import batch
 from tests.test_docs import documented, public, resolve
-from tests.test_viz import net, view_of
+from tests.viz.test_view import net, view_of
 
 __all__ = ["net"]  # a fixture
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 # --- colours ----------------------------------------------------------------------------------
