@@ -35,7 +35,9 @@ def resolve_points(at: At, student: Trace, teacher: Trace | None) -> list[KDPoin
     if len({id(targets) for targets in shared}) < len(shared):
         raise ArgumentError("two points share one targets object; make one for each point")
     last = len(points) - 1
-    return [_with_targets(p, i == last, _classes(teacher)) for i, p in enumerate(points)]
+    # The labels are those of the student's task; the teacher may know other classes.
+    classes = _classes(student) or _classes(teacher)
+    return [_with_targets(p, i == last, classes) for i, p in enumerate(points)]
 
 
 def _items(at: At) -> list[KDPoint]:
@@ -106,9 +108,9 @@ def _without_teacher(point: KDPoint) -> KDPoint:
     return point
 
 
-def _classes(teacher: Trace) -> int | None:
-    clear = teacher.unclear is None and teacher.logits.dim() == 2
-    return teacher.logits.shape[1] if clear else None
+def _classes(model: Trace) -> int | None:
+    clear = model.unclear is None and model.logits.dim() == 2
+    return model.logits.shape[1] if clear else None
 
 
 def _with_targets(point: KDPoint, last: bool, classes: int | None) -> KDPoint:
@@ -118,8 +120,8 @@ def _with_targets(point: KDPoint, last: bool, classes: int | None) -> KDPoint:
     needed = targets.num_templates
     if needed is None:
         raise ArgumentError(
-            f"the number of classes at {point.student!r} is unknown, because the teacher's output "
-            "is no [B, classes]; pass DecisionTargets(num_classes=...)"
+            f"the number of classes at {point.student!r} is unknown, because the output of student "
+            "and teacher is not [batch, classes]; pass DecisionTargets(num_classes=...)"
         )
     return replace(point, targets=targets, num_templates=_same_number(point, needed))
 
@@ -141,7 +143,7 @@ def _default_targets(point: KDPoint, last: bool, classes: int | None) -> Templat
         return DecisionTargets()
     if classes is None or asked % classes:
         raise ArgumentError(
-            f"KDPoint({point.student!r}): {asked} templates are no whole number of sub-classes for "
+            f"KDPoint({point.student!r}): {asked} templates cannot be divided evenly among "
             f"{classes} classes; pass targets=DecisionTargets(subclasses) or "
             f"CodebookTargets({asked})"
         )

@@ -77,7 +77,7 @@ class KDHandle(Attachment):
         self._fitted = False
         self._images = ImageStatistics()
         own, added = parameter_groups(self.student, self._terms)
-        self._watch = OptimiserWatch(own, added)
+        self._watch = OptimiserWatch(self.student, own, added)
         self._ranks = ranks_of(self._terms)
         self._tape.armed, self._tape.ranks = bool(self._terms), self._ranks
         if self._ranks is not None:
@@ -309,7 +309,7 @@ class KDHandle(Attachment):
         self._release()
         self._teachers, self._terms, self.terms = [], [], {}
         self._plan, self._ranks = Plan((), ()), None
-        self._watch = OptimiserWatch((), {})
+        self._watch = OptimiserWatch(None, (), {})
 
     def remove(self) -> None:
         """As :meth:`detach`, and take the KD layers out: the student is as it was before."""

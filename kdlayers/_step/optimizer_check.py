@@ -18,8 +18,12 @@ class OptimiserWatch:
     """
 
     def __init__(
-        self, own: Iterable[nn.Parameter], added: Mapping[str, Iterable[nn.Parameter]]
+        self,
+        student: nn.Module | None,
+        own: Iterable[nn.Parameter],
+        added: Mapping[str, Iterable[nn.Parameter]],
     ) -> None:
+        self.student = student
         everything = [p for p in own if p.requires_grad]
         self.all_own = everything
         self.own = everything[-1:]
@@ -65,13 +69,18 @@ class OptimiserWatch:
         own, self.all_own = self.all_own, []
         added = {name: g for name, g in self.unjudged.items() if g}
         frozen = [name for name, g in added.items() if not any(p.requires_grad for p in g)]
-        if frozen and not any(p.requires_grad for p in own):
+        if frozen and not any(p.requires_grad for p in own) and not self._layers_learn():
             warn(
                 f"everything that the student had at attach_kd is frozen now, and so are "
                 f"{', '.join(frozen)}, as after peft's get_peft_model: the KD layers do not learn. "
-                "Set requires_grad_(True) on their parameters, the names with '.kd.', or give "
-                "the layers as modules_to_save, before the optimiser is made",
+                "Set requires_grad_(True) on their parameters, the names with '.kd.', or pass "
+                'modules_to_save=["kd"] to peft, before the optimiser is made',
             )
+
+    def _layers_learn(self) -> bool:
+        """Whether the student holds KD layers that learn, such as the copies that peft makes."""
+        named = () if self.student is None else self.student.named_parameters()
+        return any(p.requires_grad for name, p in named if "kd" in name.split("."))
 
 
 def _probe(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -26,7 +26,7 @@ def standardize(logits: Tensor) -> Tensor:
 
     Returns:
         A tensor of the same shape, in float32 or better. Logits that are all equal become 0, and
-        get no gradient.
+        get no gradient. A logit of -inf has no mean: the whole sample becomes NaN.
 
     Raises:
         ShapeError: if ``logits`` are not ``[B, K]`` or ``[B, K, H, W]`` with at least two classes.

@@ -24,7 +24,8 @@ class StudentFriendlyKDLoss(LogitLoss):
 
     The base loss is unchanged. Its gradient trains the simplifier through the teacher's side,
     together with the student; the teacher itself gets no gradient. With the default simplifier
-    step 0 equals the base loss. :meth:`parameters` has the simplifier for the optimiser (without
+    step 0 equals the base loss. A teacher logit of -inf is a class of probability 0: the simplifier
+    sees 0 in its place, and the simplified logit is -inf again. :meth:`parameters` has the simplifier for the optimiser (without
     it this is the base loss, and no error); the exported student does not have it.
 
     **A reconstruction from the public summary.** It states softening by a temperature, then a
@@ -141,7 +142,8 @@ class StudentFriendlyKDLoss(LogitLoss):
         scale = self.simplifier_grad_scale
         passed = simplified
         if scale != 1:  # the same value, another gradient
-            passed = simplified.detach() + scale * (simplified - simplified.detach())
+            change = (simplified - simplified.detach()).masked_fill(_masked(softened), 0.0)
+            passed = simplified.detach() + scale * change
         loss: Tensor = self.base(student, self.temperature * passed, targets)
         teacher_kl = kd(simplified, softened, temperature=1.0)
         self._watch(softened, simplified, teacher_kl)
@@ -166,20 +168,22 @@ class StudentFriendlyKDLoss(LogitLoss):
     def _simplified(self, softened: Tensor) -> Tensor:
         if self.simplifier is None:
             raise ArgumentError("StudentFriendlyKDLoss needs its simplifier; do not set it to None")
-        simplified: Tensor = self.simplifier(softened)
+        masked = _masked(softened)
+        simplified: Tensor = self.simplifier(softened.masked_fill(masked, 0.0))
         if simplified.shape != softened.shape:
             raise ShapeError(
                 f"the simplifier must keep the shape [batch, classes]: it got "
                 f"{check.shape(softened)} and gave {check.shape(simplified)}"
             )
-        return simplified
+        return simplified.masked_fill(masked, -torch.inf)
 
     def _watch(self, softened: Tensor, simplified: Tensor, teacher_kl: Tensor) -> None:
         with torch.no_grad():
             logs = simplified.log_softmax(dim=1)
+            plogs = (logs.exp() * logs).masked_fill(logs.isneginf(), 0.0)
             agrees = simplified.argmax(dim=1) == softened.argmax(dim=1)
             agreement = agrees.to(logs.dtype).mean()
-            entropy = -(logs.exp() * logs).sum(dim=1).mean()
+            entropy = -plogs.sum(dim=1).mean()
         self._record(entropy=entropy, agreement=agreement, teacher_kl=teacher_kl)
         self._metrics.update(self.base.metrics())
         if not torch.compiler.is_compiling():
@@ -202,6 +206,11 @@ class StudentFriendlyKDLoss(LogitLoss):
     def extra_repr(self) -> str:
         """Shows numbers, weight and at."""
         return f"temperature={self.temperature}, anchor={self.anchor}, {super().extra_repr()}"
+
+
+def _masked(softened: Tensor) -> Tensor:
+    """Where the teacher has no such class: a logit of -inf. The simplifier sees 0 there."""
+    return softened.isneginf()
 
 
 def _temperature(base: object, temperature: float | None) -> float:

@@ -218,3 +218,25 @@ def test_simplifier_sizes():
         AttentionSimplifier(1)
     start = AttentionSimplifier(5, 2, residual=False)(torch.randn(3, 5))
     assert not start.any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("base", [KDLoss, DKDLoss])
+def test_classes_that_the_teacher_masks_have_probability_zero(base, scale):
+    student = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 5, dtype=torch.float64)
+    targets = torch.tensor([0, 1, 3, 4])
+    teacher[:, 2] = -torch.inf
+    loss = StudentFriendlyKDLoss(base=base(), simplifier_grad_scale=scale, anchor=0.5)
+    loss.build(student, teacher)
+    # The attention starts as the identity, so the first value is the base loss's.
+    value = loss(student, teacher, targets)
+    torch.testing.assert_close(value, base()(student, teacher, targets))
+    torch.nn.init.normal_(loss.simplifier.output.weight)
+    loss(student, teacher, targets).backward()
+    gradients = [student.grad, *(p.grad for p in loss.simplifier.parameters())]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert all(metric.isfinite() for metric in loss.metrics().values())
+    simplified = loss.student_friendly(teacher)
+    assert simplified[:, 2].isneginf().all()
+    assert simplified[:, [0, 1, 3, 4]].isfinite().all()
