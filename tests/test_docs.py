@@ -75,7 +75,15 @@ def test_every_public_name_has_a_docstring(module):
     assert [name for name, value in public(module).items() if not inspect.getdoc(value)] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _page(page):
+    marks = [pytest.mark.slow] if page.name in NEEDS_A_COMPILER else []
+    return pytest.param(page, id=page.name, marks=marks)
+
+
+NEEDS_A_COMPILER = ("compile.md", "export.md")
+
+
+@pytest.mark.parametrize("page", [_page(page) for page in PAGES])
 @pytest.mark.filterwarnings("ignore:the optimiser changed the student")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore::DeprecationWarning")
 def test_code_runs(page, tmp_path, monkeypatch):
@@ -100,7 +108,6 @@ from kdlayers import KDLoss, attach_kd
 kd = attach_kd(student, teacher, losses=[KDLoss()])
 """
 NEEDS_A_HANDLE = ("troubleshooting.md",)
-NEEDS_A_COMPILER = ("compile.md", "export.md")
 NEEDS = {
     "export.md": ["onnx", "onnxscript"],
     "own-loop.md": ["timm"],

@@ -25,8 +25,9 @@ class StudentFriendlyKDLoss(LogitLoss):
     The base loss is unchanged. Its gradient trains the simplifier through the teacher's side,
     together with the student; the teacher itself gets no gradient. With the default simplifier
     step 0 equals the base loss. A teacher logit of -inf is a class of probability 0: the simplifier
-    sees 0 in its place, and the simplified logit is -inf again. :meth:`parameters` has the simplifier for the optimiser (without
-    it this is the base loss, and no error); the exported student does not have it.
+    sees 0 in its place, and the simplified logit is -inf again. :meth:`parameters` has the
+    simplifier for the optimiser (without it this is the base loss, and no error); the exported
+    student does not have it.
 
     **A reconstruction from the public summary.** It states softening by a temperature, then a
     learnt attention, and joint training by an unchanged distillation loss. The attention's layout,

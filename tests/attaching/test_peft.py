@@ -47,6 +47,7 @@ def test_kd_layers_among_the_modules_to_save_learn_as_without_peft():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = gradients(model, kd)  # a new LoRA adds zero
-    assert found.keys() == expected.keys() and len(found) == 6
+    assert found.keys() == expected.keys()
+    assert len(found) == 6
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)

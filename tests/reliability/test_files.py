@@ -2,11 +2,13 @@
 
 import random
 
+import pytest
 import torch
 
 from tests.reliability import files
 
 
+@pytest.mark.slow
 def test_no_damaged_file_is_silently_wrong():
     counts = files.run(300, seed=0)
     assert counts["tried"] == 300

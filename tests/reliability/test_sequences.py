@@ -8,6 +8,7 @@ from tests.reliability import sequences
 pytestmark = pytest.mark.filterwarnings("ignore::kdlayers.errors.KDLayersWarning")
 
 
+@pytest.mark.slow
 def test_random_sequences_of_calls():
     counts = sequences.run(60, seed=0)
     assert counts["tried"] == 60

@@ -180,6 +180,7 @@ def whole_step(student, kd, images=IMAGES):
     return F.cross_entropy(student(images), LABELS) + kd.loss(LABELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "weight"),
     [

@@ -18,7 +18,10 @@ from kdlayers._step.sites import slots
 from kdlayers.errors import AttachError
 from tests.nets import Net, batch
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+]
 
 
 class Projected(DistillLoss):

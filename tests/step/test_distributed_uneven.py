@@ -17,7 +17,10 @@ from kdlayers.errors import CaptureError
 from tests.nets import Net, batch
 from tests.step.test_distributed import run
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+]
 IMAGES, LABELS = batch(12)
 
 

@@ -8,6 +8,7 @@ from torch import multiprocessing
 from kdlayers import CodebookTargets, DecisionTargets
 from kdlayers._targets import codebook_fit, decision_fit
 
+pytestmark = pytest.mark.slow
 ALL, MORE = 300, 2400
 """Rows that the samples hold, and rows that need every pass."""
 
