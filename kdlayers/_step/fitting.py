@@ -6,10 +6,9 @@ from typing import Any
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step.batches import split_batch
 from kdlayers._step.image_statistics import ImageStatistics
-from kdlayers._step.plan import Plan
 from kdlayers._step.recording import teacher_tensors
 from kdlayers._step.teacher import Teacher
-from kdlayers._step.terms import Term
+from kdlayers._step.terms import Plan, Term
 from kdlayers._targets.fitter import Fitter, pass_seed, run_passes
 from kdlayers._targets.passes import Passes
 

@@ -50,11 +50,12 @@ class ImageStatistics:
     def __init__(self) -> None:
         self._fit = Moments()
         self._training = Moments()
-        self._done = True
+        self.done = True
+        """Whether nothing is left to compare, so that training batches need not be looked at."""
 
     def begin_fit(self) -> None:
         """A new fit begins."""
-        self._fit, self._training, self._done = Moments(), Moments(), False
+        self._fit, self._training, self.done = Moments(), Moments(), False
 
     def of_fit(self, images: Any) -> None:
         """Take a batch of `fit`."""
@@ -64,15 +65,13 @@ class ImageStatistics:
 
     def of_training(self, images: Any) -> None:
         """Take a batch of training; once there are enough, compare and warn."""
-        if self._done:
-            return
         maps = _maps(images)
         if maps is None or self._fit.images < ENOUGH:
-            self._done = True
+            self.done = True
             return
         self._training.add(maps)
         if self._training.images >= ENOUGH:
-            self._done = True
+            self.done = True
             self._compare()
 
     def _compare(self) -> None:

@@ -22,10 +22,9 @@ from kdlayers._records.topk import compress, expand
 from kdlayers._records.views import check_repeatable, draw, image_check
 from kdlayers._records.write import write_record
 from kdlayers._step.batches import split_batch
-from kdlayers._step.plan import Plan
 from kdlayers._step.recorded_teacher import AbsentModel
 from kdlayers._step.tape import Forward
-from kdlayers._step.terms import Term
+from kdlayers._step.terms import Plan, Term
 from kdlayers._utils.checksums import checksum
 from kdlayers._utils.distributed import world_size
 from kdlayers._utils.tree import leaves
@@ -146,22 +145,17 @@ def _names(terms: Sequence[Term]) -> Iterator[tuple[str, Term]]:
         yield (f"{name}, grid {number + 1}" if number else name), term
 
 
-def _is_map(term: Term) -> bool:
-    grids = term.teacher_layout is not None and term.readers is None
-    return grids and not term.compares_classes
-
-
 def _kind(term: Term) -> str | None:
     """How a field's rows lie; None where they are not pooled."""
     layout = term.teacher_layout
-    if layout is None or not _is_map(term):
+    if layout is None or not term.on_grid:
         return None
     return "NCHW" if layout.kind == "NCHW" else "NHWC"
 
 
 def _stored(term: Term, tensor: Tensor) -> Tensor:
     """The teacher's tensor on the grid that the loss reads, in its own order of axes."""
-    if not _is_map(term):
+    if not term.on_grid:
         return tensor
     alone = term.teacher_alone(tensor)  # [B, h, w, C] for scores, [B, C, h, w] for features
     kind = "NHWC" if term.scores else "NCHW"

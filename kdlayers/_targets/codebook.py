@@ -12,9 +12,9 @@ from kdlayers._targets.distances import closeness, one_hot_of_largest
 from kdlayers._targets.divergence import codebook_divergence, needs_grad
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.rows import RowFitter
-from kdlayers._utils.chunks import fuses, work_dtype
 from kdlayers.errors import CheckpointError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import work_dtype
 
 
 class CodebookTargets(TemplateTargets):
@@ -136,20 +136,12 @@ class CodebookTargets(TemplateTargets):
         return assigned.reshape(*features.shape[:-1], len(centers))
 
     @override
-    def divergence(
-        self,
-        student: Tensor,
-        features: Tensor,
-        labels: Tensor | None = None,
-        *,
-        templates: Tensor | None = None,
+    def _fused(
+        self, student: Tensor, features: Tensor, labels: Tensor | None, templates: Tensor | None
     ) -> Tensor:
         centers = self._need(self.centers)
         check_features(features, centers.shape[1])
         check_templates(student.shape[-1] if templates is None else len(templates), len(centers))
-        own = type(self).soft_assignment is CodebookTargets.soft_assignment
-        if not own or not fuses(student, templates):
-            return super().divergence(student, features, labels, templates=templates)
         dtype = work_dtype(features, centers)
         rows = features.reshape(-1, features.shape[-1]).to(dtype)
         value: Tensor = codebook_divergence(

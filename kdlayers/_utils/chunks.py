@@ -30,27 +30,9 @@ def chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """Dtype to compute in with these tensors, outside matrix products: float32 or better."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right``; the factors may have a narrower type than the sum."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
         total += left @ right
-
-
-def fuses(student: Tensor, templates: Tensor | None) -> bool:
-    """Whether the fused operators take these tensors."""
-    usable = student.is_floating_point() and student.numel() > 0
-    if not usable or student.device.type not in DEVICES:
-        return False
-    if templates is None:
-        return worthwhile(student.numel(), 0, 1)
-    return templates.dtype == student.dtype
