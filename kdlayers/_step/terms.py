@@ -61,6 +61,8 @@ class Term:
 
     on_grid: bool = field(init=False)
     """Whether maps are compared, position by position, rather than logits or vectors."""
+    channels: list[int] = field(init=False)
+    """The axes of the channels in the student's map and the teacher's."""
     place: tuple[torch.device, bool] | None = field(default=None, init=False)
     """Device of the student's tensor that the loss followed last, and whether it was float64."""
 
@@ -68,6 +70,7 @@ class Term:
         layouts = [y for y in (self.student_layout, self.teacher_layout) if y is not None]
         class_scores = self.loss.on_logits and all(y.kind == "vector" for y in layouts)
         self.on_grid = len(layouts) == 2 and self.readers is None and not class_scores
+        self.channels = [y.channel_dim for y in layouts]
 
     def value(
         self, student: Tensor, teacher: Tensor, targets: Tensor | None, templates: Tensor | None
@@ -88,7 +91,11 @@ class Term:
             return student, teacher
         if student.shape[0] != teacher.shape[0]:
             return student, teacher  # the loss or the handle says what is wrong
-        left, right = ours.to_grid(student), theirs.to_grid(teacher)
+        if student.dim() == teacher.dim() == 4:  # maps, and tokens that are on their grid already
+            left = student.movedim(self.channels[0], -1)
+            right = teacher.movedim(self.channels[1], -1)
+        else:
+            left, right = ours.to_grid(student), theirs.to_grid(teacher)
         if left.shape[1:3] != right.shape[1:3]:
             size = common_size(size_of(left), size_of(right))
             left, right = pool(left, size), pool(right, size)

@@ -113,13 +113,11 @@ class TemplateTargets(nn.Module):
         """:meth:`divergence` without keeping the assignment or the scores of all positions."""
         raise NotImplementedError
 
-    def _need(self, buffer: Tensor | None) -> Tensor:
-        if buffer is None:
-            raise NotFittedError(
-                f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) "
-                "or .fit(batches) first, or load a fitted state"
-            )
-        return buffer
+    def _not_fitted(self) -> NotFittedError:
+        return NotFittedError(
+            f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) "
+            "or .fit(batches) first, or load a fitted state"
+        )
 
     def _install(self, **buffers: Tensor) -> None:
         for name, value in buffers.items():

@@ -123,7 +123,9 @@ class CodebookTargets(TemplateTargets):
             NotFittedError: before :meth:`fit`.
             ShapeError: if the last axis is not D wide.
         """
-        centers = self._need(self.centers)
+        centers = self.centers
+        if centers is None:
+            raise self._not_fitted()
         check_features(features, centers.shape[1])
         dtype = work_dtype(features, centers)
         with torch.autocast(features.device.type, enabled=False):
@@ -139,7 +141,9 @@ class CodebookTargets(TemplateTargets):
     def _fused(
         self, student: Tensor, features: Tensor, labels: Tensor | None, templates: Tensor | None
     ) -> Tensor:
-        centers = self._need(self.centers)
+        centers = self.centers
+        if centers is None:
+            raise self._not_fitted()
         check_features(features, centers.shape[1])
         check_templates(student.shape[-1] if templates is None else len(templates), len(centers))
         dtype = work_dtype(features, centers)

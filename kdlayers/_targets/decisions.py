@@ -255,8 +255,10 @@ class DecisionTargets(TemplateTargets):
 
         All in the type to compute in.
         """
-        projection, shift = self._need(self.projection), self._need(self.shift)
-        centers, decisions = self._need(self.centers), self._need(self.decisions)
+        projection, shift, centers = self.projection, self.shift, self.centers
+        decisions = self.decisions
+        if projection is None or shift is None or centers is None or decisions is None:
+            raise self._not_fitted()
         check_features(features, projection.shape[1])
         where, shares = features.shape[:-1], None
         if (
