@@ -34,9 +34,10 @@ def fit_terms(
         title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
         start = pass_seed(seed, active, index)
         for batch in passes.batches(start, title, progress=progress):
+            inputs, labels = split_batch(batch)
             if index == 0:
-                images.of_fit(split_batch(batch)[0])
-            yield teacher_tensors(plan, batch)
+                images.of_fit(inputs)
+            yield teacher_tensors(plan, batch, inputs), labels
 
     if fitters:
         images.begin_fit()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
+from kdlayers.functional._checks import work_dtype
 
 ENOUGH = 16
 """Images from which the statistics of a channel can be told."""
@@ -25,7 +26,7 @@ class Moments:
 
     def add(self, images: Tensor) -> None:
         """Add a batch ``[B, C, H, W]``."""
-        wide = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+        wide = images.detach().to(work_dtype(images))
         mean, square = (part.mean(dim=(2, 3)).sum(dim=0) for part in (wide, wide.square()))
         if self._mean is None or self._square is None:
             self._mean, self._square = mean, square

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from kdlayers._models.layouts import Layout, common_size, pool
 from kdlayers._models.trace import image_size
 from kdlayers._models.vectors import Vectors
-from kdlayers._step.tape import LOW, Forward, Wanted
+from kdlayers._step.tape import Forward, Wanted
 from kdlayers._step.teacher import Taught, Teacher
 from kdlayers.errors import ArgumentError
+from kdlayers.functional._checks import NARROW
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 _SOURCE = "_kd_source"
@@ -267,7 +268,7 @@ def weighted_sum(
         value = term.value(pair.student, pair.teacher, targets, pair.templates)
         weight = pair.weight
         weighted = value * (weight.to(value.dtype) if isinstance(weight, Tensor) else weight)
-        if weighted.dtype in LOW:
+        if weighted.dtype in NARROW:
             weighted = weighted.float()
         total = weighted if total is None else total + weighted
         entries = [(term.name, value.detach()), (f"{term.name}.weighted", weighted.detach())]

@@ -208,7 +208,7 @@ class DecisionTargets(TemplateTargets):
             ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
         if self.ignore_index is not None and labels is not None and not is_mixed(labels):
-            kept, classes = self._kept(features, labels)
+            kept, classes = self._kept(features, labels, self.ignore_index)
             own, _, decisions = self._own(features[kept], classes)
             whole = decisions.new_zeros(*features.shape[:-1], len(decisions))
             whole[kept] = rows_of(decisions, own)
@@ -227,7 +227,7 @@ class DecisionTargets(TemplateTargets):
         templates: Tensor | None = None,
     ) -> Tensor:
         if self.ignore_index is not None and labels is not None and not is_mixed(labels):
-            kept, labels = self._kept(features, labels)
+            kept, labels = self._kept(features, labels, self.ignore_index)
             if not len(labels):
                 return student.sum() * 0.0
             student, features = student[kept], features[kept]
@@ -243,10 +243,11 @@ class DecisionTargets(TemplateTargets):
         value: Tensor = decision_divergence(rows, templates, own, decisions, shares, needed)[0]
         return value
 
-    def _kept(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the labels are not ``ignore_index``, ``[...]``, and the labels there, ``[n]``."""
+    @staticmethod
+    def _kept(features: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+        """Where the labels are not ``ignored``, ``[...]``, and the labels there, ``[n]``."""
         classes = hard_labels(features, labels).to(features.device)
-        kept = classes != self.ignore_index
+        kept = classes != ignored
         return kept, classes[kept]
 
     @torch.no_grad()

@@ -18,11 +18,6 @@ LEAST_SCORES, LEAST_RATIO = 2**19, 4
 on a CPU. With fewer, the plain operations need little memory anyway."""
 
 
-def worthwhile(rows: int, channels: int, templates: int) -> bool:
-    """Whether the fused operators are faster than the plain ones."""
-    return rows * templates >= LEAST_SCORES and templates >= LEAST_RATIO * channels
-
-
 def chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of ``rows`` rows whose chunks of ``width`` columns stay in the cache."""
     step = max(1, _ENTRIES.get(device.type, _ENTRIES_ELSEWHERE) // width)

@@ -14,7 +14,8 @@ from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 P = ParamSpec("P")
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-_NARROW = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
+"""The dtypes in which nothing is summed."""
 
 
 def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -26,7 +27,7 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 device = device or value.device.type
-                narrow = narrow or value.dtype in _NARROW
+                narrow = narrow or value.dtype in NARROW
         if device is None or not (narrow or torch.is_autocast_enabled(device)):
             return function(*args, **kwargs)
         wide = [_widened(arg) for arg in args]
@@ -38,7 +39,7 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def _widened(value: object) -> object:
-    return value.float() if isinstance(value, Tensor) and value.dtype in _NARROW else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in NARROW else value
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
