@@ -18,19 +18,14 @@ from kdlayers._models.trace import Trace, depend, fresh, run_example, to_model, 
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import unwrap
 from kdlayers._step.handle import KDHandle
-from kdlayers._step.hooks import (
-    Capture,
-    CloseForward,
-    OpenForward,
-    Slot,
-    drop_recording,
-    guard_hooks,
-)
+from kdlayers._step.hooks import Capture, CloseForward, OpenForward, drop_recording, guard_hooks
 from kdlayers._step.recorded_teacher import RecordedTeacher
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
+from kdlayers._step.slot import Slot
 from kdlayers._step.tape import Forward, Tape
 from kdlayers._step.teacher import Teacher, Transform, make_teachers
-from kdlayers._step.terms import Term, example_pair, feature_term, unique_names
+from kdlayers._step.term_making import example_pair, feature_term, unique_names
+from kdlayers._step.terms import Term
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError

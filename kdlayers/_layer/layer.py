@@ -11,7 +11,7 @@ from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.batch_norm import as_affine, update_statistics, why_plain
 from kdlayers._layer.recognise import recognise, recognise_frozen
-from kdlayers._utils.chunks import worthwhile
+from kdlayers._utils import chunks
 from kdlayers._utils.norms import inverse_norm
 from kdlayers._utils.torch_internals import has_hooks, runs_forward_of
 from kdlayers.errors import ArgumentError, ShapeError
@@ -25,6 +25,11 @@ torch.fx.wrap("enhanced")
 MEMORY = ("normal", "low")
 CHEAP_CHANNELS = 128
 """Up to so many channels scores are computed again rather than kept: it takes no longer."""
+
+
+def worthwhile(rows: int, channels: int, templates: int) -> bool:
+    """Whether the fused operators are faster than the plain ones."""
+    return rows * templates >= chunks.LEAST_SCORES and templates >= chunks.LEAST_RATIO * channels
 
 
 class CosineProjection(nn.Module):

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlayers._utils.chunks import add_product, chunks, work_dtype
+from kdlayers._utils.chunks import add_product, chunks
 from kdlayers._utils.norms import inverse, inverse_norm
+from kdlayers.functional._checks import work_dtype
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from kdlayers._leaving.wrapped import refuse_shards, student_inside
-from kdlayers._step.hooks import Slot, is_recording
+from kdlayers._step.hooks import is_recording
 from kdlayers._step.sites import displace, inserts
+from kdlayers._step.slot import Slot
 from kdlayers._utils.torch_internals import child_table, drop_hooks
 from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError

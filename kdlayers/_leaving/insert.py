@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._leaving.student_file import LayerDescription, SavedStudent
-from kdlayers._step.hooks import SLOT, Slot
 from kdlayers._step.sites import home_of, place
+from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
 from kdlayers._utils.archives import tensors_in
 from kdlayers._utils.plain_tensors import finite, why_hollow

@@ -11,8 +11,8 @@ from kdlayers._leaving.wrapped import is_ddp, refuse_shards, student_inside
 from kdlayers._models.trace import to_model
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._step.batches import split_batch
-from kdlayers._step.hooks import Slot
 from kdlayers._step.sites import inserts, slots
+from kdlayers._step.slot import Slot
 from kdlayers._utils.distributed import all_sum
 from kdlayers.errors import ArgumentError, AttachError, FitError
 

@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 
 from kdlayers._layer.layer import KDLayer
-from kdlayers._step.added import layers_of, parameters_of
-from kdlayers._step.sites import slots
+from kdlayers._step.sites import inserts, slots
 from kdlayers._step.state import load_state, state_of
 from kdlayers._step.summary import summarise
 from kdlayers._step.tape import Tape
@@ -57,7 +56,10 @@ class Attachment:
         Returns:
             The parameters that require a gradient, those of the layers first.
         """
-        return parameters_of(self.layers.values(), self.parameters(), decay)
+        inside = [p for layer in self.layers.values() for p in layer.parameters()]
+        whole = dict.fromkeys([p for p in inside if p.requires_grad])
+        whole.update(dict.fromkeys(self.parameters()))
+        return [p for p in whole if decay is None or decay == (p.dim() > 1)]
 
     @property
     def layers(self) -> dict[str, KDLayer]:
@@ -68,7 +70,9 @@ class Attachment:
         and ``<point>...kd`` holds their parts. They stay after :meth:`detach`, not after
         :meth:`remove`.
         """
-        return layers_of(self.student, self._tape)
+        found = inserts(self.student)
+        own = [(hook, module) for module, _, hook in found if hook.tape is self._tape]
+        return {hook.name: hook.slot(module).as_layer() for hook, module in own}
 
     def state_dict(self) -> dict[str, Any]:
         """Targets, train-only parameters and the step: tensors and numbers, safe to save.

@@ -6,10 +6,9 @@ from typing import Any
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step.batches import split_batch
 from kdlayers._step.image_statistics import ImageStatistics
-from kdlayers._step.plan import Plan
 from kdlayers._step.recording import teacher_tensors
 from kdlayers._step.teacher import Teacher
-from kdlayers._step.terms import Term
+from kdlayers._step.terms import Plan, Term
 from kdlayers._targets.fitter import Fitter, pass_seed, run_passes
 from kdlayers._targets.passes import Passes
 
@@ -35,9 +34,10 @@ def fit_terms(
         title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
         start = pass_seed(seed, active, index)
         for batch in passes.batches(start, title, progress=progress):
+            inputs, labels = split_batch(batch)
             if index == 0:
-                images.of_fit(split_batch(batch)[0])
-            yield teacher_tensors(plan, batch)
+                images.of_fit(inputs)
+            yield teacher_tensors(plan, batch, inputs), labels
 
     if fitters:
         images.begin_fit()

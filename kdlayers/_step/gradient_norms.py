@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdlayers._step.terms import Pair, Term
 from kdlayers.errors import ArgumentError, ArgumentTypeError
+from kdlayers.functional._checks import work_dtype
 
 TASK = "task"
 
@@ -61,13 +62,9 @@ def _squares(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor |
     """The square of the gradient's norm for each parameter; None where it is not reached."""
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return [  # None where nothing depends on it
-        torch.linalg.vector_norm(g, dtype=_wide(g)).square() if isinstance(g, Tensor) else None
+        torch.linalg.vector_norm(g, dtype=work_dtype(g)).square() if isinstance(g, Tensor) else None
         for g in grads
     ]
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _all(row: Sequence[Tensor | None]) -> bool:

@@ -18,13 +18,12 @@ from kdlayers._step.gradient_norms import gradient_norms
 from kdlayers._step.hooks import drop_recording, unguard_hooks
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
-from kdlayers._step.plan import Plan
 from kdlayers._step.ranks import ranks_of
 from kdlayers._step.recording import read_batch, record
 from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher
-from kdlayers._step.terms import Pair, Term, weighted_sum
+from kdlayers._step.terms import Pair, Plan, Term, weighted_sum
 from kdlayers.errors import AttachError, CaptureError, NotFittedError
 
 
@@ -354,7 +353,8 @@ class KDHandle(Attachment):
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
         labels = check_labels(targets, found)
-        self._images.of_training((forward.args, forward.kwargs))
+        if not self._images.done:
+            self._images.of_training((forward.args, forward.kwargs))
         plan = self._plan
         if recorded is not None:
             plan, tensors = read_batch(plan, recorded, forward, found, self.step)

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from kdlayers._layer.layer import KDLayer, LayerParts
 from kdlayers._models.outputs import main_output
-from kdlayers._step.plain_state import may_keep_values
+from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import current_backward, drop_hooks
 from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError
 
-SLOT = "kd"
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
 _CONFUSES_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
@@ -35,66 +33,6 @@ _LIVE: "WeakSet[InsertLayer]" = WeakSet()
 """Every hook of a KD layer in this process, also those of copies."""
 _FOUND: list[bool] = []
 """torch.compile's setting before the first of them."""
-
-
-class Slot(LayerParts):
-    """The parts of a KD layer inside a model. Only its hook makes it act; it is not a `KDLayer`.
-
-    Called as a module it returns its input, so that a parent which runs all its children does not
-    run it. `as_layer` gives the layer that can be called.
-    """
-
-    def forward(self, x: Any, *_: Any, insert: bool = False, **__: Any) -> Any:
-        """``x`` unchanged; with ``insert``, what `enhance` gives."""
-        return self.enhance(x) if insert else x
-
-    def as_layer(self) -> KDLayer:
-        """A KD layer of the very same parts, whose ``alpha`` and ``memory`` are the slot's."""
-        with torch.random.fork_rng(devices=[]):
-            layer = _LayerOfSlot(1, 1, channel_dim=self.channel_dim)
-        layer.head, layer.norm, layer.value = self.head, self.norm, self.value
-        layer.training = self.training
-        layer.__dict__["slot"] = self  # not a submodule, which would hold the parts twice
-        return layer
-
-    def extra_repr(self) -> str:
-        """Shows alpha, and that the layer acts through its hook."""
-        return f"{super().extra_repr()}, acts through a hook"
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
-        # layers keep their values. load_state_dict works on its own copy of the dict.
-        own = self.state_dict()
-        if may_keep_values(state_dict, prefix, list(own), missing_keys):
-            state_dict.update({prefix + key: value for key, value in own.items()})
-        reports = missing_keys, unexpected_keys, error_msgs
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
-
-
-class _LayerOfSlot(KDLayer):
-    """A slot's parts as a layer that computes; its options are those of the slot."""
-
-    def __getattribute__(self, name: str) -> Any:
-        slot = object.__getattribute__(self, "__dict__").get("slot")
-        if slot is not None and name in ("alpha", "memory"):
-            return getattr(slot, name)
-        return super().__getattribute__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        slot = self.__dict__.get("slot")
-        if slot is not None and name in ("alpha", "memory"):
-            setattr(slot, name, value)
-        else:
-            super().__setattr__(name, value)
 
 
 class InsertLayer:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
+from kdlayers.functional._checks import work_dtype
 
 ENOUGH = 16
 """Images from which the statistics of a channel can be told."""
@@ -25,7 +26,7 @@ class Moments:
 
     def add(self, images: Tensor) -> None:
         """Add a batch ``[B, C, H, W]``."""
-        wide = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+        wide = images.detach().to(work_dtype(images))
         mean, square = (part.mean(dim=(2, 3)).sum(dim=0) for part in (wide, wide.square()))
         if self._mean is None or self._square is None:
             self._mean, self._square = mean, square
@@ -50,11 +51,12 @@ class ImageStatistics:
     def __init__(self) -> None:
         self._fit = Moments()
         self._training = Moments()
-        self._done = True
+        self.done = True
+        """Whether nothing is left to compare, so that training batches need not be looked at."""
 
     def begin_fit(self) -> None:
         """A new fit begins."""
-        self._fit, self._training, self._done = Moments(), Moments(), False
+        self._fit, self._training, self.done = Moments(), Moments(), False
 
     def of_fit(self, images: Any) -> None:
         """Take a batch of `fit`."""
@@ -64,15 +66,13 @@ class ImageStatistics:
 
     def of_training(self, images: Any) -> None:
         """Take a batch of training; once there are enough, compare and warn."""
-        if self._done:
-            return
         maps = _maps(images)
         if maps is None or self._fit.images < ENOUGH:
-            self._done = True
+            self.done = True
             return
         self._training.add(maps)
         if self._training.images >= ENOUGH:
-            self._done = True
+            self.done = True
             self._compare()
 
     def _compare(self) -> None:

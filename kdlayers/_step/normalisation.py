@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import work_dtype
 
 Numbers: TypeAlias = float | Sequence[float]
 _NAMES = ("mean", "std")
@@ -79,7 +80,7 @@ class Renormalize:
         """The images for the teacher, ``[..., C, H, W]``, of the same dtype."""
         _check_images(images, self.channels)
         if self.student != self.teacher:
-            work = torch.promote_types(images.dtype, torch.float32)
+            work = work_dtype(images)
             factor, shift = self._affine(images.device, work)
             images = (images.to(work) * factor + shift).to(images.dtype)
         return images if self.size is None else self._resized(images, self.size)

@@ -21,16 +21,15 @@ from kdlayers._records.files import Description, Field, Reader
 from kdlayers._records.topk import compress, expand
 from kdlayers._records.views import check_repeatable, draw, image_check
 from kdlayers._records.write import write_record
-from kdlayers._step.batches import split_batch
-from kdlayers._step.plan import Plan
 from kdlayers._step.recorded_teacher import AbsentModel
 from kdlayers._step.tape import Forward
-from kdlayers._step.terms import Term
+from kdlayers._step.terms import Plan, Term
 from kdlayers._utils.checksums import checksum
 from kdlayers._utils.distributed import world_size
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, RecordError
+from kdlayers.functional import _checks as check
 
 FIRST_STEPS, EVERY = 20, 100
 """In which steps an image of the batch is compared with its checksum: the first, and each 100th."""
@@ -94,12 +93,9 @@ def _check_arguments(
     dataset: Any, *, views: int, batch_size: int, dtype: str, topk: int | None
 ) -> None:
     for name, value in (("views", views), ("batch_size", batch_size), ("topk", topk)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ArgumentError(f"{name} must be a whole number of 1 or more, got {value!r}")
-    if dtype not in ("float16", "float32"):
-        raise ArgumentError(f"dtype must be 'float16' or 'float32', got {dtype!r}")
+        if value is not None:
+            check.count(name, value)
+    check.one_of("dtype", dtype, ("float16", "float32"))
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ArgumentError(
             f"kd.record needs a data set with a length and samples by index, got "
@@ -146,22 +142,17 @@ def _names(terms: Sequence[Term]) -> Iterator[tuple[str, Term]]:
         yield (f"{name}, grid {number + 1}" if number else name), term
 
 
-def _is_map(term: Term) -> bool:
-    grids = term.teacher_layout is not None and term.readers is None
-    return grids and not term.compares_classes
-
-
 def _kind(term: Term) -> str | None:
     """How a field's rows lie; None where they are not pooled."""
     layout = term.teacher_layout
-    if layout is None or not _is_map(term):
+    if layout is None or not term.on_grid:
         return None
     return "NCHW" if layout.kind == "NCHW" else "NHWC"
 
 
 def _stored(term: Term, tensor: Tensor) -> Tensor:
     """The teacher's tensor on the grid that the loss reads, in its own order of axes."""
-    if not _is_map(term):
+    if not term.on_grid:
         return tensor
     alone = term.teacher_alone(tensor)  # [B, h, w, C] for scores, [B, C, h, w] for features
     kind = "NHWC" if term.scores else "NCHW"
@@ -170,12 +161,11 @@ def _stored(term: Term, tensor: Tensor) -> Tensor:
     return alone.movedim(-1, 1) if kind == "NHWC" else alone.movedim(1, -1)
 
 
-def teacher_tensors(plan: Plan, batch: Any) -> tuple[list[Tensor], Tensor | None]:
-    """The teacher's tensor of each term for `KDHandle.fit`, and the labels.
+def teacher_tensors(plan: Plan, batch: Any, images: Any) -> list[Tensor]:
+    """The teacher's tensor of each term for `KDHandle.fit`.
 
-    The teachers run on the images, or a record is read where the batch has its keys.
+    The teachers run on the batch's images, or a record is read where the batch has its keys.
     """
-    images, labels = split_batch(batch)
     key = batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
     if key is not None and is_key(key):
         reader, rows = rows_of(key)
@@ -184,7 +174,7 @@ def teacher_tensors(plan: Plan, batch: Any) -> tuple[list[Tensor], Tensor | None
         args = images if isinstance(images, tuple) else (images,)
         tensors = plan.of_teachers(plan.teach(args, {}))
     found = zip(plan.terms, tensors, strict=True)
-    return [term.teacher_alone(tensor) for term, tensor in found], labels
+    return [term.teacher_alone(tensor) for term, tensor in found]
 
 
 def read_batch(

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from kdlayers._step.hooks import SLOT, InsertLayer, Slot, descend
+from kdlayers._step.hooks import InsertLayer, descend
+from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
 from kdlayers._utils.torch_internals import child_table, forward_hooks, is_batch_norm
 from kdlayers._utils.tree import Path

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kdlayers._step.hooks import Slot
+from kdlayers._layer.layer import worthwhile
 from kdlayers._step.sites import slots
+from kdlayers._step.slot import Slot
 from kdlayers._step.terms import Term
 from kdlayers._utils import chunks
 from kdlayers._utils.table import table
@@ -51,7 +52,7 @@ def _path(slot: Slot) -> str:
     if slot.memory == "low":
         return f"fused, {how}"
     templates = slot.head.num_templates
-    if not chunks.worthwhile(2**62, slot.head.in_channels, templates):
+    if not worthwhile(2**62, slot.head.in_channels, templates):
         return f"plain (under {chunks.LEAST_RATIO} templates a channel)"
     return f"fused from {-(-chunks.LEAST_SCORES // templates)} positions a batch, {how}"
 

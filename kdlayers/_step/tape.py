@@ -15,10 +15,10 @@ from kdlayers.errors import (
     ShapeError,
     StaleCaptureError,
 )
+from kdlayers.functional._checks import NARROW
 
 Scores: TypeAlias = tuple[Tensor, Tensor | None]
 """Scores of a KD layer; or unit vectors, and the templates that are multiplied with them."""
-LOW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Forward:
         for scores, _ in self.scores.values():
             tensors.insert(0, scores)
         for tensor in tensors:
-            if tensor.dtype in LOW:
-                half = any(p.dtype in LOW for p in student.parameters())
+            if tensor.dtype in NARROW:
+                half = any(p.dtype in NARROW for p in student.parameters())
                 return None if half else tensor.dtype
         return None
 

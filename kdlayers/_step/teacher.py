@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, TypeAlias
 
@@ -124,7 +124,9 @@ class Teacher:
         taps, hooks, training = [], [], []
         for name in names:
             point = self._point(name)
-            taps.append(_Tap(point, self.eval_mode, missing, ends))
+            # A peer in training mode may change features that an eval-mode forward leaves alone.
+            copies = point.call.changed or not self.eval_mode
+            taps.append(_Tap(point, copies, missing, ends))
             hooks.append(point.site.register_forward_hook(taps[-1]))
         for module in self.model.modules() if self.eval_mode else ():
             if module.training:
@@ -190,18 +192,16 @@ class _Enough(BaseException):
     """Ends a teacher's forward; no Exception, so that no model takes it for an error."""
 
 
+@dataclass(eq=False)
 class _Tap:
     """Forward hook that records features, and may end the forward once nothing is missing."""
 
-    features: Tensor
-    version: int | None
-
-    def __init__(self, point: _Point, eval_mode: bool, missing: set[str], ends: bool) -> None:
-        self.point = point
-        # A peer in training mode may change features that an eval-mode forward leaves alone.
-        self.copies = point.call.changed or not eval_mode
-        self.missing = missing
-        self.ends = ends
+    point: _Point
+    copies: bool
+    missing: set[str]
+    ends: bool
+    features: Tensor = field(init=False)
+    version: int | None = field(init=False)
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Record the features, or a copy where a later module changes them in place."""
@@ -246,27 +246,6 @@ def transformed(
         "teacher_transform found no images: student(...) was called without a tensor; call "
         "student(x) or student(name=x), or wrap the call in `with kd.batch(x):`"
     )
-
-
-def mean_logits(teachers: Sequence[Teacher], taught: Sequence[Taught]) -> Tensor:
-    """The weighted mean of the teachers' logits; those of one teacher as they are."""
-    logits = [logits_of(each) for each in taught]
-    if len(logits) == 1:
-        return logits[0]
-    device = logits[0].device
-    parts = [t.weight * each.to(device) for t, each in zip(teachers, logits, strict=True)]
-    return torch.stack(parts).sum(0)
-
-
-def logits_of(taught: Taught) -> Tensor:
-    """A teacher's logits.
-
-    Raises:
-        CaptureError: if its forward ended before.
-    """
-    if taught[0] is None:
-        raise CaptureError("the teacher's forward ended before its logits, which a loss reads")
-    return taught[0]
 
 
 def make_teachers(

@@ -1,7 +1,7 @@
-"""A term of the loss: a `DistillLoss` together with the tensors it reads."""
+"""The terms of the loss, what they read of a batch, and their weighted sum."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.layouts import Layout, common_size, pool
-from kdlayers._models.trace import Trace
-from kdlayers._models.vectors import Vectors, vectors
-from kdlayers._step.tape import LOW
-from kdlayers._step.teacher import Teacher
+from kdlayers._models.trace import image_size
+from kdlayers._models.vectors import Vectors
+from kdlayers._step.tape import Forward, Wanted
+from kdlayers._step.teacher import Taught, Teacher
 from kdlayers.errors import ArgumentError
+from kdlayers.functional._checks import NARROW
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 _SOURCE = "_kd_source"
@@ -59,8 +60,18 @@ class Term:
     positions: int = 1
     """Positions of the student at this point, for images of the size of the example."""
 
-    place: tuple[torch.device, bool] | None = None
+    on_grid: bool = field(init=False)
+    """Whether maps are compared, position by position, rather than logits or vectors."""
+    channels: list[int] = field(init=False)
+    """The axes of the channels in the student's map and the teacher's."""
+    place: tuple[torch.device, bool] | None = field(default=None, init=False)
     """Device of the student's tensor that the loss followed last, and whether it was float64."""
+
+    def __post_init__(self) -> None:
+        layouts = [y for y in (self.student_layout, self.teacher_layout) if y is not None]
+        class_scores = self.loss.on_logits and all(y.kind == "vector" for y in layouts)
+        self.on_grid = len(layouts) == 2 and self.readers is None and not class_scores
+        self.channels = [y.channel_dim for y in layouts]
 
     def value(
         self, student: Tensor, teacher: Tensor, targets: Tensor | None, templates: Tensor | None
@@ -77,13 +88,17 @@ class Term:
         """Both tensors as the loss reads them: on one grid, and on the student's device."""
         teacher = teacher.to(student.device)
         ours, theirs = self.student_layout, self.teacher_layout
-        if ours is None or theirs is None or self.compares_classes or self.readers is not None:
+        if not self.on_grid or ours is None or theirs is None:
             return student, teacher
         if student.shape[0] != teacher.shape[0]:
             return student, teacher  # the loss or the handle says what is wrong
-        left, right = ours.to_grid(student), theirs.to_grid(teacher)
+        if student.dim() == teacher.dim() == 4:  # maps, and tokens that are on their grid already
+            left = student.movedim(self.channels[0], -1)
+            right = teacher.movedim(self.channels[1], -1)
+        else:
+            left, right = ours.to_grid(student), theirs.to_grid(teacher)
         if left.shape[1:3] != right.shape[1:3]:
-            size = common_size(_size(left), _size(right))
+            size = common_size(size_of(left), size_of(right))
             left, right = pool(left, size), pool(right, size)
         if self.scores:
             return left, right
@@ -115,89 +130,20 @@ class Term:
     def _model(self, teachers: Sequence[Teacher]) -> nn.Module:
         return teachers[self.teacher_index or 0].model
 
-    @property
-    def compares_classes(self) -> bool:
-        """Whether class scores are compared, which stay as they are, and not maps."""
-        layouts = (self.student_layout, self.teacher_layout)
-        return self.loss.on_logits and all(y is not None and y.kind == "vector" for y in layouts)
-
     def teacher_alone(self, teacher: Tensor) -> Tensor:
         """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
-        if self.teacher_layout is None or self.compares_classes or self.readers is not None:
+        if not self.on_grid or self.teacher_layout is None:
             return teacher
         grid = self.teacher_layout.to_grid(teacher)
-        height, width = _size(grid)
+        height, width = size_of(grid)
         size = (max(1, round(height * self.shrink[0])), max(1, round(width * self.shrink[1])))
         grid = pool(grid, size)
         return grid if self.scores else grid.movedim(-1, 1)
 
 
-def _size(grid: Tensor) -> tuple[int, int]:
+def size_of(grid: Tensor) -> tuple[int, int]:
+    """Rows and columns of a grid ``[B, H, W, C]``."""
     return grid.shape[1], grid.shape[2]
-
-
-def feature_term(
-    name: str,
-    loss: DistillLoss,
-    student: Trace,
-    teachers: Sequence[Teacher],
-    point: str,
-    tap: str,
-) -> Term:
-    """Term of a loss that compares the features at ``point`` and ``tap``."""
-    term = Term(name, loss, loss.teacher_index, point, tap, scores=isinstance(loss, TemplateLoss))
-    teacher = teachers[term.teacher_index or 0].traced
-    term.student_layout, term.teacher_layout = student.layout(point), teacher.layout(tap)
-    if loss.tokens != "patch":
-        term.readers = vectors(loss.tokens, student, point, teacher, tap)
-    ours = _size(term.student_layout.to_grid(_empty(student, point)))
-    theirs = _size(term.teacher_layout.to_grid(_empty(teacher, tap)))
-    term.positions = ours[0] * ours[1] + term.student_layout.prefix
-    small = common_size(ours, theirs)
-    term.shrink = (small[0] / theirs[0], small[1] / theirs[1])
-    return term
-
-
-def example_pair(term: Term, student: Trace, teachers: Sequence[Teacher]) -> tuple[Tensor, Tensor]:
-    """Tensors of the shapes that the loss will get, from the dry runs, for `DistillLoss.build`."""
-    teacher = teachers[term.teacher_index or 0].traced
-    if term.point is None or term.tap is None:
-        return student.logits, teacher.logits
-    ours, theirs = _empty(student, term.point), _empty(teacher, term.tap)
-    if term.readers is not None:
-        ours, theirs = term.readers[0](ours), term.readers[1](theirs)
-    return term.pair(ours, theirs)
-
-
-def _empty(traced: Trace, name: str) -> Tensor:
-    call = traced.call(name)
-    return torch.zeros(call.shape, dtype=call.dtype, device=call.device)
-
-
-def unique_names(terms: list[Term]) -> None:
-    """Check that nothing in ``kd.terms`` would be logged under the key of something else.
-
-    Raises:
-        ArgumentError: if two losses have the same name, or one has the key of another's value.
-    """
-    taken = {"total": "the sum of all terms"}
-    for term in terms:
-        keys = {f"{term.name}.weighted": f"the weighted value of {term.name!r}"}
-        metrics = term.loss.metric_names
-        keys |= {f"{term.name}.{m}": f"the metric {m!r} of {term.name!r}" for m in metrics}
-        taken |= keys
-    seen: set[str] = set()
-    for term in terms:
-        if term.name in seen:
-            raise ArgumentError(
-                f"two losses are called {term.name!r}; give one of them another name=..."
-            )
-        if term.name in taken:
-            raise ArgumentError(
-                f"a loss is called {term.name!r}, but kd.terms[{term.name!r}] is "
-                f"{taken[term.name]}; give it another name=..."
-            )
-        seen.add(term.name)
 
 
 @dataclass
@@ -210,6 +156,108 @@ class Pair:
     weight: float | Tensor
 
 
+class Plan:
+    """What some terms read of the student's forward, and of one forward of each teacher."""
+
+    def __init__(self, terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
+        self.terms = list(terms)
+        self.teachers = list(teachers)
+        self.recorded: dict[int, tuple[Plan, Any]] = {}
+        """The same terms as they read a record, and the open record, by the record's tag."""
+        self.taps: list[list[str]] = [[] for _ in teachers]
+        self.logits = [False] * len(teachers)
+        for term in terms:
+            index = term.teacher_index or 0
+            if term.tap is None and term.teacher_index is None:
+                self.logits = [True] * len(teachers)
+            elif term.tap is None:
+                self.logits[index] = True
+            elif term.tap not in self.taps[index]:
+                self.taps[index].append(term.tap)
+        points = [(term.point, term.scores) for term in terms if term.point is not None]
+        self.wanted = Wanted(
+            scores=tuple(dict.fromkeys(point for point, scores in points if scores)),
+            features=tuple(dict.fromkeys(point for point, scores in points if not scores)),
+            logits=any(term.point is None for term in terms),
+        )
+
+    def teach(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.dtype | None = None
+    ) -> list[Taught]:
+        """Run every teacher, no deeper than the terms read."""
+        taught = []
+        for teacher, taps, logits in zip(self.teachers, self.taps, self.logits, strict=True):
+            taught.append(teacher.run(args, kwargs, taps, autocast, logits=logits))
+        return taught
+
+    def of_teachers(self, taught: Sequence[Taught]) -> list[Tensor]:
+        """The teacher's tensor of each term, in its own layout, or as vectors."""
+        found: list[Tensor] = []
+        mean: Tensor | None = None
+        for term in self.terms:
+            logits, features = taught[term.teacher_index or 0]
+            if term.tap is not None:
+                reader = None if term.readers is None else term.readers[1]
+                found.append(
+                    features[term.tap] if reader is None else reader.of_taps(features, term.tap)
+                )
+            elif term.teacher_index is not None or len(taught) == 1:
+                found.append(logits)  # type: ignore[arg-type]  # asked for in `teach`
+            else:
+                mean = self._mean_logits(taught) if mean is None else mean
+                found.append(mean)
+        return found
+
+    def pairs(
+        self, forward: Forward, logits: Tensor, teachers: Sequence[Tensor], step: int
+    ) -> list[Pair]:
+        """What each term compares, with its weight; the losses follow the student's device.
+
+        ``teachers`` holds the teacher's tensor of each term, as `of_teachers` gives them.
+        """
+        pairs = []
+        for term, teacher in zip(self.terms, teachers, strict=True):
+            student, templates = logits, None
+            if term.point is not None and term.scores:
+                student, templates = forward.scores[term.point]
+            elif term.point is not None:
+                student = forward.features[term.point]
+            if term.readers is not None:
+                student = term.readers[0](student, image_size((forward.args, forward.kwargs)))
+            elif term.student_layout is not None and term.student_layout.kind == "tokens":
+                image = image_size((forward.args, forward.kwargs))
+                student = term.student_layout.on_grid(student, image)
+            place = (student.device, student.dtype == torch.float64)
+            if term.place != place:
+                _follow(term.loss, *place)
+                term.place = place
+            pairs.append(Pair(student, templates, teacher, term.loss.weight_at(step)))
+        return pairs
+
+    def _mean_logits(self, taught: Sequence[Taught]) -> Tensor:
+        """The weighted mean of the teachers' logits."""
+        parts: list[Tensor] = []
+        for teacher, (logits, _) in zip(self.teachers, taught, strict=True):
+            if logits is not None:  # asked for in `teach`
+                device = parts[0].device if parts else logits.device
+                parts.append(teacher.weight * logits.to(device))
+        return torch.stack(parts).sum(0)
+
+
+def _follow(loss: nn.Module, device: torch.device, double: bool) -> None:
+    """Move the loss to the student's device, and to float64 with a student in float64.
+
+    Losses compute in float32 for all other dtypes. Parameters keep their identity for the
+    optimiser.
+    """
+    tensors = (*loss.parameters(), *loss.buffers())
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if any(tensor.device != device for tensor in tensors):
+        loss.to(device)
+    if double and any(tensor.dtype != torch.float64 for tensor in floats):
+        loss.to(torch.float64)
+
+
 def weighted_sum(
     terms: Sequence[Term], pairs: Sequence[Pair], targets: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -220,30 +268,20 @@ def weighted_sum(
         value = term.value(pair.student, pair.teacher, targets, pair.templates)
         weight = pair.weight
         weighted = value * (weight.to(value.dtype) if isinstance(weight, Tensor) else weight)
-        if weighted.dtype in LOW:
+        if weighted.dtype in NARROW:
             weighted = weighted.float()
         total = weighted if total is None else total + weighted
-        _log(logged, term, value.detach(), weighted.detach())
+        entries = [(term.name, value.detach()), (f"{term.name}.weighted", weighted.detach())]
+        entries += [(f"{term.name}.{name}", metric) for name, metric in term.loss.metrics().items()]
+        for key, number in entries:
+            if key in logged:  # by a metric that its loss had not announced
+                raise ArgumentError(
+                    f"two values would be logged as {key!r} in kd.terms: a loss's name together "
+                    "with a metric is the name of another term; give one of the losses another "
+                    "name=..."
+                )
+            logged[key] = number
     if total is None:
         raise ArgumentError("there is no term to sum")
     logged["total"] = total.detach()
     return total, logged
-
-
-def _log(logged: dict[str, Tensor], term: Term, value: Tensor, weighted: Tensor) -> None:
-    """Add the entries of a term to ``logged``: its value, its weighted value, its metrics.
-
-    Raises:
-        ArgumentError: if a key is taken, by a metric that the loss had not announced.
-    """
-    entries = [(term.name, value), (f"{term.name}.weighted", weighted)]
-    for name, metric in term.loss.metrics().items():
-        entries.append((f"{term.name}.{name}", metric))
-    for key, number in entries:
-        if key not in logged:
-            logged[key] = number
-            continue
-        raise ArgumentError(
-            f"two values would be logged as {key!r} in kd.terms: a loss's name together "
-            "with a metric is the name of another term; give one of the losses another name=..."
-        )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
+from kdlayers._utils import chunks
 from kdlayers._utils.plain_tensors import finite, why_not_plain
 from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
@@ -23,6 +24,8 @@ class TemplateTargets(nn.Module):
     """
 
     centers: Tensor | None
+    _fusible: ClassVar[bool] = False
+    """Whether `_fused` computes the divergence from this very `soft_assignment`."""
     _state_names: ClassVar[tuple[str, ...]] = ()
     _anchor: Tensor
 
@@ -32,6 +35,11 @@ class TemplateTargets(nn.Module):
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         for name in self._state_names:
             self.register_buffer(name, None)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "soft_assignment" in vars(cls):  # a user's subclass may assign in its own way
+            cls._fusible = "_fused" in vars(cls)
 
     @property
     def fitted(self) -> bool:
@@ -95,16 +103,21 @@ class TemplateTargets(nn.Module):
         Raises:
             ShapeError: if there are scores for another number of templates.
         """
-        assignment = self.soft_assignment(features, labels)
-        return divergence_from(assignment, student, templates)
+        if self._fusible and _fuses(student, templates):
+            return self._fused(student, features, labels, templates)
+        return divergence_from(self.soft_assignment(features, labels), student, templates)
 
-    def _need(self, buffer: Tensor | None) -> Tensor:
-        if buffer is None:
-            raise NotFittedError(
-                f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) "
-                "or .fit(batches) first, or load a fitted state"
-            )
-        return buffer
+    def _fused(
+        self, student: Tensor, features: Tensor, labels: Tensor | None, templates: Tensor | None
+    ) -> Tensor:
+        """:meth:`divergence` without keeping the assignment or the scores of all positions."""
+        raise NotImplementedError
+
+    def _not_fitted(self) -> NotFittedError:
+        return NotFittedError(
+            f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) "
+            "or .fit(batches) first, or load a fitted state"
+        )
 
     def _install(self, **buffers: Tensor) -> None:
         for name, value in buffers.items():
@@ -154,15 +167,21 @@ class TemplateTargets(nn.Module):
                 raise CheckpointError(f"the state of {owner} is damaged: {name} {why}")
 
 
-def scores_of(student: Tensor, templates: Tensor | None) -> Tensor:
-    """Scores ``[..., K]``, from unit vectors and templates if there are templates."""
-    return student if templates is None else student @ templates.T
+def _fuses(student: Tensor, templates: Tensor | None) -> bool:
+    """Whether the fused operators take these tensors, and are faster with them."""
+    usable = student.is_floating_point() and student.numel() > 0
+    if not usable or student.device.type not in chunks.DEVICES:
+        return False
+    if templates is None:
+        return student.numel() >= chunks.LEAST_SCORES
+    return templates.dtype == student.dtype
 
 
 def divergence_from(assignment: Tensor, student: Tensor, templates: Tensor | None) -> Tensor:
     """Mean KL divergence of the scores from the teacher's assignment ``[..., K]``."""
-    scores = scores_of(student, templates)
-    check_templates(scores.shape[-1], assignment.shape[-1])
+    scores = student if templates is None else student @ templates.T
+    if scores.shape[-1] != assignment.shape[-1]:
+        check_templates(scores.shape[-1], assignment.shape[-1])
     return template_kl(scores, assignment)
 
 

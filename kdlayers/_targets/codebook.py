@@ -12,9 +12,9 @@ from kdlayers._targets.distances import closeness, one_hot_of_largest
 from kdlayers._targets.divergence import codebook_divergence, needs_grad
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.rows import RowFitter
-from kdlayers._utils.chunks import fuses, work_dtype
 from kdlayers.errors import CheckpointError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import work_dtype
 
 
 class CodebookTargets(TemplateTargets):
@@ -123,7 +123,9 @@ class CodebookTargets(TemplateTargets):
             NotFittedError: before :meth:`fit`.
             ShapeError: if the last axis is not D wide.
         """
-        centers = self._need(self.centers)
+        centers = self.centers
+        if centers is None:
+            raise self._not_fitted()
         check_features(features, centers.shape[1])
         dtype = work_dtype(features, centers)
         with torch.autocast(features.device.type, enabled=False):
@@ -136,20 +138,14 @@ class CodebookTargets(TemplateTargets):
         return assigned.reshape(*features.shape[:-1], len(centers))
 
     @override
-    def divergence(
-        self,
-        student: Tensor,
-        features: Tensor,
-        labels: Tensor | None = None,
-        *,
-        templates: Tensor | None = None,
+    def _fused(
+        self, student: Tensor, features: Tensor, labels: Tensor | None, templates: Tensor | None
     ) -> Tensor:
-        centers = self._need(self.centers)
+        centers = self.centers
+        if centers is None:
+            raise self._not_fitted()
         check_features(features, centers.shape[1])
         check_templates(student.shape[-1] if templates is None else len(templates), len(centers))
-        own = type(self).soft_assignment is CodebookTargets.soft_assignment
-        if not own or not fuses(student, templates):
-            return super().divergence(student, features, labels, templates=templates)
         dtype = work_dtype(features, centers)
         rows = features.reshape(-1, features.shape[-1]).to(dtype)
         value: Tensor = codebook_divergence(

@@ -13,14 +13,14 @@ from kdlayers._targets.base import (
     check_templates,
 )
 from kdlayers._targets.decision_fit import COMPONENTS, Plan, ScatterPass
-from kdlayers._targets.distances import affine, own_subclass
-from kdlayers._targets.divergence import decision_divergence, mixed_rows, needs_grad
+from kdlayers._targets.distances import affine, mixed_rows, own_subclass, rows_of
+from kdlayers._targets.divergence import decision_divergence, needs_grad
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.labels import hard_labels, soft_labels
 from kdlayers._targets.rows import RowFitter
-from kdlayers._utils.chunks import fuses, work_dtype
 from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import work_dtype
 from kdlayers.functional._mixed import is_mixed
 
 
@@ -207,15 +207,15 @@ class DecisionTargets(TemplateTargets):
             ArgumentTypeError: if labels are not a tensor of numbers.
             ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
-        kept = self._kept(features, labels)
-        if labels is None or kept is None:
-            own, shares, decisions = self._own(features, labels)
-            return mixed_rows(decisions, own, shares).reshape(*features.shape[:-1], len(decisions))
-        rows = self._kept_labels(features, labels, kept)
-        own, _, decisions = self._own(features[kept], rows)
-        whole = decisions.new_zeros(*features.shape[:-1], len(decisions))
-        whole[kept] = mixed_rows(decisions, own, None)
-        return whole
+        if self.ignore_index is not None and labels is not None and not is_mixed(labels):
+            kept, classes = self._kept(features, labels, self.ignore_index)
+            own, _, decisions = self._own(features[kept], classes)
+            whole = decisions.new_zeros(*features.shape[:-1], len(decisions))
+            whole[kept] = rows_of(decisions, own)
+            return whole
+        own, shares, decisions = self._own(features, labels)
+        rows = rows_of(decisions, own) if shares is None else mixed_rows(decisions, own, shares)
+        return rows.reshape(*features.shape[:-1], len(decisions))
 
     @override
     def divergence(
@@ -226,17 +226,17 @@ class DecisionTargets(TemplateTargets):
         *,
         templates: Tensor | None = None,
     ) -> Tensor:
-        kept = self._kept(features, labels)
-        if labels is not None and kept is not None:
-            rows = self._kept_labels(features, labels, kept)
-            if not len(rows):
+        if self.ignore_index is not None and labels is not None and not is_mixed(labels):
+            kept, labels = self._kept(features, labels, self.ignore_index)
+            if not len(labels):
                 return student.sum() * 0.0
             student, features = student[kept], features[kept]
-            labels = rows
-        if type(self).soft_assignment is not DecisionTargets.soft_assignment or not fuses(
-            student, templates
-        ):
-            return super().divergence(student, features, labels, templates=templates)
+        return super().divergence(student, features, labels, templates=templates)
+
+    @override
+    def _fused(
+        self, student: Tensor, features: Tensor, labels: Tensor | None, templates: Tensor | None
+    ) -> Tensor:
         own, shares, decisions = self._own(features, labels)
         check_templates(student.shape[-1] if templates is None else len(templates), len(decisions))
         rows, needed = student.reshape(-1, student.shape[-1]), needs_grad(student, templates)
@@ -244,14 +244,11 @@ class DecisionTargets(TemplateTargets):
         return value
 
     @staticmethod
-    def _kept_labels(features: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-        return hard_labels(features, labels).to(features.device)[kept]
-
-    def _kept(self, features: Tensor, labels: Tensor | None) -> Tensor | None:
-        """Positions with another label than ``ignore_index``; None where all count."""
-        if self.ignore_index is None or labels is None or is_mixed(labels):
-            return None
-        return hard_labels(features, labels).to(features.device) != self.ignore_index
+    def _kept(features: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+        """Where the labels are not ``ignored``, ``[...]``, and the labels there, ``[n]``."""
+        classes = hard_labels(features, labels).to(features.device)
+        kept = classes != ignored
+        return kept, classes[kept]
 
     @torch.no_grad()
     def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -259,10 +256,21 @@ class DecisionTargets(TemplateTargets):
 
         All in the type to compute in.
         """
-        projection, shift = self._need(self.projection), self._need(self.shift)
-        centers, decisions = self._need(self.centers), self._need(self.decisions)
+        projection, shift, centers = self.projection, self.shift, self.centers
+        decisions = self.decisions
+        if projection is None or shift is None or centers is None or decisions is None:
+            raise self._not_fitted()
         check_features(features, projection.shape[1])
-        classes, shares = soft_labels(features, labels, self._num_classes or 0)
+        where, shares = features.shape[:-1], None
+        if (
+            isinstance(labels, Tensor)
+            and labels.dtype == torch.long
+            and labels.dim() == 1
+            and labels.shape == where[:1]
+        ):
+            classes = labels.view(-1, *[1] * (len(where) - 1)).expand(where)  # one an image
+        else:
+            classes, shares = soft_labels(features, labels, self._num_classes or 0)
         dtype = work_dtype(features, projection)
         with torch.autocast(features.device.type, enabled=False):
             rows = features.reshape(-1, features.shape[-1]).to(dtype)

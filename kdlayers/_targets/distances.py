@@ -150,3 +150,11 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     rows = table.index_select(0, index.clamp(min=0))
     rows[:, 0].masked_fill_(index < 0, torch.nan)  # one entry, as a whole row takes longer
     return rows
+
+
+def mixed_rows(table: Tensor, own: Tensor, shares: Tensor) -> Tensor:
+    """Means of the `rows_of` the table for several indices ``[n, m]``, weighted by ``shares``."""
+    total = rows_of(table, own[:, 0]).mul_(shares[:, :1])
+    for index in range(1, own.shape[1]):
+        total.addcmul_(rows_of(table, own[:, index]), shares[:, index : index + 1])
+    return total

@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlayers._targets.distances import affine, balanced, one_hot_of_largest, rows_of
-from kdlayers._utils.chunks import add_product, chunks, work_dtype
+from kdlayers._targets.distances import (
+    affine,
+    balanced,
+    mixed_rows,
+    one_hot_of_largest,
+    rows_of,
+)
+from kdlayers._utils.chunks import add_product, chunks
+from kdlayers.functional._checks import work_dtype
 
 Assign = Callable[[slice], tuple[Tensor, Tensor]]
 """Soft assignment q of a slice of rows ``[n, K]``, and the sum of q log q of each ``[n]``."""
@@ -69,14 +76,14 @@ def decision_divergence(
     shares: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `codebook_divergence`, with `mixed_rows` of the decisions as the assignment."""
-    sums = torch.xlogy(decisions, decisions).sum(dim=1) if shares is None else None
+    """As `codebook_divergence`, with rows of the decisions, or their means, as the assignment."""
+    sums = decisions if shares is not None else torch.xlogy(decisions, decisions).sum(dim=1)
 
     def assign(part: slice) -> tuple[Tensor, Tensor]:
-        mixed = mixed_rows(decisions, own[part], None if shares is None else shares[part])
-        if sums is None:
+        if shares is not None:
+            mixed = mixed_rows(decisions, own[part], shares[part])
             return mixed, torch.xlogy(mixed, mixed).sum(dim=1)
-        return mixed, sums.index_select(0, own[part].clamp(min=0))
+        return rows_of(decisions, own[part]), sums.index_select(0, own[part].clamp(min=0))
 
     with torch.autocast(student.device.type, enabled=False):
         return _divergence(student, templates, assign, need_grad)
@@ -86,16 +93,6 @@ def decision_divergence(
 def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * factor``, as an operator without a derivative: a second backward is an error."""
     return (grad * factor).to(dtype, copy=True)
-
-
-def mixed_rows(table: Tensor, own: Tensor, shares: Tensor | None) -> Tensor:
-    """`rows_of` for ``own`` ``[n]``; or their means for ``[n, m]``, weighted by ``shares``."""
-    if shares is None:
-        return rows_of(table, own)
-    total = rows_of(table, own[:, 0]).mul_(shares[:, :1])
-    for index in range(1, own.shape[1]):
-        total.addcmul_(rows_of(table, own[:, index]), shares[:, index : index + 1])
-    return total
 
 
 def _divergence(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kdlayers._targets.base import check_features
 from kdlayers._targets.labels import hard_labels
-from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import FitError, ShapeError
+from kdlayers.functional._checks import work_dtype
 
 BLOCK = 4096
 """Rows that a pass takes at a time, whatever the size of the batches."""

@@ -18,24 +18,11 @@ LEAST_SCORES, LEAST_RATIO = 2**19, 4
 on a CPU. With fewer, the plain operations need little memory anyway."""
 
 
-def worthwhile(rows: int, channels: int, templates: int) -> bool:
-    """Whether the fused operators are faster than the plain ones."""
-    return rows * templates >= LEAST_SCORES and templates >= LEAST_RATIO * channels
-
-
 def chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of ``rows`` rows whose chunks of ``width`` columns stay in the cache."""
     step = max(1, _ENTRIES.get(device.type, _ENTRIES_ELSEWHERE) // width)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """Dtype to compute in with these tensors, outside matrix products: float32 or better."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -44,13 +31,3 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
-
-
-def fuses(student: Tensor, templates: Tensor | None) -> bool:
-    """Whether the fused operators take these tensors."""
-    usable = student.is_floating_point() and student.numel() > 0
-    if not usable or student.device.type not in DEVICES:
-        return False
-    if templates is None:
-        return worthwhile(student.numel(), 0, 1)
-    return templates.dtype == student.dtype

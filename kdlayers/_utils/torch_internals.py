@@ -68,10 +68,9 @@ def _active_ddp() -> nn.Module | None:
     return found
 
 
-def is_functional(tensor: Tensor) -> bool:
-    """Whether ``torch.func`` has wrapped this tensor; under ``vmap`` its numbers cannot be read."""
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # no stub names it
-    return bool(functorch.is_functorch_wrapped_tensor(tensor))
+# Whether torch.func has wrapped a tensor, whose numbers then cannot be read, as under vmap.
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # no stub names it
+is_functional: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 
 
 def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:

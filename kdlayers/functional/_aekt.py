@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import Reduction
+from kdlayers.functional._checks import Reduction, full_precision
 from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._mixed import is_mixed, mean_over_classes
-from kdlayers.functional._precision import full_precision
 
 Form: TypeAlias = Literal["chi2", "ratio_sq", "ratio", "is"]
 

@@ -1,15 +1,59 @@
-"""Checks of arguments, and the reduction over samples or positions."""
+"""What every closed form does with its arguments: check them, widen them, reduce the values."""
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import wraps
+from math import inf
+from typing import Literal, ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdlayers._utils.torch_internals import is_functional
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
+P = ParamSpec("P")
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+NARROW = (torch.float16, torch.bfloat16)
+"""The dtypes in which nothing is summed."""
+
+
+def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Run ``function`` outside autocast, with float16 and bfloat16 tensors widened to float32."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        device, narrow = None, False  # a plain loop, because small losses take little longer
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                device = device or value.device.type
+                narrow = narrow or value.dtype in NARROW
+        if device is None or not (narrow or torch.is_autocast_enabled(device)):
+            return function(*args, **kwargs)
+        wide = [_widened(arg) for arg in args]
+        named = {key: _widened(arg) for key, arg in kwargs.items()}
+        with torch.autocast(device, enabled=False):
+            return function(*wide, **named)  # type: ignore[arg-type]  # the same types, wider
+
+    return wrapper
+
+
+def _widened(value: object) -> object:
+    return value.float() if isinstance(value, Tensor) and value.dtype in NARROW else value
+
+
+def work_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in with these tensors: their common one, float32 or wider."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+@full_precision
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``inputs @ weight.T + bias`` in float32 or better."""
+    return F.linear(inputs, weight, bias)
 
 
 def reduce(values: Tensor, reduction: Reduction) -> Tensor:
@@ -25,21 +69,22 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
 
 def positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number above 0."""
-    _number(name, value)
-    if not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _not_a_number(name, value)
+    if not 0 < value < inf:
         raise ArgumentError(f"{name} must be above 0 and finite, got {value}")
 
 
 def not_negative(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number, 0 or more."""
-    _number(name, value)
-    if not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _not_a_number(name, value)
+    if not 0 <= value < inf:
         raise ArgumentError(f"{name} must be 0 or more and finite, got {value}")
 
 
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+def _not_a_number(name: str, value: object) -> ArgumentTypeError:
+    return ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def count(name: str, value: int, least: int = 1) -> int:
@@ -66,12 +111,12 @@ def tensor(name: str, value: object) -> Tensor:
 
 def floats(name: str, value: object) -> Tensor:
     """``value``; raise unless it is a tensor of real floating-point numbers."""
-    found = tensor(name, value)
-    if not found.is_floating_point():
-        order = "; the order of arguments is student, teacher, targets"
-        hint = order if name in ("student", "teacher") else ""
-        raise ArgumentTypeError(f"{name} must be a floating-point tensor, got {found.dtype}{hint}")
-    return found
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    order = "; the order of arguments is student, teacher, targets"
+    hint = order if name in ("student", "teacher") else ""
+    dtype = tensor(name, value).dtype
+    raise ArgumentTypeError(f"{name} must be a floating-point tensor, got {dtype}{hint}")
 
 
 def filled(what: str, values: Tensor) -> None:
@@ -95,6 +140,37 @@ def logits(student: Tensor, teacher: Tensor) -> None:
     filled("logits", student)
     if student.shape[1] < 2:
         raise ShapeError(f"logits need at least 2 classes, got {shape(student)}")
+
+
+def is_map(value: object) -> bool:
+    """Whether it is a tensor of four axes, which stands for a class map where logits are read."""
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+def scores(student: Tensor, teacher: Tensor) -> None:
+    """Raise unless both are logits ``[B, K]``, or class maps ``[B, K, H, W]``, of one shape."""
+    if is_map(student):
+        class_maps(student, teacher)
+    else:
+        logits(student, teacher)
+
+
+def class_maps(student: Tensor, teacher: Tensor, *, sized: bool = True) -> None:
+    """Raise unless both are class maps of the same images and classes, ``sized``: of one size."""
+    floats("student", student)
+    floats("teacher", teacher)
+    axes = None if sized else 2
+    if teacher.dim() != 4 or student.shape[:axes] != teacher.shape[:axes]:
+        raise ShapeError(
+            "student and teacher must be class maps [batch, classes, height, width] of the same "
+            f"images and classes{', and of one size' if sized else ''}, got {shape(student)} and "
+            f"{shape(teacher)}"
+        )
+    if student.shape[1] < 2 or not student.numel() or not teacher.numel():
+        raise ShapeError(
+            "class maps need a batch of at least 1, a pixel and at least 2 classes, got "
+            f"{shape(student)} and {shape(teacher)}"
+        )
 
 
 def given(targets: Tensor | None, loss: object) -> Tensor:
@@ -136,7 +212,8 @@ def in_range(name: str, indices: Tensor, classes: int) -> None:
     Not on an accelerator, where reading waits for the device and indexing reports a wrong label
     anyway; nor in a graph of ``torch.compile`` or under ``torch.func``.
     """
-    if not readable(indices):
+    on_cpu = indices.device.type == "cpu" and indices.numel() > 0
+    if not on_cpu or torch.compiler.is_compiling() or is_functional(indices):
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= classes:
@@ -144,12 +221,6 @@ def in_range(name: str, indices: Tensor, classes: int) -> None:
             f"{name} must lie in 0..{classes - 1} for {classes} classes, got labels from {low} "
             f"to {high}"
         )
-
-
-def readable(values: Tensor) -> bool:
-    """Whether values can be looked at here without waiting for a device or leaving a graph."""
-    on_cpu = values.device.type == "cpu" and values.numel() > 0
-    return on_cpu and not torch.compiler.is_compiling() and not is_functional(values)
 
 
 def shape(tensor: Tensor) -> list[int]:

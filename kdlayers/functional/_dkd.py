@@ -4,11 +4,10 @@ from torch import Tensor
 
 from kdlayers._utils.warn import warn
 from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import Reduction
+from kdlayers.functional._checks import Reduction, full_precision
 from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._kd import divergence
 from kdlayers.functional._mixed import is_mixed, mean_over_classes
-from kdlayers.functional._precision import full_precision
 
 
 @full_precision

@@ -5,8 +5,8 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdlayers.functional._checks import full_precision
 from kdlayers.functional._cosine import cosine
-from kdlayers.functional._precision import full_precision
 
 Distance: TypeAlias = Literal["cosine", "mse", "smooth_l1"]
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from kdlayers._utils.norms import EPS, inverse, inverse_norm
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import Reduction
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import Reduction, full_precision
 
 Measure: TypeAlias = Literal["norm", "cosine", "cka"]
 Scale: TypeAlias = Literal["mean", "sqrt_dim"]

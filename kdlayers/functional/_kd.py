@@ -3,9 +3,7 @@
 from torch import Tensor
 
 from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import Reduction
-from kdlayers.functional._class_maps import check_scores
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import Reduction, full_precision
 
 
 @full_precision
@@ -54,7 +52,7 @@ def kd(
         >>> kd(student, teacher, temperature=4.0)
         tensor(2.6012)
     """
-    check_scores(student, teacher)
+    check.scores(student, teacher)
     check.positive("temperature", temperature)
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import Reduction
+from kdlayers.functional._checks import Reduction, work_dtype
 
 _ROUNDING = 1e-3
 """Labels this close to the uniform part belong to it; more than bfloat16 loses in a product."""
@@ -43,7 +43,7 @@ def classes_of(targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
             f"probabilities [batch, {classes}], one for each class, but their shape is "
             f"{check.shape(targets)}; for class indices pass labels.long()"
         )
-    labels = targets.detach().to(torch.promote_types(targets.dtype, torch.float32))
+    labels = targets.detach().to(work_dtype(targets))
     least = labels.amin(dim=-1, keepdim=True)
     equal = (labels == least).sum(dim=-1, keepdim=True)
     uniform = (equal * 2 > classes) & (equal < classes)

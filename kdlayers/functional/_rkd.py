@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdlayers._utils.norms import inverse
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import full_precision
 from kdlayers.functional._relations import samples
 
 

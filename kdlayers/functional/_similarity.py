@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import full_precision
 from kdlayers.functional._relations import samples
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import full_precision
 
 _EPS = 1e-7
 

@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import Reduction
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import Reduction, full_precision
 
 
 @full_precision

@@ -5,16 +5,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import standardize
 from kdlayers.functional._aekt import Form, adaptive, ratio_limit
+from kdlayers.functional._checks import full_precision, linear, work_dtype
 from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._dkd import warn_of_two_classes
 from kdlayers.functional._kd import divergence
 from kdlayers.functional._mixed import classes_of, is_mixed
-from kdlayers.functional._precision import full_precision, linear
 from kdlayers.losses._base import LogitLoss, Weight
 
 

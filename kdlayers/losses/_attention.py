@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kdlayers._utils.norms import inverse_norm
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import full_precision
 from kdlayers.losses._base import DistillLoss, Weight
 from kdlayers.losses._maps import check_maps, on_one_grid
 

@@ -5,11 +5,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import channelwise
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import full_precision, work_dtype
 from kdlayers.losses._base import DistillLoss, Weight
 from kdlayers.losses._maps import check_maps, on_one_grid
 

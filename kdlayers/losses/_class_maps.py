@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
-from kdlayers.functional._precision import full_precision
+from kdlayers.functional._checks import full_precision
 
 
 @full_precision

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import full_precision, work_dtype
 from kdlayers.functional._features import Distance, feature_distance
-from kdlayers.functional._precision import full_precision
 from kdlayers.losses._base import DistillLoss, Weight
 from kdlayers.losses._projector import make_projector, projector_like, widths
 from kdlayers.losses._reading import read_maps, read_vectors

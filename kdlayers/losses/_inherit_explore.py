@@ -8,10 +8,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kdlayers._targets.fitter import Fitter, fit_rows
-from kdlayers._utils.chunks import work_dtype
 from kdlayers.errors import ArgumentError, CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import exploration, inheritance
+from kdlayers.functional._checks import work_dtype
 from kdlayers.functional._inherit import Measure, Scale, check_measure
 from kdlayers.losses._attention import attention
 from kdlayers.losses._base import DistillLoss, Weight

@@ -5,7 +5,6 @@ from torch import Tensor
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
 from kdlayers.functional._checks import Reduction
-from kdlayers.functional._class_maps import check_class_maps, check_scores, is_map
 from kdlayers.functional._standardize import standardized
 from kdlayers.losses._base import LogitLoss, Weight
 from kdlayers.losses._class_maps import counted, mean_where, resized
@@ -67,16 +66,16 @@ class KDLoss(LogitLoss):
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Check the shapes of a dry run: logits, or class maps of any size."""
-        if is_map(student):
-            check_class_maps(student, teacher, sized=False)
+        if check.is_map(student):
+            check.class_maps(student, teacher, sized=False)
         else:
             super().build(student, teacher)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         """The divergence for logits ``[B, K]``, or maps whose labels say which pixels count."""
-        if not is_map(student):
+        if not check.is_map(student):
             return self._divergence(student, teacher, "mean")
-        check_class_maps(student, teacher, sized=False)
+        check.class_maps(student, teacher, sized=False)
         teacher = resized(teacher, student)
         if targets is None:
             return self._divergence(student, teacher, "mean")
@@ -87,7 +86,7 @@ class KDLoss(LogitLoss):
         temperature = self.temperature
         if not self.standardize:
             return kd(student, teacher, temperature=temperature, reduction=reduction)
-        check_scores(student, teacher)
+        check.scores(student, teacher)
         ours, theirs = (standardized(logits, temperature) for logits in (student, teacher))
         return temperature**2 * kd(ours, theirs, temperature=1.0, reduction=reduction)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers.functional import _checks as check
-from kdlayers.functional._precision import full_precision, linear
+from kdlayers.functional._checks import full_precision, linear
 
 
 class AttentionSimplifier(nn.Module):

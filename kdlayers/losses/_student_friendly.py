@@ -5,11 +5,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdlayers._utils.chunks import work_dtype
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
+from kdlayers.functional._checks import work_dtype
 from kdlayers.losses._base import DistillLoss, LogitLoss, Weight
 from kdlayers.losses._kd import KDLoss
 from kdlayers.losses._simplifier import AttentionSimplifier

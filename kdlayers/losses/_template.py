@@ -1,10 +1,10 @@
 """Template supervision: the loss of the KD layers."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kdlayers._targets import TemplateTargets, divergence_from, scores_of
+from kdlayers._targets import divergence_from
 from kdlayers._targets.fitter import Fitter
 from kdlayers.errors import ArgumentTypeError, ShapeError
 from kdlayers.functional import _checks as check
@@ -49,7 +49,8 @@ class TemplateLoss(DistillLoss):
     """
 
     detaches_teacher: ClassVar[bool] = True
-    template_targets: nn.Module | None
+    template_targets: Any
+    """`CodebookTargets`, `DecisionTargets`, a module with ``soft_assignment``, or None."""
 
     def __init__(
         self,
@@ -66,10 +67,6 @@ class TemplateLoss(DistillLoss):
                 f"{type(template_targets).__name__}"
             )
         self.template_targets = template_targets
-
-    @property
-    def _soft_targets(self) -> TemplateTargets | None:
-        return self.template_targets  # type: ignore[return-value]  # or alike: see __init__
 
     def forward(
         self,
@@ -92,18 +89,18 @@ class TemplateLoss(DistillLoss):
                 f"the same positions, channels last, got {check.shape(student)} and "
                 f"{check.shape(teacher)}; for maps [B, C, H, W] use .movedim(1, -1)"
             )
-        teacher, soft = teacher.detach(), self._soft_targets
+        teacher, soft = teacher.detach(), self.template_targets
         if soft is None:
-            return template_kl(scores_of(student, templates), teacher)
+            return template_kl(student if templates is None else student @ templates.T, teacher)
         if hasattr(soft, "divergence"):  # the user's own targets need only ``soft_assignment``
-            return soft.divergence(student, teacher, targets, templates=templates)
+            return soft.divergence(student, teacher, targets, templates=templates)  # type: ignore[no-any-return]
         return divergence_from(soft.soft_assignment(teacher, targets), student, templates)
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:
         """The fitter of the template targets; ``None`` without them."""
-        return None if self._soft_targets is None else self._soft_targets.fitter(seed=seed)
+        return None if self.template_targets is None else self.template_targets.fitter(seed=seed)
 
     @property
     def fitted(self) -> bool:
         """Whether the template targets are fitted; True without them."""
-        return self._soft_targets is None or self._soft_targets.fitted
+        return self.template_targets is None or self.template_targets.fitted

@@ -21,7 +21,7 @@ from kdlayers import (
     attach_kd,
     open_record,
 )
-from kdlayers.errors import AttachError, RecordError
+from kdlayers.errors import ArgumentTypeError, AttachError, RecordError
 from tests.records.data import FlipAndCrop, Squares
 
 
@@ -240,7 +240,7 @@ def test_a_second_call_opens_the_record_without_running(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"views": 0}, "views must be"),
-        ({"batch_size": 1.5}, "batch_size must be"),
+        ({"batch_size": -1}, "batch_size must be"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"topk": 4}, "keeps everything"),
     ],
@@ -249,6 +249,12 @@ def test_arguments_are_checked(options, message, tmp_path):
     kd = attach_kd(Net(6), Net(8), losses=[KDLoss()], example=EXAMPLE)
     with pytest.raises(ValueError, match=message):
         kd.record(Squares(8, transform=FlipAndCrop()), tmp_path / "record", **options)
+
+
+def test_a_size_that_is_no_integer_is_a_type_error_as_everywhere(tmp_path):
+    kd = attach_kd(Net(6), Net(8), losses=[KDLoss()], example=EXAMPLE)
+    with pytest.raises(ArgumentTypeError, match="batch_size must be an integer"):
+        kd.record(Squares(8, transform=FlipAndCrop()), tmp_path / "record", batch_size=1.5)
 
 
 def test_a_detached_handle_cannot_record(tmp_path):
