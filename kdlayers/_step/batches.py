@@ -56,7 +56,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def _pairs_of(batch: Mapping[Any, Any]) -> str:
-    """The keys, and a class that makes pairs of such batches, again in every pass."""
+    """The keys, and the source of a class that turns such batches into pairs in every pass."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     images = next((key for key, value in tensors.items() if value.dim() >= 3), "images")
     labels = next((key for key, value in tensors.items() if value.dim() == 1), "labels")

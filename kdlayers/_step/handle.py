@@ -1,4 +1,4 @@
-"""The handle that `attach_kd` returns: fit, loss, terms, state, and the ways out."""
+"""The handle that `attach_kd` returns: fit, loss, terms, state, detaching and removal."""
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -28,11 +28,11 @@ from kdlayers.errors import AttachError, CaptureError, NotFittedError
 
 
 class KDHandle(Attachment):
-    """Everything about a distillation that is not the student: made by :func:`kdlayers.attach_kd`.
+    """Everything in a distillation except the student; :func:`kdlayers.attach_kd` makes it.
 
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
-    that record the student's forwards. It is a plain object, not a module: nothing of it gets into
-    the student's state dict, copies or checkpoints. Dropping it ends the recording.
+    that record the student's forwards. It is a plain object, not a module, and nothing of it
+    enters the student's state dict, copies or checkpoints. Recording ends when it is dropped.
 
     Attributes:
         student: the model that was given, unwrapped from ``torch.compile``.
@@ -124,8 +124,8 @@ class KDHandle(Attachment):
 
         Raises:
             FitError: if the loader is empty or one-shot, or the data cannot be learnt from.
-            ArgumentTypeError: if ``loader`` is nothing that gives batches, such as a model.
-            ArgumentError: if a batch is no pair of tensors.
+            ArgumentTypeError: if ``loader`` does not give batches, as a model does not.
+            ArgumentError: if a batch is not a pair of tensors.
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
@@ -217,7 +217,8 @@ class KDHandle(Attachment):
             A scalar tensor with gradients into the student and the train-only parameters.
 
         Raises:
-            ArgumentTypeError: if ``targets`` have a gradient, as the student's logits do.
+            ArgumentTypeError: if ``targets`` is not a tensor, or requires grad (did you pass the
+                logits?).
             CaptureError: if no training forward was recorded, a KD layer did not run in it, or this
                 is called under ``torch.no_grad()``.
             StaleCaptureError: if several forwards were run, or the batch, features or logits were
@@ -264,9 +265,9 @@ class KDHandle(Attachment):
 
     @contextmanager
     def batch(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Record whatever the student does inside, for runs that are no call ``student(x)``.
+        """Record whatever the student does inside, for forwards that do not call ``student(x)``.
 
-        Use it round ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
+        Use it around ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
         student that is part of a larger model; the arguments are the teacher's inputs. Then call
         ``kd.loss(y, logits=...)``.
         """
@@ -284,7 +285,7 @@ class KDHandle(Attachment):
             tape.manual = tape.active = False
 
     def teach(self, *args: Any, **kwargs: Any) -> None:
-        """Run the teacher on a batch now, before the student, to lower the peak of memory.
+        """Run the teacher on a batch now, before the student, to lower peak memory.
 
         The teacher's activations are freed before the student's are made; only the tensors that
         the losses read are kept, for the next :meth:`loss`. Calling it is optional.
@@ -304,14 +305,14 @@ class KDHandle(Attachment):
     # ---------------------------------------------------------------- detaching and removal
 
     def detach(self) -> None:
-        """Let go of teacher, captures and train-only parts; the student keeps its KD layers."""
+        """Drop the teacher, the recording and the train-only parts; the KD layers stay."""
         self._release()
         self._teachers, self._terms, self.terms = [], [], {}
         self._plan, self._ranks = Plan((), ()), None
         self._watch = OptimiserWatch(None, (), {})
 
     def remove(self) -> None:
-        """As :meth:`detach`, and take the KD layers out: the student is as it was before."""
+        """Like :meth:`detach`, and also remove the KD layers: the student is as it was before."""
         self.detach()
         take_out(self.student, self._tape)
         unguard_hooks()

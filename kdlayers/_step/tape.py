@@ -1,4 +1,4 @@
-"""The tape: what one training forward of the student left for the losses."""
+"""The tape: what one training forward of the student recorded for the losses."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -91,7 +91,7 @@ class Forward:
 
 @dataclass
 class Ahead:
-    """What ``kd.teach`` learnt before the student runs, and of which inputs."""
+    """What ``kd.teach`` computed before the student runs, and from which inputs."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -113,7 +113,7 @@ class Tape:
         self.copies = False
         """Whether the student works in place on its inputs, so that copies go to the teacher."""
         self.ahead: Any = None
-        """What ``kd.teach`` learnt before the student runs."""
+        """What ``kd.teach`` computed before the student runs."""
         self.ranks: Any = None
         """What keeps train-only parameters equal over the ranks, if there are any."""
 
@@ -124,7 +124,7 @@ class Tape:
         self.generation += 1
 
     def fail(self) -> None:
-        """Let go of what a forward that ended in an exception has left, and of its teacher's."""
+        """Drop what a forward recorded before it raised, and what the teacher gave for it."""
         self.active = False
         self.ahead = None
         self.forward = None

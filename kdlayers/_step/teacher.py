@@ -1,4 +1,4 @@
-"""Runs a teacher on the student's batch, and leaves it as it was found."""
+"""Runs a teacher on the student's batch, and restores its state afterwards."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -189,7 +189,7 @@ class _Point:
 
 
 class _Enough(BaseException):
-    """Ends a teacher's forward; no Exception, so that no model takes it for an error."""
+    """Ends a teacher's forward. Not an Exception, so that models do not catch it as an error."""
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ _SOURCE = "_kd_source"
 
 
 class Source:
-    """The teacher and its point that ``kd.fit`` has fitted a module to; copies know none."""
+    """The teacher and the point that ``kd.fit`` fitted a module to; copies do not keep it."""
 
     def __init__(self, model: Callable[[], nn.Module | None], tap: str | None) -> None:
         self.model = model
@@ -39,10 +39,10 @@ def _no_source() -> None:
 class Term:
     """One loss, and how its student's and teacher's tensors are taken from a batch.
 
-    With ``point`` None the loss compares logits. Else it compares features at ``point``: the scores
-    of the KD layer if ``scores``, with channels last as template losses read them, or the features
-    that the next module gets, as maps ``[B, C, H, W]``. With ``teacher_index`` None the teacher is
-    the mean of all teachers' logits, or the first one's features.
+    If ``point`` is None, the loss compares logits. Otherwise it compares features at ``point``:
+    the scores of the KD layer if ``scores`` is True, with channels last, or the features that the
+    next module gets, as maps ``[B, C, H, W]``. If ``teacher_index`` is None, the loss reads the
+    mean of all teachers' logits, or the first teacher's features.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Term:
     shrink: tuple[float, float] = (1.0, 1.0)
     """The pooled teacher grid over the teacher's own, height and width, seen at attach."""
     readers: tuple[Vectors, Vectors] | None = None
-    """How the student's and the teacher's vectors are read, where the loss compares no maps."""
+    """How to read the student's and the teacher's vectors, if the loss does not compare maps."""
     positions: int = 1
     """Positions of the student at this point, for images of the size of the example."""
 
@@ -109,9 +109,9 @@ class Term:
         setattr(self._learner, _SOURCE, Source(ref(self._model(teachers)), self.tap))
 
     def learnt_elsewhere(self, teachers: Sequence[Teacher]) -> str | None:
-        """Of what an earlier ``kd.fit`` fitted this term, if that is something else.
+        """What an earlier ``kd.fit`` fitted this term to, if it was another teacher or point.
 
-        What was fitted by hand or loaded is what the user wants.
+        Targets that the user fitted by hand or loaded are left alone.
         """
         source: Source | None = getattr(self._learner, _SOURCE, None)
         if source is None or not self.loss.fitted:
@@ -123,7 +123,7 @@ class Term:
 
     @property
     def _learner(self) -> nn.Module:
-        """What learns, and may be passed to another `attach_kd`: targets, or the loss."""
+        """The module that learns, which may be passed to another `attach_kd`: targets or loss."""
         targets = self.loss.template_targets if isinstance(self.loss, TemplateLoss) else None
         return self.loss if targets is None else targets
 
@@ -184,7 +184,7 @@ class Plan:
     def teach(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.dtype | None = None
     ) -> list[Taught]:
-        """Run every teacher, no deeper than the terms read."""
+        """Run every teacher, only as deep as the terms need."""
         taught = []
         for teacher, taps, logits in zip(self.teachers, self.taps, self.logits, strict=True):
             taught.append(teacher.run(args, kwargs, taps, autocast, logits=logits))

@@ -1,4 +1,4 @@
-"""What both kinds of template targets share: fitting, state, checks."""
+"""What both kinds of template targets share: fitting, the divergence, state, checks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -125,7 +125,7 @@ class TemplateTargets(nn.Module):
         self._anchor = buffers["centers"].new_empty(0)
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
-        """Raise CheckpointError unless the tensors match; take over the sizes they imply."""
+        """Raise CheckpointError unless the tensors match; adopt the sizes that they imply."""
         raise NotImplementedError
 
     def _load_from_state_dict(

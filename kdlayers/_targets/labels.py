@@ -33,7 +33,7 @@ def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor,
 
     Raises:
         ArgumentError: without labels, or with negative ones.
-        ArgumentTypeError: if they are no tensor of numbers.
+        ArgumentTypeError: if they are not a tensor of numbers.
         ShapeError: if their shape is not a leading part of ``[...]``, for probabilities with
             ``classes`` as one axis more.
     """
