@@ -44,31 +44,31 @@ class ShapeError(KDLayersError, ValueError):
 
 
 class LayoutError(KDLayersError, ValueError):
-    """The axis of the channels, or the grid that tokens form, cannot be told."""
+    """The channel axis, or the grid that tokens form, cannot be determined."""
 
 
 class MissingPackageError(KDLayersError, ImportError):
-    """What was asked needs a package that is not installed; the message says what to install."""
+    """A function needs a package that is not installed; the message says what to install."""
 
 
 class AttachError(KDLayersError, RuntimeError):
-    """The model cannot take a KD layer at this point, or not in its present state."""
+    """The model cannot get a KD layer at this point, or in its present state."""
 
 
 class CaptureError(KDLayersError, RuntimeError):
-    """The student's training forward did not leave what the losses need."""
+    """The student's training forward did not record what the losses need."""
 
 
 class StaleCaptureError(CaptureError):
-    """What was recorded does not belong to this loss: another batch, or changed since."""
+    """The recorded tensors belong to another batch, or were changed in place."""
 
 
 class NotFittedError(KDLayersError, RuntimeError):
-    """Targets are used before ``fit`` has learnt them from the teacher."""
+    """Targets or a loss were used before ``kd.fit``."""
 
 
 class FitError(KDLayersError, ValueError):
-    """The data given to ``fit`` cannot be learnt from."""
+    """``fit`` got data that it cannot use."""
 
 
 class CheckpointError(KDLayersError, ValueError):
@@ -80,4 +80,4 @@ class RecordError(KDLayersError, ValueError):
 
 
 class KDLayersWarning(UserWarning):
-    """Something is probably not what was meant; training can go on."""
+    """Something is probably a mistake, but training can continue."""

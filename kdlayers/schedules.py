@@ -25,8 +25,8 @@ __all__ = ["Constant", "Cosine", "LinearWarmup", "MultiStep", "Product", "Schedu
 class Schedule(ABC):
     """A weight as a function of the step.
 
-    ``weight=`` also takes a plain function. Subclass this for a weight that can be multiplied, and
-    pickled with its loss.
+    ``weight=`` also takes a plain function. Subclass this if the weight should support
+    multiplication and pickling with its loss.
 
     Example:
         >>> from dataclasses import dataclass
@@ -126,7 +126,7 @@ class Cosine(Schedule):
 
     .. math:: w(t) = e + (v - e) \, \tfrac12 \big(1 + \cos(\pi \min(t, L) / L)\big)
 
-    After the end the authors' code would swing back; here the weight stays.
+    In the authors' code the weight rises again after the end; here it stays.
 
     Args:
         length: L, above 0: usually the length of the training.
@@ -231,7 +231,7 @@ class MultiStep(Schedule):
         for milestone in self.milestones:
             check.not_negative("a milestone", milestone)
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ArgumentError(f"milestones must rise, got {self.milestones}")
+            raise ArgumentError(f"milestones must be strictly increasing, got {self.milestones}")
         check.not_negative("value", self.value)
         check.not_negative("gamma", self.gamma)
         _epoch_length(self.steps_per_epoch)

@@ -72,7 +72,7 @@ def test_products_multiply_value_by_value():
         (lambda: Constant(-1.0), "value must be 0 or more and finite, got -1.0"),
         (lambda: Cosine(0), "length must be above 0 and finite, got 0"),
         (lambda: Step(float("nan")), "every must be above 0 and finite"),
-        (lambda: MultiStep((3, 2)), r"milestones must rise, got \(3, 2\)"),
+        (lambda: MultiStep((3, 2)), r"milestones must be strictly increasing, got \(3, 2\)"),
         (lambda: LinearWarmup(3, start=-0.1), "start must be 0 or more"),
         (lambda: LinearWarmup(3, steps_per_epoch=0), "steps_per_epoch must be 1 or more"),
         (lambda: Constant(1.0) * -2.0, "value must be 0 or more"),

@@ -1,4 +1,4 @@
-"""What the fused path takes over from ``nn.BatchNorm1d``, and when it must not."""
+"""The batch-norm arithmetic of the fused path, and when that path cannot be used."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from kdlayers.errors import AttachError
 
 
 def why_plain(norm: nn.Module, device: torch.device) -> str | None:
-    """Why a KD layer with this norm trains by the plain operations; None if it need not."""
+    """The reason why a KD layer with this norm must train with plain operations, or None."""
     if device.type not in DEVICES:
         return f"{device.type} device"
     if type(norm) is not nn.BatchNorm1d:
@@ -22,7 +22,7 @@ def why_plain(norm: nn.Module, device: torch.device) -> str | None:
 
 
 def as_affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Gain and bias, each ``[K]`` in float64, that the norm amounts to at inference.
+    """Gain and bias of the norm at inference, each ``[K]`` in float64.
 
     Raises:
         AttachError: if it has no running statistics.

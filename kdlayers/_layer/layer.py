@@ -24,7 +24,7 @@ torch.fx.wrap("enhanced")
 
 MEMORY = ("normal", "low")
 CHEAP_CHANNELS = 128
-"""Up to so many channels scores are computed again rather than kept: it takes no longer."""
+"""Up to this many channels, recomputing the scores takes no longer than storing them."""
 
 
 def worthwhile(rows: int, channels: int, templates: int) -> bool:
@@ -39,8 +39,7 @@ class CosineProjection(nn.Module):
               \frac{u}{\max(\lVert u\rVert, \epsilon)} \right\rangle, \qquad \epsilon = 10^{-12}
 
     Norms are taken in float32 or better, also under autocast and in half-precision models; the
-    matrix product runs in the precision that autocast asks for. A vector of zeros gives zeros, and
-    passes no gradient on.
+    matrix product runs in autocast's precision. A zero vector gives zeros and gets no gradient.
     """
 
     def __init__(self, in_features: int, out_features: int, scale: float) -> None:
@@ -54,7 +53,7 @@ class CosineProjection(nn.Module):
         return self.weight * (inverse_norm(self.weight) * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`project`; what tools that wrap the module change."""
+        """`project`; tools that wrap the module replace this method."""
         return self.project(x)
 
     def project(self, vectors: Tensor) -> Tensor:
@@ -187,7 +186,7 @@ class LayerParts(nn.Module):
                     return self._fused(x, features)
                 if self.frozen(x.device):
                     return self._at_inference(x, features)
-        # The modules are called, for what pruning, weight norm or LoRA put round them.
+        # Call the modules, so that pruning, weight norm or LoRA around them take effect.
         scores = self.head(x)
         last = scores.movedim(self.channel_dim, -1)
         # Batch norm wants two axes: positions of all images, templates.
@@ -206,7 +205,7 @@ class LayerParts(nn.Module):
             )
 
     def _may_fuse(self, x: Tensor) -> bool:
-        """Whether a fused path is possible at all, before the parts are looked at."""
+        """Whether a fused path is possible at all, before the parts are checked."""
         if self.memory == "low" or not self.training:
             return True
         channels = x.shape[self.channel_dim] if -x.dim() <= self.channel_dim < x.dim() else 1
@@ -270,7 +269,7 @@ class LayerParts(nn.Module):
 
     @torch.jit.unused
     def fuses(self, device: torch.device, rows: int) -> bool:
-        """Whether a forward now takes the fused path rather than the plain operations.
+        """Whether a forward would take the fused path now, rather than the plain operations.
 
         Training forwards of enough positions (``rows``) do, on CPUs and CUDA devices, where head,
         norm and value are as the layer made them; exports and traces see the plain operations.
@@ -284,13 +283,13 @@ class LayerParts(nn.Module):
 
     @torch.jit.unused
     def why_plain(self, device: torch.device) -> str | None:
-        """Why the layer must compute by the plain operations; None if it need not."""
+        """The reason why the layer must use the plain operations; None if there is none."""
         wrapped = self.wrapped()
         return why_plain(self.norm, device) if wrapped is None else wrapped
 
     @torch.jit.unused
     def wrapped(self) -> str | None:
-        """What stands between the layer and its parameters, such as pruning; None if nothing."""
+        """What modifies the layer's parameters, such as pruning; None if nothing does."""
         for name, part in (("head", self.head), ("value", self.value)):
             if has_hooks(part):
                 return f"hooks on its {name}"
@@ -321,7 +320,8 @@ class KDLayer(LayerParts):
     where :math:`\operatorname{cos}` is the scaled cosine of :class:`TemplateHead`: x is normalised
     over its channels, p over the templates, each template over C, and V over K for each output
     channel. A position whose p is all zero passes unchanged. The KD loss acts on the scores a. The
-    layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds a position.
+    layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds per
+    position.
 
     Args:
         in_channels: channels C of the features.
@@ -329,9 +329,10 @@ class KDLayer(LayerParts):
         alpha: value ratio, the factor of v; default 1, as in all but one of the authors'
             configurations. 0 keeps the features as they are (the loss still acts on the scores).
         channel_dim: axis of the channels; default 1 (NCHW). Use -1 for NHWC and for tokens.
-        memory: ``"low"``: never keep the scores of all positions, in training, but compute them
-            again in parts. ``"normal"`` (default): so only where it takes no longer: up to 128
-            channels, from 4 templates a channel and 524,288 scores. The numbers are the same.
+        memory: ``"low"``: in training, never store the scores of all positions but recompute them
+            in chunks. ``"normal"`` (default): recompute them only where that costs no extra time,
+            which is up to 128 channels, from 4 templates per channel and 524,288 scores. The
+            numbers are the same.
 
     Attributes:
         head: the :class:`TemplateHead`, ``weight [K, C]`` and ``scale`` (initially 3).
@@ -385,7 +386,7 @@ def _cosines(vectors: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def check_memory(memory: str) -> str:
-    """``memory`` if it is a mode there is."""
+    """``memory``, if it is a known mode."""
     if memory not in MEMORY:
         raise ArgumentError(f'memory must be "normal" or "low", got {memory!r}')
     return memory

@@ -1,8 +1,9 @@
 r"""The KD layer's arithmetic on rows, in chunks that stay in the cache.
 
-Written out, the layer makes half a dozen tensors of N positions by K templates forward, and as many
-backward. Here the scores are the only one, and where they are cheap to compute again there is none.
-What makes this possible is that scores are linear in the unit vectors u:
+The plain operations create about six tensors of N positions by K templates in the forward pass, and
+as many in the backward pass. Here the scores are the only one, and where they are cheap to
+recompute even they are not stored. This is possible because the scores are linear in the unit
+vectors u:
 
 * their mean and variance over positions follow from the mean and the covariance of u, and
 * what the batch norm's gradient subtracts from every position's gradient is linear in u too, hence
@@ -43,7 +44,7 @@ def recognise(
         beta: its bias, ``[K]``.
         values: V, unit rows times the scale, ``[C, K]``, of the dtype of ``units``.
         eps: of the batch norm.
-        keep: whether to keep the scores, rather than to compute them again where they are needed.
+        keep: whether to store the scores instead of recomputing them.
 
     Returns:
         v ``[N, C]``, a ``[N, K]`` (``[0, K]`` unless ``keep``), the scores' mean and biased
@@ -249,7 +250,7 @@ def _through_moments(
     grad_units: Tensor,
     grad_templates: Tensor,
 ) -> None:
-    """Take off what reaches the scores through the batch's mean and variance, for all positions.
+    """Subtract the gradient through the batch's mean and variance, for all positions.
 
     That is ``shift + slope * (a - mean)`` at each; the shift meets the templates only through the
     centred units, whose sum is zero.

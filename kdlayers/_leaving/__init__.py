@@ -1,4 +1,4 @@
-"""A trained student on its way out: save, load, bake, fold, prune.
+"""After training: save, load, bake, fold and prune a student.
 
 It imports `_step` and the rooms below, but never `_attaching`.
 """

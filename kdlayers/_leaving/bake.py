@@ -37,9 +37,8 @@ def bake(student: nn.Module) -> nn.Module:
     The copy gives the same outputs, runs without hooks, and can be scripted by TorchScript where
     the student itself could be; its state-dict keys differ. The student is not changed.
 
-    Args:
-        student: a model with KD layers, attached or detached. What ``torch.compile``, DDP or a
-            moving average wrap round it is left out of the copy.
+    Args: student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
+        DDP or a moving average are not copied.
 
     Raises:
         AttachError: if the model has no KD layers, or FSDP has split its parameters.
@@ -60,10 +59,9 @@ def bake(student: nn.Module) -> nn.Module:
 def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: str) -> nn.Module:
     """A copy of ``student`` without hooks, with ``made(slot)`` as a submodule for every slot.
 
-    Args:
-        student: the student, or what ``torch.compile``, DDP or a moving average wrap round it.
-        made: gives the module that takes the place of a slot.
-        call: the public function that asks for it, for messages.
+    Args: student: the student, bare or in a wrapper such as ``torch.compile``, DDP or a moving
+        average. made: returns the module that replaces a slot. call: name of the public function,
+        for messages.
 
     Raises:
         AttachError: if there is no KD layer, or FSDP has split the student.
@@ -72,8 +70,8 @@ def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: 
     refuse_shards(student, call)
     if not inserts(student):
         raise AttachError(
-            f"this {type(student).__name__} has no KD layers, so it is plain as it is: use or "
-            "export it itself; KD layers come with attach_kd(student, teacher, at=[...])"
+            f"this {type(student).__name__} has no KD layers, so there is nothing to bake: use or "
+            "export it directly, or add KD layers with attach_kd(student, teacher, at=[...])"
         )
     baked = copy.deepcopy(student)
     for module, key, hook in inserts(baked):
@@ -85,7 +83,7 @@ def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: 
 
 def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
     point: nn.Module = BakedPoint(module, layer, path)
-    # TorchScript knows no *args; a Sequential serves where the module takes one tensor.
+    # TorchScript does not support *args; use a Sequential if the module takes one tensor.
     if path == () and len(signature(module.forward).parameters) == 1:
         point = nn.Sequential(module, layer)
     point.training = module.training

@@ -87,12 +87,11 @@ def _unit_rows(weight: Tensor) -> Tensor:
 def fold(student: nn.Module) -> nn.Module:
     """A copy of the student for inference, whose KD layers are folded to two matrices and a bias.
 
-    As :func:`bake`, no hook is left. Outputs are equal up to rounding (about 1e-6 in float32). The
-    copy is in eval mode and its layers cannot be trained; the student is not changed.
+    As with :func:`bake`, no hook is left. Outputs are equal up to rounding (about 1e-6 in float32).
+    The copy is in eval mode and its layers cannot be trained; the student is not changed.
 
-    Args:
-        student: a model with KD layers, attached or detached. What ``torch.compile``, DDP or a
-            moving average wrap round it is left out of the copy.
+    Args: student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
+        DDP or a moving average are not copied.
 
     Raises:
         AttachError: if the model has no KD layers, FSDP has split its parameters, or a layer is
@@ -112,9 +111,10 @@ def fold(student: nn.Module) -> nn.Module:
         wrapped = slot.wrapped()
         if wrapped is not None:
             raise AttachError(
-                f"the KD layer at {name!r} cannot be folded with {wrapped}, because its parameters "
-                "alone are not what it computes; make the change permanent first, for instance "
-                "with torch.nn.utils.prune.remove or by merging the adapter, or use bake(student)"
+                f"the KD layer at {name!r} cannot be folded with {wrapped}, because its output "
+                "does not depend on its parameters alone; make the change permanent first, for "
+                "instance with torch.nn.utils.prune.remove or by merging the adapter, or use "
+                "bake(student)"
             )
     with torch.no_grad():
         copied = replace_layers(student, FoldedKDLayer, "fold")

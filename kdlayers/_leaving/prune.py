@@ -39,21 +39,21 @@ def prune_templates(
     r"""Remove templates that fire at no position of the data, or at few of them.
 
     A template fires where its entry of :math:`p = \operatorname{ReLU}(\operatorname{BN}(a))` is
-    above zero. One that fires nowhere adds nothing, but it has a share in the norms of the value
-    kernels; one silent template stays and takes over the shares of all that go, so that outputs on
-    the data are unchanged up to rounding. The student is changed in place: prune after training,
-    and make a new optimiser if you train on.
+    above zero. A template that never fires adds nothing to the features but contributes to the
+    norms of the value kernels. One silent template is therefore kept and takes over these
+    contributions, so that outputs on the data are unchanged up to rounding. The student is changed
+    in place: prune after training, and make a new optimiser if you continue training.
 
-    Every position counts that goes through the layer, with class and register tokens, whose
-    templates act on the output as others do. (:func:`kdlayers.viz.template_usage`, which is about
-    regions of images, leaves these tokens out.)
+    All positions of the layer count, including class and register tokens, because they affect the
+    output too. (:func:`kdlayers.viz.template_usage` is about regions of images and ignores these
+    tokens.)
 
     Args:
         student: a detached model with KD layers. Under DDP all processes call this together, each
-            with its part of the data, and wrap the student anew if they train on.
+            with its part of the data, and wrap the student again to continue training.
         loader: batches of images, or of (images, labels), as the student will see them.
-        budget: greatest share of positions, 0 to 1, at which a template that goes may fire. 0 (the
-            default): outputs on this data stay the same. Above 0 they change a little.
+        budget: largest share of positions, from 0 up to 1, at which a removed template may fire.
+            With 0 (the default) outputs on this data stay the same; above 0 they change slightly.
 
     Returns:
         For every KD layer an object with the ``name`` of its point, the number of templates
@@ -132,15 +132,15 @@ def _firing_shares(
     broken = [name for name, count in counts.items() if count[-1] > 0]
     if broken:
         raise FitError(
-            f"scores of the KD layer at {broken[0]!r} are NaN or infinite on this data, so which "
-            "templates fire is not known, and nothing was pruned; look for NaN in the images and "
+            f"scores of the KD layer at {broken[0]!r} are NaN or infinite on this data, so it is "
+            "unknown which templates fire, and nothing was pruned; look for NaN in the images and "
             "in the student's weights"
         )
     return {name: count[:-2] / count[-2] for name, count in counts.items()}
 
 
 def _check_plain(name: str, slot: Slot) -> None:
-    """Raise AttachError if a layer's weights are computed from others, which cannot be cut."""
+    """Raise AttachError if a layer's weights are computed from others and cannot be sliced."""
     for module in (slot.head, slot.value):
         if not isinstance(dict(module.named_parameters(recurse=False)).get("weight"), nn.Parameter):
             raise AttachError(

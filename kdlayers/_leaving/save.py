@@ -21,21 +21,22 @@ def save_student(student: nn.Module, path: str | PathLike[str] | BinaryIO) -> No
     """Save the student's weights and where its KD layers are.
 
     The file holds tensors, names, numbers and their checksums: no code, and nothing of the teacher.
-    It is written beside ``path`` and then renamed, so that an earlier file of this name stays whole
-    if the process is killed or the disk is full (a temporary ``.kdlayers-*.tmp`` may stay then).
+    It is written to a temporary file beside ``path`` and then renamed, so an existing file is never
+    left half-written, even if the process is killed or the disk is full. A killed process may leave
+    a temporary ``.kdlayers-*.tmp``.
 
-    What ``torch.compile``, ``DistributedDataParallel`` or a moving average wrap round the student
-    is left out. A larger model that contains the student, such as a detector, is saved as a whole.
-    Under FSDP2 all processes call this together, and the first one writes the file.
+    Wrappers such as ``torch.compile``, ``DistributedDataParallel`` or a moving average are not
+    saved. A larger model that contains the student, such as a detector, is saved as a whole. Under
+    FSDP2 all processes call this together, and the first one writes the file.
 
     Args:
         student: a model with KD layers, attached or detached.
-        path: file to write; or a binary file object, which is written to as it is.
+        path: file to write, or a binary file object, which is written to directly.
 
     Raises:
         AttachError: if the model has no KD layers; save its ``state_dict()`` as usual then.
-        CheckpointError: if its state cannot be held by such a file; nothing is written then.
-        OSError: if the file cannot be written; an earlier one is then as it was.
+        CheckpointError: if the file cannot hold its state; nothing is written then.
+        OSError: if the file cannot be written; an existing file is then unchanged.
 
     Example:
         >>> import tempfile, torch
@@ -97,8 +98,8 @@ def _full_name(model: nn.Module, module: nn.Module, name: str) -> str:
 def load_student(model: M, path: str | PathLike[str] | BinaryIO) -> M:
     """Put the saved KD layers into a fresh ``model`` and load all weights; no teacher is needed.
 
-    All or nothing: if anything fails, the model is as it was before. Checksums of the file and of
-    every tensor are compared, and keys and sizes with those of the model, before memory is taken.
+    If anything fails, the model is unchanged. Before memory is allocated, the checksums of the file
+    and of every tensor are checked, and keys and sizes are compared with those of the model.
 
     Args:
         model: a model of the class and sizes that the student was made with, without KD layers. It

@@ -45,7 +45,7 @@ class SavedStudent:
 
     layers: list[LayerDescription]
     state: OrderedDict[str, Any]
-    """As ``state_dict()`` gives it, with the version of every module that has one."""
+    """As returned by ``state_dict()``, with the version of every module that has one."""
 
 
 def pack(layers: list[LayerDescription], state: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,9 @@ def unpack(content: Any, label: str) -> SavedStudent:
 def _check_sums(content: dict[str, Any], label: str) -> None:
     sums, state = content.get("checksums"), content["state"]
     if not isinstance(sums, dict) or set(sums) != set(state):
-        raise CheckpointError(f"{label} is damaged: it has no checksums, or not one for each entry")
+        raise CheckpointError(
+            f"{label} is damaged: it has no checksums for some or all of its entries"
+        )
     if content.get("checksum") != _description_sum(content):
         raise CheckpointError(f"{label} is damaged: the checksum of its description is wrong")
     for key, value in state.items():
@@ -173,7 +175,7 @@ def _check_layer(item: Any, what: str) -> None:
 
 
 def _portable(key: str, value: Any) -> Any:
-    """``value`` on the CPU, without what a file without code cannot hold."""
+    """``value`` on the CPU; raise CheckpointError if a file without code cannot hold it."""
     if isinstance(value, Tensor):
         return _portable_tensor(key, value)
     if isinstance(value, Mapping):
@@ -195,7 +197,7 @@ def _portable_tensor(key: str, value: Tensor) -> Tensor:
     value = value.cpu()
     why = None if value.is_quantized else why_not_plain(value)
     if type(value) is not Tensor:
-        why = f"is a {type(value).__name__}, whose class the file cannot name"
+        why = f"is a {type(value).__name__}, a class that the file cannot store"
     # An expanded tensor is written out in full: its size must not exceed what the file holds.
     if why is not None and why != why_hollow(value):
         raise CheckpointError(f"the student cannot be saved: {key!r} {why}")

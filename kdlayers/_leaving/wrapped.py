@@ -1,10 +1,10 @@
-"""The student inside whatever a training loop has wrapped round it."""
+"""Finds the student inside the wrappers of a training loop."""
 
 from torch import nn
 
 from kdlayers.errors import ArgumentTypeError, AttachError
 
-# By the names of their classes, so that nothing has to be imported to be recognised.
+# Recognised by class name, so that their packages need not be imported.
 _WRAPPERS = {
     ("torch", "OptimizedModule"): "_orig_mod",
     ("torch", "DistributedDataParallel"): "module",
@@ -18,7 +18,7 @@ _WRAPPERS = {
 
 
 def student_inside(model: nn.Module) -> nn.Module:
-    """``model`` without ``torch.compile``, DDP, DataParallel and moving averages round it.
+    """``model`` without wrappers: ``torch.compile``, DDP, DataParallel and moving averages.
 
     These only call the model inside. A model of which the student is a part, such as a detector,
     stays whole.
@@ -30,7 +30,7 @@ def student_inside(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
             f"the student must be a torch.nn.Module, got {type(model).__name__}; "
-            "of an object that holds the model, pass the model"
+            "if an object holds the model, pass the model itself"
         )
     inner: nn.Module | None = model
     while inner is not None:
@@ -79,7 +79,7 @@ def is_first_process(model: nn.Module) -> bool:
 
 
 def is_ddp(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel is among what is wrapped round the student."""
+    """Whether DistributedDataParallel is one of the wrappers of the student."""
     inner: nn.Module | None = model
     while isinstance(inner, nn.Module):
         if _is_a(inner, ("torch", "DistributedDataParallel")):

@@ -63,8 +63,9 @@ class Layout:
             if found is None:
                 raise ShapeError(
                     f"{count} tokens of images of {image[0]} x {image[1]} do not form a grid of "
-                    f"their proportions; at attach images of {self.image[0]} x {self.image[1]} "
-                    f"gave {height} x {width} tokens; attach with example= of these images"
+                    f"the images' proportions; the example at attach time, {self.image[0]} x "
+                    f"{self.image[1]}, gave {height} x {width} tokens; call attach_kd with "
+                    "example= of the new size"
                 )
             return found
         if height * width != count:
@@ -74,8 +75,8 @@ class Layout:
         if height * width != count:
             raise ShapeError(
                 f"{count} tokens do not form a grid of the proportions "
-                f"{self.grid[0]}:{self.grid[1]} seen at attach; attach with example= of the "
-                "images' proportions"
+                f"{self.grid[0]}:{self.grid[1]} seen at attach time; call attach_kd with example= "
+                "of the images' proportions"
             )
         return height, width
 
@@ -164,7 +165,7 @@ def _token_layout(
             "find_points(model) lists them"
         )
     found = [way for way in found if _grows(*way, growth)] or found
-    # One position is no likely grid where several positions fit as well.
+    # A grid of one position is unlikely if a larger grid also fits.
     found = [way for way in found if way[1] != (1, 1)] or found
     found = [way for way in found if way[0] in stated[:1]] or found
     found = [way for way in found if way[0] in stated] or found
@@ -258,8 +259,8 @@ def _map_kind(
     if len(fits) == 1 and not known and readings[fits[0]][0] not in readings[fits[0]][1]:
         return fits[0]
     raise LayoutError(
-        f"the output of {name!r} has shape {shape}: it cannot be told which axis holds the "
-        "channels; pass example= with images of another size, for instance of 3/2 the height"
+        f"the output of {name!r} has shape {shape}, and it is unclear which axis holds the "
+        "channels; pass example= with images of another size, for instance 3/2 of the height"
     )
 
 
@@ -282,21 +283,21 @@ def stated_kind(module: nn.Module) -> Kind | None:
 
 
 def measured_kind(growth: Growth | None) -> Kind | None:
-    """What the axes that grow with height and width tell of a map."""
+    """The layout of a map from the axes that grow with height and width."""
     if growth is None or growth.height is None or growth.width is None:
         return None
     return _AXES.get((growth.height, growth.width))
 
 
 def _maker(module: nn.Module) -> Kind | None:
-    """What the last module of a Sequential states."""
+    """The layout declared by the last module of a Sequential."""
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
     return stated_kind(module)
 
 
 def _stated_format(root: nn.Module) -> Kind | None:
-    """What timm states about the whole model."""
+    """The layout that timm declares for the whole model."""
     stated = getattr(root, "output_fmt", None)
     name = getattr(stated, "value", stated)
     return name if name in ("NCHW", "NHWC") else None

@@ -1,4 +1,4 @@
-"""Finding modules by name or glob, and naming the nearest ones where nothing is found."""
+"""Finds modules by name or glob, and suggests the nearest names if there is no match."""
 
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -14,7 +14,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 def match(
     pattern: str, names: Collection[str], model: nn.Module, label: str, advice: str = ""
 ) -> list[str]:
-    """The ``names`` that ``pattern``, a name or a glob, stands for, in their order.
+    """The ``names`` that match ``pattern``, a name or a glob, in their order.
 
     ``advice`` is what the error says besides, where the caller knows what was meant.
 
@@ -31,12 +31,12 @@ def match(
 
 
 def is_glob(pattern: str) -> bool:
-    """Whether ``pattern`` may stand for several names."""
+    """Whether ``pattern`` may match several names."""
     return any(character in pattern for character in "*?[")
 
 
 def _glob(name: str, pattern: str) -> bool:
-    """Part by part, so that ``layer*`` stands for the stages and not for all that is in them."""
+    """Match part by part, so that ``layer*`` matches the stages and not the modules in them."""
     parts, patterns = name.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
@@ -59,7 +59,7 @@ def strip(name: str) -> str:
 
 def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> str:
     """The sentence for a name that is not there."""
-    # What looks like a glob is seldom what it was meant for.
+    # A suggestion that looks like a glob is rarely helpful.
     near = [] if is_glob(pattern) else get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
     hint = ", ".join(repr(name) for name in near or _stages(names)[-6:])
     unused = f"; {pattern!r} exists but does not run in forward" if _exists(pattern, model) else ""

@@ -1,4 +1,4 @@
-"""The logits in what a model returns: by name, then by shape; else the user is asked."""
+"""Finds the logits in a model's output by name, then by shape."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,11 @@ def main_output(output: Any) -> Tensor | None:
 
 
 def why_unclear(output: Any) -> str | None:
-    """Why the logits in ``output`` cannot be told from other tensors; None where they can."""
+    """Why it is unclear which tensor of ``output`` has the logits; None if it is clear."""
     if first_tensor(output) is None or _found(output) is not None:
         return None
     if is_detections(output):
-        return "it returns detections, a dict of boxes an image, so there are no logits"
+        return "it returns detections, one dict of boxes per image, so there are no logits"
     parts = ", ".join(
         f"{'.'.join(map(str, path)) or 'the tensor'} {list(tensor.shape)}"
         for path, tensor in leaves(output)

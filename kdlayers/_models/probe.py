@@ -1,4 +1,4 @@
-"""How a module's output grows with the images, which tells its axes apart."""
+"""Finds the spatial axes of a module's output by running larger images."""
 
 import warnings
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from kdlayers._utils.tree import Path, leaves, mapped, pick
 
 Shape = tuple[int, ...]
 IMAGES = 2
-"""So many images are enough to see how shapes grow."""
+"""This many images are enough to see how shapes grow."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ def _shapes(model: nn.Module, args: tuple[Any, ...], paths: Mapping[str, Path]) 
             model(*args)
         except torch.OutOfMemoryError:
             return {}
-        except Exception:  # a model of one size says so in its own way
+        except Exception:  # a model with a fixed input size may raise anything
             return {}
     return shapes

@@ -1,4 +1,4 @@
-"""Dry runs: what every module of a model returns, without leaving a trace in the model."""
+"""Dry runs: record what every module returns, without changing the model."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -39,7 +39,7 @@ class Call:
     changed: bool = False
     """Whether a later module changed the features in place."""
     stated: Kind | None = None
-    """Layout that a convolution or norm states which made the features or took them."""
+    """Layout declared by a convolution or norm that produced or consumed the features."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Trace:
     image: Size
     label: str
     unclear: str | None = None
-    """Why it cannot be told which tensor of the output are the logits; None where it can."""
+    """Why it is unclear which tensor of the output has the logits; None if it is clear."""
     detections: bool = False
     """Whether the model returns boxes rather than logits."""
     changes_input: bool = False
@@ -79,8 +79,8 @@ class Trace:
         if call is None:
             raise AttachError(
                 f"module {name!r} of the {self.label} gave no features in a dry run: it is not "
-                "called, or its output is no floating-point tensor; find_points(model) lists "
-                "usable points"
+                "called, or its output is not a floating-point tensor; find_points(model) "
+                "lists usable points"
             )
         if call.calls > 1:
             raise AttachError(
@@ -157,7 +157,7 @@ class Trace:
             )
 
     def release(self) -> None:
-        """Let go of the example; layouts that have been asked for stay known."""
+        """Release the example; layouts that were computed before stay available."""
         self.example = None
 
 
@@ -217,7 +217,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
 
 
 def _iterated(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Call]:
-    """Calls for Sequentials that did not run themselves, but their children one by one.
+    """Calls for Sequentials whose children ran one by one, without a call of the Sequential.
 
     So does gradient checkpointing, which many libraries write as a loop over the children. What the
     last child returned is what the Sequential would have returned.
@@ -241,7 +241,7 @@ def _last_child(module: nn.Module, name: str) -> str:
 
 
 class _Statements:
-    """What convolutions and norms state about the very tensors that they made or took."""
+    """Layouts that convolutions and norms declare for the tensors they produced or consumed."""
 
     def __init__(self) -> None:
         self.kinds: dict[int, set[Kind]] = {}
@@ -297,7 +297,7 @@ def depend(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
 
 
 def _differentiable(arg: Any) -> Any:
-    """A floating-point tensor that a frozen model's features depend on, and that is no leaf."""
+    """A floating-point non-leaf tensor that a frozen model's features depend on."""
     if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return arg
     return arg.detach().requires_grad_().clone()
@@ -316,7 +316,8 @@ def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
 
 
 _ADVICE = {
-    "teacher": "; or, since the teacher gets the student's images, teacher_transform= to fit them"
+    "teacher": "; the teacher gets the student's images: if it needs others, convert them with "
+    "teacher_transform="
 }
 
 

@@ -1,4 +1,4 @@
-"""A dry run that leaves a model as it found it: flags, buffers, attributes, random state."""
+"""Restores a model after a dry run: flags, buffers, attributes and random state."""
 
 import sys
 from collections.abc import Generator
@@ -98,7 +98,7 @@ class _Attributes:
         return {key: value for key, value in vars(self.module).items() if key not in _INTERNAL}
 
     def restore(self) -> None:
-        """Put back what was assigned and take away what was added."""
+        """Restore assigned attributes and delete added ones."""
         if type(self.module) is not self.kind:
             return  # a lazy module has got its shapes, and with them another class
         own = vars(self.module)

@@ -1,4 +1,4 @@
-"""Features of a whole image as one vector: the class token, or the mean over positions."""
+"""Reads the features of an image as one vector: the class token, or the mean over positions."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from kdlayers.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Vectors:
-    """Reads one vector an image from a module's output, of any layout."""
+    """Reads one vector per image from a module's output, of any layout."""
 
     layout: Layout
     class_token: bool = False

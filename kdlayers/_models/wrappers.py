@@ -1,4 +1,4 @@
-"""Checks on the two models: what they are wrapped in, and that they are two."""
+"""Checks the wrappers of the two models, and that the models are distinct."""
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -9,9 +9,8 @@ from kdlayers.errors import ArgumentTypeError, AttachError
 def unwrap(model: nn.Module, label: str) -> tuple[nn.Module, nn.Module]:
     """The model inside ``torch.compile``'s wrapper, and what to call for a forward.
 
-    Raises:
-        ArgumentTypeError: if this is no module.
-        AttachError: if it is wrapped for several devices.
+    Raises: ArgumentTypeError: if this is not a module. AttachError: if it is wrapped for several
+        devices.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
@@ -43,8 +42,7 @@ def _refuse_sharded(student: nn.Module) -> None:
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Check that student and teacher are two models.
 
-    Raises:
-        AttachError: if they are one, or share parameters.
+    Raises: AttachError: if they are the same model, or share parameters.
     """
     if student is teacher:
         raise AttachError(

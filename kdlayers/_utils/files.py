@@ -1,4 +1,4 @@
-"""Writing a file as a whole: after a crash there is the old file or the new one, never a part."""
+"""Atomic writes: after a crash the old file or the new file exists, never a part of one."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".kdlayers-"
-"""What the names of temporary files begin with; a killed process may leave one."""
+"""Prefix of temporary files; a killed process may leave one."""
 
 
 @contextmanager

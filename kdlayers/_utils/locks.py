@@ -1,4 +1,4 @@
-"""One lock for each model, for what must not run twice at a time on the same model."""
+"""One lock per model, for work that must not run concurrently on the same model."""
 
 from threading import Lock, RLock
 from weakref import WeakKeyDictionary

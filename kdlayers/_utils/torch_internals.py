@@ -1,4 +1,4 @@
-"""Parts of torch that have no public name, where this library cannot do without them."""
+"""The private parts of torch that this library needs."""
 
 # pyright: reportPrivateUsage=false
 

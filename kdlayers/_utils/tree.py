@@ -24,7 +24,7 @@ def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
 
 
 def pick(tree: Any, path: Path) -> Any:
-    """What stands at ``path``."""
+    """The value at ``path``."""
     for key in path:
         tree = tree[key]
     return tree
@@ -53,7 +53,7 @@ def first_tensor(tree: Any) -> Tensor | None:
 
 
 def main_tensor(tree: Any) -> tuple[Path, Tensor] | None:
-    """The largest floating-point tensor, the earlier of equals: the features of a stage."""
+    """The largest floating-point tensor, the first on ties: the features of a stage."""
     found = [(path, t) for path, t in leaves(tree) if t.is_floating_point() and t.dim() > 1]
     return max(found, key=lambda item: item[1].numel()) if found else None
 

@@ -1,4 +1,4 @@
-"""Changing modules so that a failure leaves them as they were."""
+"""Rolls back changes of modules if an operation fails."""
 
 from collections import OrderedDict
 from collections.abc import Generator
@@ -13,7 +13,7 @@ from kdlayers._utils.plain_tensors import why_hollow
 
 @contextmanager
 def all_or_nothing(*roots: nn.Module) -> Generator[None, None, None]:
-    """If the block fails, the modules below ``roots`` get back what they had, values included.
+    """If the block fails, restore the modules below ``roots``, including values.
 
     Attributes, submodules, hooks, parameters and buffers come back as the same objects with the
     same values; for the length of the block there is a second copy of the values.

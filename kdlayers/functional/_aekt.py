@@ -61,9 +61,10 @@ def aekt(
     Args:
         student: logits, ``[B, K]``; in the method they have passed the extra linear layer.
         teacher: logits of the same shape.
-        targets: class indices, ``[B]``. The labels count, also where the teacher is wrong. Or
-            probabilities ``[B, K]``: the mean over the classes that hold weight, weighted by the
-            labels, as in :func:`dkd`; exactly the same with one-hot rows.
+        targets: class indices, ``[B]``, or probabilities ``[B, K]``. The term follows the labels
+            even where the teacher is wrong. For probabilities it is the label-weighted mean over
+            the classes with non-zero weight, as in :func:`dkd`; one-hot rows give the value for
+            class indices.
         form: a row of the table. Default ``"chi2"``, our choice.
         temperature: above 0. Default 4. At 1 the ratio starts near K: use ``ratio_clip``.
         ratio_clip: largest :math:`r` in the gradient, above 0; ``None`` (default): no clip.

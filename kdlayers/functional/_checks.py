@@ -123,8 +123,8 @@ def filled(what: str, values: Tensor) -> None:
     """Raise if ``values`` is empty, as the last batch of a filtered loader may be."""
     if not values.numel():
         raise ShapeError(
-            f"{what} must have at least one sample and one element, got {shape(values)}: a mean "
-            "over nothing is not defined; skip empty batches"
+            f"{what} must have at least one sample and one element, got {shape(values)}: the "
+            "mean of an empty tensor is undefined; skip empty batches"
         )
 
 
@@ -187,7 +187,7 @@ def labels(targets: object, student: Tensor) -> Tensor:
     targets = class_indices("targets", targets)
     if targets.shape != student.shape[:1]:
         raise ShapeError(
-            f"targets must be class indices of shape {list(student.shape[:1])}, one a sample, "
+            f"targets must be class indices of shape {list(student.shape[:1])}, one per sample, "
             f"got {shape(targets)}; for one-hot rows pass targets.float()"
         )
     in_range("targets", targets, student.shape[1])

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def cosine(student: Tensor, teacher: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
-    """Cosine along ``dim``, with norms of at least ``eps``; 0, and no gradient, where one is 0."""
+    """Cosine along ``dim``, norms at least ``eps``; 0 without a gradient for zero vectors."""
     ours, theirs = (torch.linalg.vector_norm(value, dim=dim) for value in (student, teacher))
     norms = ours.clamp_min(eps) * theirs.clamp_min(eps)
     # Over infinity a zero vector gets no gradient; over the bound it would get a huge one.

@@ -33,14 +33,15 @@ def inheritance(
         d_p = \Big( \frac{1}{B D} \sum_{b,j} \big| u(F^S_b)_j - u(F^T_b)_j \big|^p \Big)^{1/p}
 
     The mean runs over batch **and** elements, and the root is taken once for the batch, so
-    :math:`d_p \le 2 / \sqrt{D}`; weights near 50 are meant for it. A zero factor stays zero and
-    gets no gradient. ``"cosine"`` gives :math:`1 - \cos`. ``"cka"`` gives 1 minus linear CKA, for
-    factors :math:`X, Y \in \mathbb{R}^{B \times D}` with columns centred over the batch:
+    :math:`d_p \le 2 / \sqrt{D}`; weights near 50 are meant for this scale. A zero factor stays zero
+    and gets no gradient. ``"cosine"`` gives :math:`1 - \cos`. ``"cka"`` gives 1 minus linear CKA,
+    for factors :math:`X, Y \in \mathbb{R}^{B \times D}` with columns centred over the batch:
 
     .. math:: \mathrm{CKA} = \frac{\langle K, L \rangle}{\|K\|_F \|L\|_F}, \qquad
         K = X X^\top, \; L = Y Y^\top
 
-    CKA says little in small batches: independent factors of 2048 entries reach 0.97 at 64 samples.
+    CKA is uninformative in small batches: independent factors of 2048 entries reach 0.97 at 64
+        samples.
 
     Args:
         student: factor, ``[B, ...]``, D entries for each sample.
@@ -89,7 +90,7 @@ def exploration(
     scale: Scale = "mean",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Likeness of the student's factor to the teacher's: small when something new is explored.
+    r"""Similarity of the student's factor to the teacher's: small when something new is explored.
 
     .. math:: L = -d_p \quad \text{(norm)}, \qquad \frac1B \sum_b |\cos_b| \quad \text{(cosine)},
         \qquad \mathrm{CKA} \quad \text{(cka)}
@@ -155,8 +156,8 @@ def check_measure(p: int, measure: Measure, scale: Scale) -> None:
         raise ArgumentError(f"p must be 1 or 2, got {p!r}")
     if measure != "norm" and (p != 1 or scale != "mean"):
         raise ArgumentError(
-            f'p and scale belong to measure="norm"; leave them out with measure={measure!r}, which '
-            "has no exponent and does not depend on the size"
+            f'p and scale apply to measure="norm" only; leave them out with measure={measure!r}, '
+            "which has no exponent and does not depend on the size"
         )
 
 
@@ -176,6 +177,6 @@ def _check(
         raise ShapeError('measure="cka" compares samples: it needs a batch of 2 or more, got 1')
     if reduction != "mean" and (p == 2 or measure == "cka"):
         raise ArgumentError(
-            f"reduction={reduction!r} has no meaning where one value belongs to the whole batch "
-            '(p=2, measure="cka"); use reduction="mean"'
+            f'reduction={reduction!r} is not possible with p=2 or measure="cka", which give one '
+            'value for the whole batch; use reduction="mean"'
         )

@@ -20,10 +20,10 @@ def kd(
         L = T^2 \, \frac{1}{B} \sum_b \mathrm{KL}\big(
             \mathrm{softmax}(z^T_b / T) \,\|\, \mathrm{softmax}(z^S_b / T) \big)
 
-    The sum over classes, averaged over samples (and pixels), times the squared temperature, so that
-    the size of the gradient does not depend on the temperature. It is computed in log space, in
-    float32 or better. Both arguments get a gradient: compute the teacher's logits under
-    ``torch.no_grad()``. A logit of -inf is a class of probability 0.
+    The sum over classes is averaged over samples (and pixels). The factor T^2 makes the size of the
+    gradient independent of the temperature. The value is computed in log space, in float32 or
+    better. Both arguments get a gradient: compute the teacher's logits under ``torch.no_grad()``. A
+    logit of -inf is a class of probability 0.
 
     Args:
         student: logits, ``[B, K]``, or class maps, ``[B, K, H, W]``, of any real floating-point
@@ -31,11 +31,10 @@ def kd(
         teacher: logits of the same shape.
         temperature: above 0. Default 4, usual for CIFAR-100; 1 is usual for ImageNet.
         reduction: ``"mean"`` over samples and pixels (default), ``"sum"``, or ``"none"`` for one
-            value a sample or pixel.
+            value per sample or pixel.
 
-    Returns:
-        A scalar, or with ``reduction="none"`` ``[B]``, for maps ``[B, H, W]``; 0 or more, and 0
-        where the distributions are equal.
+    Returns: A scalar; with ``reduction="none"`` ``[B]``, or ``[B, H, W]`` for maps. 0 or more, and
+        0 where the distributions are equal.
 
     Raises:
         ShapeError: if the tensors are not logits, or class maps, of one shape.

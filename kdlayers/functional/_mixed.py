@@ -39,7 +39,7 @@ def classes_of(targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
     """
     if targets.dim() == 0 or targets.shape[-1] != classes:
         raise ShapeError(
-            f"labels of dtype {str(targets.dtype).removeprefix('torch.')} are taken for "
+            f"labels of dtype {str(targets.dtype).removeprefix('torch.')} are read as "
             f"probabilities [batch, {classes}], one for each class, but their shape is "
             f"{check.shape(targets)}; for class indices pass labels.long()"
         )
@@ -56,7 +56,7 @@ def classes_of(targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
     if wrong or not fewest:
         raise ArgumentError(
             "labels given as probabilities must be finite and 0 or more, with a class above 0 in "
-            "every row, as mixup, CutMix and label smoothing make them"
+            "every row, as mixup, CutMix and label smoothing produce them"
         )
     if most == 1:
         return labels.argmax(dim=-1), None

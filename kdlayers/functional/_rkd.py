@@ -109,7 +109,7 @@ def _distances(features: Tensor) -> Tensor:
 
 
 def _over_mean(distances: Tensor) -> Tensor:
-    """Distances over their mean off the diagonal; zeros, and without a gradient, if all are 0."""
+    """Distances over their off-diagonal mean; if all are 0, zeros without a gradient."""
     count = len(distances)
     return distances * (inverse(distances.sum()) * (count * (count - 1)))
 

@@ -26,12 +26,12 @@ class AEKTLoss(LogitLoss):
         (z_d, z^T, y)
 
     Decoupled distillation and the adaptive term of :func:`kdlayers.functional.aekt` compare the
-    teacher with :math:`z_d`, so the distillation reaches the student only through :math:`W`. The
-    cross-entropy stays the user's, **on the student's own logits** :math:`z^S`. :meth:`parameters`
-    has the layer for the optimiser; the exported student does not have it. :meth:`relations`
-    returns :math:`W`, which the method reads as relations between classes. With labels that are
-    probabilities ``[B, K]`` (mixup, CutMix, label smoothing) the three terms are means over the
-    classes that hold weight, weighted by the labels; one-hot rows give exactly the terms for class
+    teacher with :math:`z_d`, so the distillation reaches the student only through :math:`W`. Add
+    the cross-entropy yourself, **on the student's own logits** :math:`z^S`. :meth:`parameters` has
+    the layer for the optimiser; the exported student does not have it. :meth:`relations` returns
+    :math:`W`, which the method reads as relations between classes. With labels that are
+    probabilities ``[B, K]`` (mixup, CutMix, label smoothing) the three terms are label-weighted
+    means over the classes with non-zero weight; one-hot rows give exactly the terms for class
     indices.
 
     **A reconstruction from the public summary.** It states three terms, the linear layer between

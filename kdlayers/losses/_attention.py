@@ -1,4 +1,4 @@
-"""Attention transfer: at which positions the channels have their energy."""
+"""Attention transfer: compares the energy of the channels at each position."""
 
 from typing import ClassVar
 

@@ -22,13 +22,13 @@ class DistillLoss(nn.Module):
 
     Args:
         weight: factor of this term in :meth:`kdlayers.KDHandle.loss`: a number, or a function of
-            the step (an int that starts at 0 and counts calls of ``loss``). Called on its own, the
-            loss gives the plain value, without the weight. Default 1.
+            the step (an int that starts at 0 and counts calls of ``loss``). A loss that you call
+            directly returns its value without the weight. Default 1.
         at: what the loss compares. ``None``: the logits. A name: the outputs of the student's and
             the teacher's module of that name. A pair: (student's name, teacher's name).
         name: key of this term in ``kd.terms``; by default made from the class and ``at``.
-        teacher_index: index of the teacher to learn from, where ``attach_kd`` was given several;
-            default: the mean of their logits, or the first one's features.
+        teacher_index: index of the teacher to learn from if ``attach_kd`` got several. Default: the
+            mean of their logits, or the features of the first.
 
     Raises:
         ArgumentError: if ``weight`` is negative, ``teacher_index`` is not an index, or ``at`` is
@@ -46,18 +46,18 @@ class DistillLoss(nn.Module):
     """
 
     detaches_teacher: ClassVar[bool] = False
-    """Whether no gradient reaches the second argument, even where it asks for one."""
+    """Whether the teacher's tensor gets no gradient, even if it requires one."""
 
     on_logits: ClassVar[bool] = False
-    """Whether it takes class scores ``[B, K]`` rather than maps where ``at`` names a classifier."""
+    """Whether it takes class scores ``[B, K]``, not maps, if ``at`` names a classifier."""
 
     tokens: str = "patch"
-    """What it reads where ``at`` names a point: ``"patch"``, the grid of positions as maps
-    ``[B, C, H, W]``; ``"cls"``, the class token; ``"pooled"``, the mean over the grid. The last two
-    are vectors ``[B, C]``; a model without a class token gives its mean for ``"cls"``."""
+    """What it reads if ``at`` names a point: ``"patch"``, the grid of positions as maps ``[B, C, H,
+    W]``; ``"cls"``, the class token; ``"pooled"``, the mean over the grid. The last two are vectors
+    ``[B, C]``; a model without a class token gives its mean for ``"cls"``."""
 
     metric_names: tuple[str, ...] = ()
-    """What :meth:`metrics` may give, so that no other term takes a name that this one logs."""
+    """Names that :meth:`metrics` may return, so that no other term can use them."""
 
     def __init__(
         self,
@@ -99,16 +99,16 @@ class DistillLoss(nn.Module):
         """
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:  # noqa: ARG002
-        """What ``kd.fit`` must feed before this loss can be used; ``None``: nothing to learn."""
+        """What ``kd.fit`` must feed before this loss can be used; ``None`` if nothing is fitted."""
         return None
 
     @property
     def fitted(self) -> bool:
-        """Whether everything that ``kd.fit`` learns is there; True for losses without a fit."""
+        """Whether ``kd.fit`` has fitted this loss; True for losses without a fitter."""
         return True
 
     def metrics(self) -> dict[str, Tensor]:
-        """Detached values of the last forward, by name, that go to ``kd.terms`` with the term."""
+        """Detached values of the last forward by name, which ``kd.terms`` reports with the term."""
         return dict(self._metrics)
 
     def _record(self, **values: Tensor) -> None:
@@ -116,7 +116,7 @@ class DistillLoss(nn.Module):
         self._metrics = {name: value.detach() for name, value in values.items()}
 
     def _build_from(self, state: dict[str, Tensor]) -> None:
-        """Make, for a loss not built yet, the parameters that a state dict to be loaded has."""
+        """Create the parameters that ``state`` has, if the loss is not built yet."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -148,7 +148,7 @@ class LogitLoss(DistillLoss):
     on_logits: ClassVar[bool] = True
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
-        """Check the shapes of a dry run, so that a wrong use is said before training."""
+        """Check the shapes of a dry run, so that wrong use fails before training."""
         if isinstance(student, Tensor) and student.dim() == 4:
             raise ShapeError(
                 f"{type(self).__name__} compares logits [batch, classes], but it would get maps "

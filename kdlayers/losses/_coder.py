@@ -1,4 +1,4 @@
-"""The encoders of inheritance and exploration, and the training of the teacher's one."""
+"""The encoders of inheritance and exploration, and the training of the teacher's encoder."""
 
 from collections.abc import Callable
 

@@ -15,9 +15,9 @@ class DKDLoss(LogitLoss):
     See :func:`kdlayers.functional.dkd` for the two terms. The authors add the loss to the
     cross-entropy and ramp its weight up over the first 20 epochs of CIFAR-100, as a
     :class:`kdlayers.schedules.LinearWarmup` does. It needs the labels: class
-    indices ``[B]``, or probabilities ``[B, K]`` of mixup, CutMix and label smoothing. For these it
-    is the mean over the classes that hold weight, weighted by the labels; one-hot rows give exactly
-    the loss for class indices.
+    indices ``[B]``, or probabilities ``[B, K]`` from mixup, CutMix or label smoothing. For
+    probabilities it is the label-weighted mean over the classes with non-zero weight; one-hot rows
+    give exactly the loss for class indices.
 
     Args:
         alpha: weight of the target-class term. Default 1.

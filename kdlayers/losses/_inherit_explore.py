@@ -34,8 +34,8 @@ Made = TypeVar("Made")
 class InheritExploreLoss(DistillLoss):
     r"""Inheritance and exploration, IE-KD (Huang et al., CVPR 2021).
 
-    The student's channels are split in two. One part learns what the teacher knows, the other part
-    something else:
+    The student's channels are split in two parts. One part learns what the teacher knows, the other
+    part learns something else:
 
     .. math::
         L = \lambda_\mathrm{inh} \, d(E_i(f^S_\mathrm{inh}), F^T)
@@ -66,10 +66,10 @@ class InheritExploreLoss(DistillLoss):
         host: ``"factor"`` (default), or ``"attention"`` (our extension), which compares the
             attention maps of :class:`~kdlayers.losses.AttentionTransferLoss` instead of factors and
             needs no encoders and no fit.
-        coder: ``"fitted"`` (default), or ``"online"`` for mutual learning, where the peer changes
-            all the time: its auto-encoder is trained along, by the reconstruction loss, which is
-            added with weight 1. We know no code of the authors for this form; it is a
-            reconstruction from the abstract.
+        coder: ``"fitted"`` (default), or ``"online"`` for mutual learning. There the peer keeps
+            changing, so its auto-encoder is trained along with the student, by the reconstruction
+            loss with weight 1. We know no code by the authors for this form; it is a reconstruction
+            from the abstract.
         reconstruction: loss of the auto-encoder: ``"l1"`` (default, as in the authors' code) or
             ``"l2"``, the squared error that the paper writes.
         epochs: passes over the data in ``kd.fit``. Default 30.
@@ -79,7 +79,7 @@ class InheritExploreLoss(DistillLoss):
             multiplied by the two weights above; :func:`kdlayers.attach_kd` needs ``at``.
 
     :meth:`metrics` returns the two terms without their weights, as ``inheritance`` and
-    ``exploration``, because with equal weights their sum is near 0 and says nothing.
+    ``exploration``, because with equal weights their sum is near 0 and uninformative.
 
     Raises:
         ArgumentError: if an option or number is out of range.
@@ -87,10 +87,10 @@ class InheritExploreLoss(DistillLoss):
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, or the
             channels differ from those at the first call.
 
-    Differences from the authors' code: its variables call the trained network teacher and the
-    frozen one student, whereas these names are the paper's. The decoders of the student's halves,
-    which are part of no loss, are left out. The teacher's factor is detached, which changes no
-    gradient. Losses and gradients agree with that code.
+    Differences from the authors' code: it calls the trained network teacher and the frozen one
+    student; the names here are the paper's. The decoders of the student's halves are left out,
+    because they take part in no loss. The teacher's factor is detached, which changes no gradient.
+    Losses and gradients agree with that code.
 
     Example:
         >>> import torch
@@ -253,7 +253,7 @@ class InheritExploreLoss(DistillLoss):
         if (student.shape[1], teacher.shape[1]) != (ours, theirs):
             raise ShapeError(
                 f"this InheritExploreLoss was made for {ours} student and {theirs} teacher channels"
-                f", got {check.shape(student)} and {check.shape(teacher)}; use one loss a point"
+                f", got {check.shape(student)} and {check.shape(teacher)}; use one loss per point"
             )
         if not self._is_fitted:
             raise NotFittedError(
@@ -268,7 +268,7 @@ class InheritExploreLoss(DistillLoss):
             )
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:
-        """What trains the auto-encoder on the teacher's maps; ``None`` if nothing needs a fit."""
+        """The fitter of the auto-encoder; ``None`` if there is nothing to fit."""
         if self.host == "attention" or self.coder == "online":
             return None
         return AutoEncoderFitter(
@@ -318,7 +318,7 @@ class InheritExploreLoss(DistillLoss):
 
     @property
     def fitted(self) -> bool:
-        """Whether the auto-encoder has been fitted; True where none needs a fit."""
+        """Whether the auto-encoder has been fitted; True if there is none to fit."""
         return self._is_fitted
 
     def _build_from(self, state: dict[str, Tensor]) -> None:
@@ -349,7 +349,7 @@ class InheritExploreLoss(DistillLoss):
         self._is_fitted = bool(self.is_fitted)
 
     def extra_repr(self) -> str:
-        """Shows the options that decide what is compared, then weight and at."""
+        """Show the options that decide what is compared, then weight and at."""
         options = f"host={self.host!r}, measure={self.measure!r}, p={self.p}, split={self.split!r}"
         weights = f"inherit_weight={self.inherit_weight}, explore_weight={self.explore_weight}"
         return f"{options}, {weights}, {super().extra_repr()}"

@@ -17,10 +17,10 @@ class KDLoss(LogitLoss):
         L = T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z^T / T) \,\|\, \mathrm{softmax}(z^S / T)\big)
 
     The sum over classes, averaged over samples; see :func:`kdlayers.functional.kd`. Class maps
-    ``[B, K, H, W]``, as segmentation models return them, are compared at every pixel and averaged
-    over the pixels: the teacher's map is interpolated to the size of the student's, and pixels with
-    the label ``ignore_index`` do not count where labels are given. The loss does not detach the
-    teacher, so that a trainable teacher side gets its gradient, as in
+    ``[B, K, H, W]`` of segmentation models are compared at every pixel and averaged over the
+    pixels. The teacher's map is interpolated to the size of the student's. If labels are given,
+    pixels with the label ``ignore_index`` are ignored. The loss does not detach the teacher, so
+    that a trainable teacher side gets its gradient, as in
     :class:`~kdlayers.losses.StudentFriendlyKDLoss`; :func:`kdlayers.attach_kd` runs the teacher
     without gradients.
 
@@ -29,8 +29,8 @@ class KDLoss(LogitLoss):
         standardize: standardise the logits of both first, by
             :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False. Its
             authors use a temperature of 2 and a weight of 9 with it.
-        ignore_index: label of the pixels that do not count, as in
-            :func:`torch.nn.functional.cross_entropy`; only read with class maps. Default -100; 255
+        ignore_index: label of the pixels to ignore, as in
+            :func:`torch.nn.functional.cross_entropy`; used with class maps only. Default -100; 255
             is usual for segmentation data.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. A usual weight on
             CIFAR-100 is 0.9, with 0.1 times the cross-entropy.

@@ -13,9 +13,9 @@ def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.dim() == 3 or teacher.dim() == 3:
         if student.dim() != teacher.dim() or student.shape[1] != teacher.shape[1]:
             raise ShapeError(
-                "student and teacher must be of one kind where there are tokens [batch, tokens, "
-                f"channels], and of one number of tokens, got {check.shape(student)} and "
-                f"{check.shape(teacher)}; attach_kd knows their grid, alone use "
+                "tokens [batch, tokens, channels] can only be compared with the same number of "
+                f"tokens, got {check.shape(student)} and {check.shape(teacher)}; attach_kd "
+                "converts tokens to maps; without it use "
                 "tokens.transpose(1, 2).unflatten(2, (height, width))"
             )
         return student, teacher

@@ -26,8 +26,8 @@ class StudentFriendlyKDLoss(LogitLoss):
     together with the student; the teacher itself gets no gradient. With the default simplifier
     step 0 equals the base loss. A teacher logit of -inf is a class of probability 0: the simplifier
     sees 0 in its place, and the simplified logit is -inf again. :meth:`parameters` has the
-    simplifier for the optimiser (without it this is the base loss, and no error); the exported
-    student does not have it.
+    simplifier for the optimiser. Without it the loss equals the base loss and raises no error. The
+    exported student does not have the simplifier.
 
     **A reconstruction from the public summary.** It states softening by a temperature, then a
     learnt attention, and joint training by an unchanged distillation loss. The attention's layout,
@@ -41,9 +41,9 @@ class StudentFriendlyKDLoss(LogitLoss):
     over ``check_every`` calls is below ``min_agreement``.
 
     Args:
-        base: the loss that compares logits. Default ``KDLoss(temperature)``; also DKDLoss,
-            AEKTLoss (our combination) or your own, if it does not detach the teacher. Its own
-            ``weight``, ``at`` and ``name`` must be left alone.
+        base: the loss that compares logits. Default ``KDLoss(temperature)``; also DKDLoss, AEKTLoss
+            (our combination) or your own, if it does not detach the teacher. Its own ``weight``,
+            ``at`` and ``name`` must be the defaults.
         simplifier: any module ``[B, K] -> [B, K]`` from x to u. Default
             :class:`~kdlayers.losses.AttentionSimplifier`, made for the number of classes by
             :func:`kdlayers.attach_kd` or at the first call.
@@ -51,7 +51,7 @@ class StudentFriendlyKDLoss(LogitLoss):
         simplifier_grad_scale: factor of the gradient from the base loss into the simplifier, 0 or
             more; 1/T^2 cancels the base's T^2 there. Default 1.
         anchor: factor, 0 or more, of KL(softmax(x) || softmax(u)), which keeps the simplifier near
-            the teacher. Default 0: the method trains it by the distillation loss alone.
+            the teacher. Default 0: the method trains the simplifier by the distillation loss alone.
         min_agreement: between 0 and 1; default 0.5 (healthy toy runs stay above 0.98, collapsed
             ones fall below 0.1). 0 never warns.
         check_every: calls between two checks of the agreement, each of which waits for the device.
@@ -142,7 +142,7 @@ class StudentFriendlyKDLoss(LogitLoss):
         simplified = self._simplified(softened)
         scale = self.simplifier_grad_scale
         passed = simplified
-        if scale != 1:  # the same value, another gradient
+        if scale != 1:  # same value, scaled gradient
             change = (simplified - simplified.detach()).masked_fill(_masked(softened), 0.0)
             passed = simplified.detach() + scale * change
         loss: Tensor = self.base(student, self.temperature * passed, targets)
@@ -232,8 +232,8 @@ def _temperature(base: object, temperature: float | None) -> float:
     own = getattr(base, "temperature", None)
     if own is not None and temperature is not None and own != temperature:
         raise ArgumentError(
-            f"base={kind} divides by temperature={own}, StudentFriendlyKDLoss was given "
-            f"{temperature}; leave the second out"
+            f"base={kind} has temperature={own}, but StudentFriendlyKDLoss was given "
+            f"{temperature}; set the temperature of the base only"
         )
     chosen = own if own is not None else temperature if temperature is not None else 4.0
     check.positive("temperature", chosen)

@@ -1,4 +1,4 @@
-"""Standardises a teacher's features by what all batches so far had in common."""
+"""Standardises a teacher's features with statistics over all batches so far."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ _EPS = 1e-6
 class TeacherNorm(nn.Module):
     """Mean 0 and variance 1 for every channel, over the batches seen in train mode.
 
-    The statistics are plain averages over all batches, each with the same weight, so they settle
-    however long the training is; under ``torch.distributed`` they are those of all ranks.
+    The statistics are plain averages over all batches with equal weights, so they converge in
+    training of any length. Under ``torch.distributed`` they cover all ranks.
     """
 
     mean: Tensor

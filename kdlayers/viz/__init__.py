@@ -1,4 +1,4 @@
-"""What KD layers do: what they match and add, how often, and what they learnt from the teacher.
+"""Shows what KD layers match, what they add to the features, and how often.
 
 Functions that compute take models and return tensors; they need only torch (:func:`overlay` also
 torchvision). Functions whose names begin with ``plot_`` draw these tensors and return a

@@ -50,7 +50,7 @@ def template_colors(matches: Tensor, num_templates: int, *, top: int = len(PALET
     """
     check.count("num_templates", num_templates)
     if not 1 <= top <= len(PALETTE):
-        raise ArgumentError(f"top must be in 1..{len(PALETTE)}, the colours there are, got {top}")
+        raise ArgumentError(f"top must be in 1..{len(PALETTE)}, the number of colours, got {top}")
     colors = torch.tensor([OTHERS], dtype=torch.uint8).repeat(num_templates, 1)
     for color, template in zip(PALETTE, frequent(matches, num_templates)[:top], strict=False):
         colors[template] = torch.tensor(color, dtype=torch.uint8)
@@ -108,7 +108,7 @@ def overlay(
     picture = as_picture(image)
     if not isinstance(matches, Tensor) or matches.is_floating_point():
         kind = matches.dtype if isinstance(matches, Tensor) else type(matches).__name__
-        raise ArgumentTypeError(f"matches must be an integer tensor of match_map, got {kind}")
+        raise ArgumentTypeError(f"matches must be an integer tensor from match_map, got {kind}")
     if matches.dim() != 2:
         raise ShapeError(
             f"matches must be one map [H, W], got {tuple(matches.shape)}; take one of a batch, "

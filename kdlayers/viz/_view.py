@@ -146,8 +146,8 @@ def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
     """Features before and after the layer as colours: equal colours mean similar features.
 
     Red, green and blue are the first three principal components of all positions before and after
-    the layer, so that the two can be compared. Each side is centred separately first, so what the
-    layer adds equally everywhere is not shown. Each component is scaled so that all but 2 % of the
+    the layer, so that the two can be compared. Each side is centred separately first, so a constant
+    offset that the layer adds is not shown. Each component is scaled so that all but 2 % of the
     positions at either end lie in 0 to 1; one that does not vary is 0.5.
 
     Returns:

@@ -149,11 +149,15 @@ ATTACHING = [
     (
         lambda s, t: attach_kd(s, nn.BatchNorm2d(1), "last", example=IMAGES),
         ArgumentError,
-        r"the teacher \(BatchNorm2d\) could not run .* teacher_transform= to fit them",
+        r"the teacher \(BatchNorm2d\) could not run .* convert them with teacher_transform=",
     ),
     (lambda s, t: find_points(s, IMAGES[:, :1]), ArgumentError, "pass example= with a small batch"),
     (lambda s, t: attach_mutual(s, s, example=IMAGES), AttachError, "are the same model"),
-    (lambda s, t: bake(s), AttachError, "has no KD layers, so it is plain as it is: use or export"),
+    (
+        lambda s, t: bake(s),
+        AttachError,
+        "has no KD layers, so there is nothing to bake",
+    ),
     (lambda s, t: fold(s), AttachError, "has no KD layers"),
     (lambda s, t: prune_templates(s, [IMAGES]), AttachError, "has no KD layers to prune"),
     (

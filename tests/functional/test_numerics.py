@@ -113,7 +113,11 @@ def test_two_classes_are_warned_of_where_the_term_vanishes():
             ShapeError,
             r"\[batch, 5\], one for",
         ),
-        (lambda s, t: kdf.dkd(s, t, Y[:2]), ShapeError, r"of shape \[4\], one a sample, got \[2\]"),
+        (
+            lambda s, t: kdf.dkd(s, t, Y[:2]),
+            ShapeError,
+            r"\[4\], one per sample, got \[2\]",
+        ),
         (lambda s, t: kdf.dkd(s, t, Y - 1), ArgumentError, r"in 0..4 .* labels from -1 to 2"),
         (lambda s, t: kdf.dkd(s, t, Y > 1), ArgumentTypeError, "got torch.bool"),
         (lambda s, t: kdf.dkd(s, t, [0, 1]), ArgumentTypeError, "targets must be a tensor, got"),
@@ -132,7 +136,7 @@ def test_two_classes_are_warned_of_where_the_term_vanishes():
         (
             lambda s, t: kdf.inheritance(s, t, p=2, reduction="none"),
             ArgumentError,
-            "has no meaning where one value belongs to the whole batch",
+            "which give one value for the whole batch",
         ),
     ],
 )

@@ -253,7 +253,7 @@ def test_shapes_that_do_not_fit_are_named():
         ({"host": "logits"}, "host must be one of factor, attention"),
         ({"measure": "rbf"}, "measure must be one of norm, cosine, cka, got .rbf."),
         ({"p": 3}, "p must be 1 or 2, got 3"),
-        ({"measure": "cosine", "scale": "sqrt_dim"}, "p and scale belong to measure="),
+        ({"measure": "cosine", "scale": "sqrt_dim"}, "p and scale apply to measure="),
         ({"reconstruction": "l3"}, "reconstruction must be one of l1, l2"),
         ({"explore_weight": -1.0}, "explore_weight must be 0 or more"),
         ({"inherit_ratio": 1.0}, "inherit_ratio must be below 1, so that channels are left"),

@@ -228,7 +228,7 @@ TRAINING = [
     (other_labels, StaleCaptureError, "labels of another batch"),
     (labels_as_list, ArgumentTypeError, "labels as a tensor, got list"),
     (no_labels, ArgumentError, r"call kd\.loss\(labels\)"),
-    (mixed_labels_of_other_classes, ShapeError, r"taken for probabilities \[batch, 3\]"),
+    (mixed_labels_of_other_classes, ShapeError, r"read as probabilities \[batch, 3\]"),
     (labels_out_of_range, ArgumentError, "labels"),
     (reentrant_checkpoint, CaptureError, "use_reentrant=False"),
     (other_batch_taught, StaleCaptureError, "were given different batches"),

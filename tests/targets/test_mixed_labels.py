@@ -236,7 +236,7 @@ def test_a_batch_of_another_length_is_refused():
     with pytest.raises(ShapeError, match=r"a leading part of \[4\] and an axis of 6"):
         targets.soft_assignment(features[:4], mixup(torch.arange(3)))
     for loss in (DKDLoss(), AEKTLoss()):
-        with pytest.raises(ShapeError, match="one a sample"):
+        with pytest.raises(ShapeError, match="one per sample"):
             loss(draw(4, CLASSES), draw(4, CLASSES), mixup(torch.arange(3)))
 
 

@@ -241,7 +241,7 @@ def test_wrong_maps_and_colors_are_refused():
         viz.overlay(image, matches + 4, torch.zeros(2, 3, dtype=torch.uint8))
     with pytest.raises(ShapeError, match=r"colors must be uint8 \[K, 3\], got torch\.float32"):
         viz.overlay(image, matches, torch.zeros(2, 3))
-    with pytest.raises(ArgumentError, match=r"top must be in 1\.\.7, the colours there are, got 8"):
+    with pytest.raises(ArgumentError, match=r"top must be in 1\.\.7, the number of colours, got 8"):
         viz.template_colors(matches, 3, top=8)
     with pytest.raises(ArgumentError, match="has template 4, but num_templates is 3"):
         viz.template_colors(matches + 4, 3)
