@@ -3,7 +3,7 @@
     python examples/accelerate_loop.py --quick
     python examples/accelerate_loop.py --quick --resume runs/accelerate_loop/state
 
-AEKT's loss is there to show one with parameters of its own, which the optimiser needs too.
+AEKT's loss shows how to train a loss that has parameters of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 def main() -> None:
     """One process of however many there are."""
     options = data.options(__doc__)
-    options.add_argument("--resume", metavar="DIR", help="a folder of save_state to go on from")
+    options.add_argument("--resume", metavar="DIR", help="folder of save_state to resume from")
     args = options.parse_args()
     images, file = data.load(args), args.out / "teacher.pt"
     accelerator = Accelerator()

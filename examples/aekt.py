@@ -1,7 +1,7 @@
 """AEKT: decoupled distillation behind a train-only linear layer, with an adaptive term.
 
-Cross-entropy is on the student's own logits, the distillation on what the layer makes of them. Its
-matrix can be read as relations between classes: the largest of them are printed at the end.
+Cross-entropy uses the student's own logits; the distillation uses the layer's output. The layer's
+matrix can be read as relations between classes. The script prints the largest of them at the end.
 
     python examples/aekt.py                # digits, in a minute or two
     python examples/aekt.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/

@@ -1,8 +1,8 @@
-"""letKD on several processes with DistributedDataParallel, in a loop of one's own.
+"""letKD on several processes with DistributedDataParallel, in your own loop.
 
-    torchrun --nproc-per-node 2 examples/ddp.py --quick     # NCCL where there are GPUs, else gloo
+    torchrun --nproc-per-node 2 examples/ddp.py --quick     # NCCL on GPUs, gloo otherwise
 
-AEKT's loss is there to show one with parameters of its own, which the optimiser needs too.
+AEKT's loss shows how to train a loss that has parameters of its own.
 """
 
 from __future__ import annotations

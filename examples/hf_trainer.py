@@ -56,7 +56,7 @@ class KDTrainer(hf.Trainer):
 def main() -> None:
     """Train, or go on with training."""
     options = data.options(__doc__)
-    options.add_argument("--resume", metavar="DIR", help="a checkpoint's folder to go on from")
+    options.add_argument("--resume", metavar="DIR", help="folder of a checkpoint to resume from")
     args = options.parse_args()
     images, file = data.load(args), args.out / "teacher.pt"
     training = hf.TrainingArguments(args.out, num_train_epochs=args.epochs, **SETTINGS)

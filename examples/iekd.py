@@ -1,7 +1,7 @@
 """IE-KD: half of the student's last channels inherit from the teacher, the other half explore.
 
-The loss compares the teacher's features, encoded by an auto-encoder, with what two encoders make of
-the halves: near for the first, far for the second.
+The loss compares the teacher's features, encoded by an auto-encoder, with the encoded halves. The
+first half should be close to them, the second half far away.
 
     python examples/iekd.py                # digits, in a minute or two
     python examples/iekd.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/

@@ -1,7 +1,8 @@
 """letKD-2: two KD layers in the student, which learn from the teacher's features.
 
-The first layer learns what the teacher decides at each position, the second which centre of a
-codebook of the teacher's features is near. Then the student is saved, and loaded without a teacher.
+The first layer learns the teacher's decision at each position. The second layer learns which centre
+of a codebook of the teacher's features is near. The student is then saved and loaded without a
+teacher.
 
     python examples/letkd2.py                # digits, in a minute or two
     python examples/letkd2.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/

@@ -70,7 +70,7 @@ class Distilled(pl.LightningModule):
 def main() -> None:
     """Train, or go on with training; save what Lightning saves, and the student alone."""
     options = data.options(__doc__)
-    options.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from")
+    options.add_argument("--resume", metavar="FILE", help="checkpoint to resume from")
     args = options.parse_args()
     images, file = data.load(args), args.out / "teacher.pt"
     loader = DataLoader(images.augmented, 50, shuffle=True, drop_last=True)

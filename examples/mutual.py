@@ -1,8 +1,8 @@
 """Mutual learning: two students from scratch, each the other's teacher.
 
 Deep mutual learning (DML) compares their logits. The inherit-and-explore form (IE-DML) also lets
-half of each one's last channels inherit from the other; it is a reconstruction, as no code or
-formula of it is known.
+half of each student's last channels inherit from the other. It is a reconstruction, because we know
+no code or formula of it.
 
     python examples/mutual.py                # digits, in a minute or two
     python examples/mutual.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/

@@ -2,7 +2,7 @@
 
 python examples/own_loop.py                # digits, in some minutes
 python examples/own_loop.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/
-python examples/own_loop.py --resume       # goes on from the last checkpoint
+python examples/own_loop.py --resume       # resumes from the last checkpoint
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def main() -> None:
     """A teacher, a student, and the student as a program that needs neither kdlayers nor timm."""
     options = data.options(__doc__)
-    options.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    options.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     args = options.parse_args()
     images = data.load(args)
     teacher = trained_teacher(images, args.out / "teacher.pt", 1 if args.quick else 5)

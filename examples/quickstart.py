@@ -1,8 +1,8 @@
 """A teacher that does not know the student's classes, in a minute or two on two CPU cores.
 
 The teacher knows the digits 0 to 4. The student learns 5 to 9 from 50 images, so it can't use the
-teacher's logits, only its features: by FitNet, or by one or two KD layers (letKD-1, letKD-2). Every
-method starts from the same weights and sees the same images; each seed has others.
+teacher's logits, only its features: by FitNet, or by one or two KD layers (letKD-1, letKD-2). For
+each seed, all methods start from the same weights and see the same images.
 
     python examples/quickstart.py
 """

@@ -35,7 +35,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     student = regnet([1, 1, 2], [16, 32, 64], classes)
-    # The loss's factor temperature² is for the student; on the attention it makes it collapse here.
+    # The loss's factor temperature² is meant for the student. On the attention it causes collapse.
     skd = StudentFriendlyKDLoss(temperature=4.0, simplifier_grad_scale=1 / 4.0**2, name="SKD")
     kd = attach_kd(student, teacher, losses=[skd], example=images.example)
     # `train` gives kd.parameters() to the optimiser. Without them this is plain distillation.

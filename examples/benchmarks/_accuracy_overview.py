@@ -54,30 +54,31 @@ INTRODUCTION = """\
 
 # Results
 
-Which method should you use, and what does it give you? Each point is a method's test accuracy minus
-that of KD (of labels only where the teacher's classes are not the student's), seed by seed, with
-the 95 % interval of the mean. Green: better, the interval is above 0. Red: worse. Grey: not
-separated, which does not mean equal. Hollow: fewer than three seeds, so no interval, no verdict.
+Which method should you use, and how much does it help? Each point is the mean difference in test
+accuracy between a method and KD, paired by seed, with its 95 % interval. Where the teacher has
+other classes than the student, the difference is to labels only. Green means better: the interval
+is above 0. Red means worse. Grey means not separated, which does not mean equal. Hollow points have
+fewer than three seeds, so there is no interval and no verdict.
 
 ![differences to KD with their intervals, a panel for each regime](figures/results.svg)
 """
 
 PUBLISHED = """\
-*published*: the paper's numbers on all of CIFAR-100 from another teacher (A. Gorgun et al., BMVC
-2023), which were not run here.
+*published*: the paper's numbers on all of CIFAR-100, with another teacher (A. Gorgun et al., BMVC
+2023). They were not run here.
 """
 
 READING = """\
 *layers only*: letKD's layers without the teacher's supervision. *wider*: a student without layers
-that has as many parameters, or multiply-adds (MACs), as letKD-2's. **The rows of KD and of labels
-only are accuracies in %, the others are differences to KD**, or to labels only where the teacher
-has other classes. All runs of a seed have the same initial weights and images in the same order;
-accuracies are those of the last epoch. With so many comparisons about one in twenty excludes 0 by
-chance.
+with as many parameters, or multiply-adds (MACs), as letKD-2's student. **The rows of KD and labels
+only are accuracies in %. The other rows are differences to KD**, or to labels only where the
+teacher has other classes. All runs of a seed have the same initial weights and the same images in
+the same order. Accuracies are those of the last epoch. With so many comparisons, about one in
+twenty excludes 0 by chance.
 
-Every number on these pages is computed from the committed lines in `docs/data/results`, one for
-each training, by `python examples/benchmarks/report.py`. `examples/benchmarks/accuracy.py` runs
-them, and says how.
+`python examples/benchmarks/report.py` computes every number on these pages from the committed lines
+in `docs/data/results`, one line per training run. `examples/benchmarks/accuracy.py` makes these
+runs and describes them.
 """
 
 

@@ -74,8 +74,8 @@ def tuning_table(lines: Sequence[Line]) -> str:
         rows.append([name, ", ".join(changed) or "as below", seeds, each, f"{mean(values):.2f}"])
     rows.sort(key=lambda row: list(base).index(row[0]))
     note = (
-        "On the validation images, with seeds that are not reported above; the test images were "
-        "not looked at. The first row of a method is the point from which the others differ."
+        "Measured on the validation images, with seeds that are not reported above. The test "
+        "images were not used. The other rows of a method show the change from its first row."
     )
     return f"{note}\n\n{table(('', 'changed', 'seeds', 'accuracy %', 'mean'), rows)}"
 
@@ -104,7 +104,7 @@ def probe_table(runs: dict[str, list[Line]]) -> str:
             rows.append([name, layer, str(len(known)), *(cells if layers else (cells[0], "", ""))])
     note = (
         "Test accuracy in % of a linear discriminant on features averaged over positions, fitted "
-        "on the student's own images; without layers, that of the last features."
+        "to the student's own images. Students without layers have a row for their last features."
     )
     head = ("", "layer after", "seeds", "before the layer", "after the layer", "difference")
     return f"{note}\n\n{table(head, rows)}" if rows else ""
@@ -136,7 +136,7 @@ def pruned_table(runs: dict[str, list[Line]]) -> str:
     head = ("", "seeds", "budget", "templates left", "parameters", "MACs", "change of accuracy")
     note = (
         "`prune_templates` removes templates that fire at no more than this share of the positions "
-        "of the student's images; means over seeds."
+        "of the student's images. The numbers are means over seeds."
     )
     return f"{note}\n\n{table(head, rows)}" if rows else ""
 

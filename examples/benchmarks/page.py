@@ -14,16 +14,16 @@ from _timing import Spread
 
 INTRODUCTION = """# Performance
 
-What the library costs, against the same written the obvious way, against plain PyTorch and against
-another library. Every table comes from one command, given below it, which measures all its rows in
-one process, in turns, so that what slows the machine for a while slows all alike.
+This page compares the cost of the library with plain implementations, with plain PyTorch and with
+another library. The command below each table reproduces it. It measures all rows alternately in one
+process, so that other load on the machine affects all rows alike.
 
-Times are medians with quartiles in brackets. A ratio is taken within each round; its median and
-quartiles over the rounds are shown. It is the library's time over the other's: **below 1 the
-library is faster**. Memory is the peak of a step, above that of the same step without distillation:
-on a CPU the resident memory of a fresh process, on a GPU the sum of tensors.
+Times are medians with quartiles in brackets. Ratios are computed within each round; the tables show
+their median and quartiles over the rounds. A ratio is the library's time divided by the other's:
+**below 1 the library is faster**. Memory is the peak of a step above that of the same step without
+distillation: on a CPU the resident memory of a fresh process, on a GPU the sum of tensors.
 
-No GPU was at hand: all scripts but `fit.py` take `--device cuda`, and none has run there yet.
+We had no GPU. All scripts except `fit.py` accept `--device cuda`, but none has run on a GPU yet.
 
 This page is written by `python examples/benchmarks/page.py docs/data/performance
 docs/performance.md`."""
@@ -38,11 +38,11 @@ TARGETS = (
      "losses", "step:", "time", "floor", 1.02),
     ("A loss on logits: no slower than torchdistill's",
      "losses", "", "time", "torchdistill", 1.0),
-    ("Learning a codebook: no slower than faiss over all rows",
+    ("Fitting a codebook: no slower than faiss over all rows",
      "fit", "", "CPU time", "faiss, all rows", 1.0),
-    ("Learning a codebook: no slower than faiss with 256 rows a centre",
+    ("Fitting a codebook: no slower than faiss with 256 rows a centre",
      "fit", "", "CPU time", "faiss, 256 rows a centre", 1.0),
-    ("Learning a codebook: no slower than MiniBatchKMeans",
+    ("Fitting a codebook: no slower than MiniBatchKMeans",
      "fit", "", "CPU time", "scikit-learn MiniBatchKMeans", 1.0),
     ("A folded layer: 1.1 of two convolutions of its size",
      "inference", "", "time", "two convolutions", 1.1),
@@ -106,9 +106,9 @@ def reached(reports: list[dict]) -> str:
             rows.append([text, f"{limit:.2f}", shown, verdict(found, limit)])
     columns = ("aim", "largest ratio", "medians measured", "")
     note = (
-        "Reached: the upper quartile of every comparison is within the aim; missed: the lower "
-        "quartile of one is above it; undecided: neither. A fit counts whatever the inertia at "
-        "which the other stopped, which its table has."
+        "Reached: the upper quartile of every comparison is within the aim. Missed: the lower "
+        "quartile of at least one is above it. Undecided: neither. A fit counts at any inertia of "
+        "the alternative; its table shows the inertia."
     )
     return Table("Aims", columns, rows, note).markdown()
 
@@ -132,7 +132,7 @@ def slower(reports: list[dict]) -> str:
     if not rows:
         return (
             "## Where an alternative is better\n\nNowhere in these tables: no ratio to an "
-            "alternative has its lower quartile above 1."
+            "alternative has a lower quartile above 1."
         )
     cells = [
         (c.case + (" (GPU)" if report["machine"]["gpu"] else ""),
@@ -140,7 +140,10 @@ def slower(reports: list[dict]) -> str:
         for c, report in sorted(rows, key=lambda row: -row[0].ratio.middle)
     ]  # fmt: skip
     columns = ("case", "quantity", "ours", "better", "ours / theirs")
-    note = "All comparisons whose lower quartile is above 1, the worst first, fits as above."
+    note = (
+        "All comparisons whose lower quartile is above 1, the worst first. Fits count at any "
+        "inertia, as above."
+    )
     return Table("Where an alternative is better", columns, cells, note).markdown()
 
 

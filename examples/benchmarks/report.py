@@ -47,20 +47,24 @@ CONTROLS = (
     ("letKD-2", "layers only (2)", "two layers: does their supervision help?"),
     ("layers only (1)", "labels only", "one layer: does its size alone help?"),
     ("layers only (2)", "labels only", "two layers: does their size alone help?"),
-    ("letKD-1", "QuEST", "does it help that the layer adds its value (alpha 1, not 0)?"),
+    ("letKD-1", "QuEST", "does adding the value help (alpha 1, not 0)?"),
     ("letKD-2", "letKD-1", "does the second layer help?"),
     ("letKD-2", "wider, same parameters", "against a wider student of as many parameters"),
     ("letKD-2", "wider, same MACs", "against a wider student of as many multiply-adds"),
     ("letKD-1 + KD", "KD", "does one layer help KD?"),
     ("letKD-2 + KD", "KD", "do two layers help KD?"),
-    ("letKD-2 + KD, falling", "KD", "do two layers help KD if their loss's weight falls to 0?"),
-    ("letKD-2 + KD, falling", "letKD-2 + KD", "so: does it help that the weight falls?"),
-    ("letKD-2 + KD, falling", "layers only (2) + KD", "so: does their supervision help?"),
-    ("letKD-2 + KD, falling", "wider, same parameters + KD", "so: against as many parameters"),
-    ("letKD-2 + KD, falling", "wider, same MACs + KD", "so: against as many multiply-adds"),
+    ("letKD-2 + KD, falling", "KD", "do two layers help KD if their loss weight decays to 0?"),
+    ("letKD-2 + KD, falling", "letKD-2 + KD", "with decay: does the decay help?"),
+    ("letKD-2 + KD, falling", "layers only (2) + KD", "with decay: does the supervision help?"),
+    (
+        "letKD-2 + KD, falling",
+        "wider, same parameters + KD",
+        "with decay: against equal parameters",
+    ),
+    ("letKD-2 + KD, falling", "wider, same MACs + KD", "with decay: against equal multiply-adds"),
     ("letKD-2 + KD", "layers only (2) + KD", "with KD: does the layers' supervision help?"),
     ("layers only (2) + KD", "KD", "with KD: does the layers' size alone help?"),
-    ("letKD-1 + KD", "QuEST + KD", "with KD: does it help that the layer adds its value?"),
+    ("letKD-1 + KD", "QuEST + KD", "with KD: does adding the value help?"),
     ("letKD-2 + KD", "wider, same parameters + KD", "with KD: against as many parameters"),
     ("letKD-2 + KD", "wider, same MACs + KD", "with KD: against as many multiply-adds"),
     ("letKD-2 + DKD", "DKD", "do two layers help DKD?"),
@@ -83,12 +87,12 @@ INTRODUCTION = """\
 
 # {title}
 
-One regime of the [results](results.md). Accuracies are those of the **last epoch** on the test
-images, which no choice was made on. For every seed all methods have the same student images in the
-same batches, and the same initial weights of the student (a wider student cannot). Differences are
-therefore taken seed by seed. ± and brackets are 95 % intervals by Student's t. **Better** and
-**worse** are said only where the interval excludes zero; else it says "not separated", which does
-not mean equal. With fewer than three seeds there is no interval and no verdict.
+This page is one regime of the [results](results.md). Accuracies are those of the **last epoch** on
+the test images. No choice was made on these images. For each seed all methods use the same student
+images, the same batches and the same initial weights of the student (except a wider student).
+Differences are therefore paired by seed. ± and brackets are 95 % Student's t intervals. A method is
+called **better** or **worse** only if the interval excludes zero. Otherwise it is "not separated",
+which does not mean equal. With fewer than three seeds there is no interval and no verdict.
 """
 
 
