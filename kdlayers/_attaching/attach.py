@@ -50,9 +50,9 @@ def attach_kd(
     buffers and the random state are as before afterwards. New layers are drawn from the random
     state and the student's weights: the same seed and weights give the same layers, and students
     with other weights get other layers. For copies of one student call ``torch.manual_seed``
-    between. Every parameter exists on return: make
-    the optimiser after this call, as ``Optimizer([*student.parameters(), *kd.parameters()])``, and
-    call it before ``torch.compile``, DDP or FSDP wrap the student.
+    between. Call it before ``torch.compile``, DDP or FSDP wrap the student. Every parameter exists
+    on return, so make the optimiser after this call, as ``Optimizer([*student.parameters(),
+    *kd.parameters()])``.
 
     Args:
         student: the model to train.
@@ -75,9 +75,9 @@ def attach_kd(
             timm models: from the mean, std, size and interpolation that the student's
             ``pretrained_cfg`` states to those of the teacher's. A :class:`Renormalize` for other
             models, or any function of the images. Default: none.
-        memory: ``"low"``: KD layers never hold the scores of all positions in training, but compute
-            them again in parts; ``"normal"`` (default): so only where it takes no longer, in large
-            layers of up to 128 channels. The numbers are the same.
+        memory: ``"low"``: in training, KD layers never store the scores of all positions but
+            recompute them in chunks. ``"normal"`` (default): recompute them only where that costs
+            no extra time, in large layers of up to 128 channels. The numbers are the same.
 
     Returns:
         The :class:`KDHandle`, with ``fit``, ``loss``, ``detach`` and ``remove``.
@@ -87,10 +87,10 @@ def attach_kd(
             ``teacher_transform`` is given.
 
     Raises:
-        NoMatchError: if a name stands for no module that runs; the nearest names are listed.
+        NoMatchError: if a name matches no module that runs; the message lists the nearest names.
         AttachError: if a point cannot take a layer, a layer does not reach the output, the student
             is wrapped or has KD layers already, or teacher and student share parameters.
-        LayoutError: if it cannot be told which axis holds the channels.
+        LayoutError: if it is unclear which axis holds the channels.
         ArgumentError: if there is nothing to attach, or an example is needed.
 
     Example:
@@ -156,8 +156,8 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
     earlier = [h.name for _, _, h in inserts(student) if h.tape is not tape and h.tape.armed]
     if earlier:
         warn(
-            f"the student keeps the KD layers at {earlier} of an earlier attach_kd besides: call "
-            "kd.remove() on the earlier handle first to take them out, or kd.detach() to keep them",
+            f"the student still contains the KD layers at {earlier} of an earlier attach_kd: call "
+            "kd.remove() on the earlier handle first to remove them, or kd.detach() to keep them",
         )
 
 
@@ -213,7 +213,7 @@ def _insert_layers(
         # resolve_points has given every point its number of templates.
         templates = point.num_templates or 0
         slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim, memory=memory)
-        slot.eval()  # the dry runs leave no mark on its batch norm
+        slot.eval()  # the dry runs must not update its batch norm
         place(student, point.student, slot.to(call.device, call.dtype), call.path, tape)
 
 
@@ -310,7 +310,7 @@ def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) ->
     if loss.at is None:
         return Term(name, loss, teacher_index=loss.teacher_index)
     ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
-    advice = f"; where its name is another, give both: at=({ours!r}, 'its name')"
+    advice = f"; if its name differs, give both: at=({ours!r}, 'its name')"
     advice = "" if isinstance(loss.at, tuple) else advice
     point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher_index or 0].traced, advice)
     return feature_term(loss.name or f"{name}.{point}", loss, traced, teachers, point, tap)

@@ -29,13 +29,14 @@ class KDPoint:
         num_templates: number of templates K; default: what the targets need.
         alpha: value ratio of the layer, default 1; 0 keeps the features and only supervises.
         weight: factor of the point's :class:`~kdlayers.losses.TemplateLoss` in ``kd.loss``: a
-            number or a function of the step, such as those of :mod:`kdlayers.schedules`. Default
-            1, the authors'. Without a teacher there is no such loss.
+            number or a function of the step, such as those of :mod:`kdlayers.schedules`. Default 1,
+            as in the authors' code. Without a teacher there is no such loss.
 
     Raises:
-        ArgumentTypeError: if a name is no string, ``targets`` no template targets, a number no
-            number, or ``weight`` not callable either.
-        ArgumentError: if ``num_templates`` is below 1, or ``alpha`` or ``weight`` negative.
+        ArgumentTypeError: if a name is not a string, ``targets`` are not template targets,
+            ``num_templates`` or ``alpha`` is not a number, or ``weight`` is neither a number nor
+            callable.
+        ArgumentError: if ``num_templates`` is below 1, or ``alpha`` or ``weight`` is negative.
 
     Example:
         >>> from kdlayers import CodebookTargets, KDPoint
@@ -76,7 +77,7 @@ class Candidate:
     shape: tuple[int, ...]
     layout: str
     remark: str = field(default="", repr=False)
-    """What to know before choosing it; mostly nothing."""
+    """A remark on the candidate; usually empty."""
 
 
 class Candidates(list[Candidate]):
@@ -111,11 +112,11 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
     """Stages and blocks of ``model`` that can take a KD layer, in forward order.
 
     Runs the model in eval mode, once plainly and once with gradients, without changing it. A
-    candidate has parameters, runs once in a forward and gives features whose layout can be told.
-    Stages and blocks are listed, what is inside a block is not; any other module that runs once can
-    be named as well. Remarks below the table say where the model's output does not depend on a
-    candidate, where a later module changes its output in place (a copy is recorded then), and why
-    blocks are not listed whose layout cannot be told.
+    candidate has parameters, runs once in a forward and returns features of a known layout. The
+    list has stages and blocks, not the modules inside blocks; you can name any other module that
+    runs once. Remarks below the table say where the model's output does not depend on a candidate,
+    where a later module changes its output in place (a copy is recorded then), and which blocks are
+    not listed because their layout is unknown.
 
     Args:
         model: any ``nn.Module`` that takes images.

@@ -19,9 +19,9 @@ def resolve_points(at: At, student: Trace, teacher: Trace | None) -> list[KDPoin
     """Points in the student's forward order, complete with targets and numbers of templates.
 
     Raises:
-        NoMatchError: if a name stands for nothing.
+        NoMatchError: if a name matches nothing.
         ArgumentError: if a point stands twice, or numbers do not fit together.
-        ArgumentTypeError: if ``at`` is nothing of what it may be.
+        ArgumentTypeError: if ``at`` has an unsupported type.
     """
     points = [p for item in _items(at) for p in _named(item, student, teacher)]
     names = [point.student for point in points]
@@ -91,7 +91,7 @@ def _teacher_name(theirs: str, ours: str, point: KDPoint, teacher: Trace) -> str
 
 def _pair_advice(ours: str) -> str:
     return (
-        f"; a name alone stands for both models: where the teacher's is another, give it too, as "
+        f"; a single name is used for both models: if the teacher's name differs, give both, as "
         f"in at={{{ours!r}: 'name in the teacher'}} or KDPoint({ours!r}, 'name in the teacher')"
     )
 

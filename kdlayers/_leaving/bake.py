@@ -37,8 +37,9 @@ def bake(student: nn.Module) -> nn.Module:
     The copy gives the same outputs, runs without hooks, and can be scripted by TorchScript where
     the student itself could be; its state-dict keys differ. The student is not changed.
 
-    Args: student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
-        DDP or a moving average are not copied.
+    Args:
+        student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
+            DDP or a moving average are not copied.
 
     Raises:
         AttachError: if the model has no KD layers, or FSDP has split its parameters.
@@ -59,9 +60,11 @@ def bake(student: nn.Module) -> nn.Module:
 def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: str) -> nn.Module:
     """A copy of ``student`` without hooks, with ``made(slot)`` as a submodule for every slot.
 
-    Args: student: the student, bare or in a wrapper such as ``torch.compile``, DDP or a moving
-        average. made: returns the module that replaces a slot. call: name of the public function,
-        for messages.
+    Args:
+        student: the student, bare or in a wrapper such as ``torch.compile``, DDP or a moving
+            average.
+        made: returns the module that replaces a slot.
+        call: name of the public function, for messages.
 
     Raises:
         AttachError: if there is no KD layer, or FSDP has split the student.

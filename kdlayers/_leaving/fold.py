@@ -90,8 +90,9 @@ def fold(student: nn.Module) -> nn.Module:
     As with :func:`bake`, no hook is left. Outputs are equal up to rounding (about 1e-6 in float32).
     The copy is in eval mode and its layers cannot be trained; the student is not changed.
 
-    Args: student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
-        DDP or a moving average are not copied.
+    Args:
+        student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
+            DDP or a moving average are not copied.
 
     Raises:
         AttachError: if the model has no KD layers, FSDP has split its parameters, or a layer is

@@ -9,8 +9,9 @@ from kdlayers.errors import ArgumentTypeError, AttachError
 def unwrap(model: nn.Module, label: str) -> tuple[nn.Module, nn.Module]:
     """The model inside ``torch.compile``'s wrapper, and what to call for a forward.
 
-    Raises: ArgumentTypeError: if this is not a module. AttachError: if it is wrapped for several
-        devices.
+    Raises:
+        ArgumentTypeError: if this is not a module.
+        AttachError: if it is wrapped for several devices.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
@@ -42,7 +43,8 @@ def _refuse_sharded(student: nn.Module) -> None:
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Check that student and teacher are two models.
 
-    Raises: AttachError: if they are the same model, or share parameters.
+    Raises:
+        AttachError: if they are the same model, or share parameters.
     """
     if student is teacher:
         raise AttachError(

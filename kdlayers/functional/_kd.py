@@ -33,8 +33,9 @@ def kd(
         reduction: ``"mean"`` over samples and pixels (default), ``"sum"``, or ``"none"`` for one
             value per sample or pixel.
 
-    Returns: A scalar; with ``reduction="none"`` ``[B]``, or ``[B, H, W]`` for maps. 0 or more, and
-        0 where the distributions are equal.
+    Returns:
+        A scalar; with ``reduction="none"`` ``[B]``, or ``[B, H, W]`` for maps. 0 or more, and 0
+        where the distributions are equal.
 
     Raises:
         ShapeError: if the tensors are not logits, or class maps, of one shape.
