@@ -78,7 +78,7 @@ ATTACHING = [
     (attach(["last", None]), ArgumentTypeError, "at holds a NoneType"),
     (attach({"*st": "last"}), ArgumentError, "give a KDPoint for each"),
     (attach({"last": "*st"}), ArgumentError, "must be one name"),
-    (attach([KDPoint("first", num_templates=5), "last"]), ArgumentError, "cannot be divided evenly"),
+    (attach([KDPoint("first", num_templates=5), "last"]), ArgumentError, "divided evenly"),
     (
         attach([KDPoint("last", targets=CodebookTargets(3), num_templates=5)]),
         ArgumentError,
