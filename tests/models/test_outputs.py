@@ -99,10 +99,10 @@ def test_the_loss_asks_where_logits_are_unclear():
         student(IMAGES)
         assert kd.loss(LABELS).isfinite()
     points = [KDPoint("first", targets=DecisionTargets(2)), "last"]
-    kd = attach_kd(Net(), Talkative(form), points, example=IMAGES)
-    assert len(kd.layers["first"].head.weight) == 6  # the student's classes are clear
     with pytest.raises(ArgumentError, match="number of classes"):
         attach_kd(Talkative(form), Talkative(form), points, example=IMAGES)
+    kd = attach_kd(Net(), Talkative(form), points, example=IMAGES)
+    assert len(kd.layers["first"].head.weight) == 6  # the student's classes are clear
 
 
 def test_an_output_that_is_unclear_in_training_only():
