@@ -62,7 +62,12 @@ class Description:
     @property
     def total_bytes(self) -> int:
         """Size of the finished record, without the description."""
-        return self.rows * (sum(f.row_bytes for f in self.fields) + 8)
+        return self.rows * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all files: the fields, and 8 of checksums."""
+        return sum(field.row_bytes for field in self.fields) + 8
 
     @property
     def tag(self) -> int:

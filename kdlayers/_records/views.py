@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from kdlayers._records.generators import own_generators
 from kdlayers.errors import RecordError
 
 
@@ -46,7 +47,8 @@ def draw(dataset: Any, seed: int, sample: int, view: int) -> tuple[Any, ...]:
     Raises:
         RecordError: if the sample is not a tuple that begins with an image tensor.
     """
-    with seeded(view_seed(seed, sample, view)):
+    value = view_seed(seed, sample, view)
+    with seeded(value), own_generators(dataset, value):
         found = dataset[sample]
     items = tuple(found) if isinstance(found, (tuple, list)) else (found,)
     if not items or not isinstance(items[0], Tensor):
@@ -91,7 +93,8 @@ def check_repeatable(dataset: Any, seed: int, views: int) -> bool:
                 f"sample {sample} of the data set differs when it is drawn again from one seed: a "
                 "transform has its own random generator, which a record cannot seed. Use "
                 "transforms that draw from Python's `random`, from NumPy's global generator or "
-                "from torch's default generator"
+                "from torch's default generator, or seed its generator in the data set's "
+                "__getitem__, for example from random.getrandbits(32)"
             )
         varied = varied or len(set(first)) > 1
     return varied

@@ -1,7 +1,7 @@
-"""Writing a record: batch by batch, and on from where an earlier call was stopped."""
+"""Writing a record: batch by batch, by one process or several, and on from where a call stopped."""
 
 import os
-import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,28 +21,36 @@ from kdlayers._records.files import (
     parse,
     row_checks,
 )
+from kdlayers._records.folder import (
+    DONE,
+    announce,
+    missing,
+    need_same,
+    prepare,
+    size_text,
+    tidy,
+    write_whole,
+)
 from kdlayers._records.views import draw, image_check
-from kdlayers._utils.files import TEMPORARY, replacing
+from kdlayers._utils.distributed import everywhere, rank, together, world_size
 from kdlayers._utils.progress import shown
 from kdlayers.errors import RecordError
-
-PLAN, DONE = "unfinished.json", "unfinished.rows"
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """From a batch of images to the tensors of the fields, in order."""
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):
-    """The images of all rows in order, with their checks; what the workers load."""
+    """The images of all rows, with their checks; what the workers load."""
 
-    def __init__(self, dataset: Any, plan: Description, rows: range) -> None:
-        self.dataset, self.plan, self.rows = dataset, plan, rows
+    def __init__(self, dataset: Any, plan: Description) -> None:
+        self.dataset, self.plan = dataset, plan
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.plan.rows
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        view, sample = divmod(self.rows[index], self.plan.samples)
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        view, sample = divmod(row, self.plan.samples)
         image = draw(self.dataset, self.plan.seed, sample, view)[0]
         return image, image_check(image)
 
@@ -52,43 +60,66 @@ def write_record(
 ) -> None:
     """Write the record that ``plan`` describes; nothing happens if it is there already.
 
+    Under ``torch.distributed`` every rank calls this, and writes its part of the batches. A batch
+    has the same rows however many ranks there are, hence the same bytes.
+
     Raises:
-        RecordError: if the folder holds another record, or the disk is too small.
+        RecordError: if the folder holds another record, the disk is too small, the ranks ask for
+            different records, or another rank failed.
     """
-    finished = path / DESCRIPTION
-    if finished.exists():
-        found = parse(finished.read_text("utf-8", errors="replace"), path)
-        _need_same(replace(found, checks=""), plan, path)
-        _tidy(path)
+    first = rank() == 0
+    asked = everywhere(plan.to_json())
+    for index, other in enumerate(asked):
+        if other != asked[0]:
+            raise RecordError(
+                f"rank {index} calls kd.record with another data set, teacher or settings than "
+                "rank 0; call it in the same way on every rank"
+            )
+    together(lambda: _start(path, plan, progress=progress) if first else None)
+    if not (path / DESCRIPTION).exists():
+        together(lambda: _write_part(dataset, path, plan, run, num_workers, progress and first))
+        together(lambda: _finish(path, plan) if first else None)
+
+
+def _start(path: Path, plan: Description, *, progress: bool) -> None:
+    if (path / DESCRIPTION).exists():
+        found = parse((path / DESCRIPTION).read_text("utf-8", errors="replace"), path)
+        need_same(replace(found, checks=""), plan, path)
+        tidy(path)
         return
-    done = _prepare(path, plan)
-    rows = range(done, plan.rows)
+    prepare(path, plan)
+    if progress:
+        sys.stderr.write(f"{announce(path, plan)}\n")
+
+
+def _write_part(
+    dataset: Any, path: Path, plan: Description, run: Run, num_workers: int, progress: bool
+) -> None:
+    """Write this rank's batches of those that are missing."""
+    batches = together(lambda: missing(path, plan))[rank() :: world_size()]
     loader = DataLoader(
-        _Rows(dataset, plan, rows),
-        batch_size=plan.batch_size,
+        _Rows(dataset, plan),
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # the user's default generator stays as it is
     )
-    title = f"record, {plan.views} views of {plan.samples} samples, {_size(plan.total_bytes)}"
+    title = f"record, {plan.views} views of {plan.samples} samples, {size_text(plan.total_bytes)}"
     with ExitStack() as stack:
         names = [field_path(path, i) for i in range(len(plan.fields))]
-        files = [stack.enter_context(name.open("r+b")) for name in (*names, path / CHECKS)]
-        for images, checks in shown(loader, title, progress):
-            _write(files, plan, done, list(_arrays(run(images), plan)), checks)
-            done += len(checks)
-            (path / DONE).write_text(f"{done:020d}")
+        names += [path / CHECKS, path / DONE]
+        files = [stack.enter_context(name.open("r+b")) for name in names]
+        for rows, (images, checks) in zip(batches, shown(loader, title, progress), strict=True):
+            _write(files, plan, rows, list(_arrays(run(images), plan)), checks)
         for file in files:
             os.fsync(file.fileno())
+
+
+def _finish(path: Path, plan: Description) -> None:
+    """Write the description, which makes the record whole."""
     whole = replace(plan, checks=file_digest(path / CHECKS))
-    _write_whole(finished, whole.to_json())
-    _tidy(path)
-
-
-def _tidy(path: Path) -> None:
-    """Remove what only an unfinished record has; a killed call may have left it."""
-    for name in (PLAN, DONE):
-        (path / name).unlink(missing_ok=True)
+    write_whole(path / DESCRIPTION, whole.to_json())
+    tidy(path)
 
 
 def _collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, list[int]]:
@@ -124,68 +155,18 @@ def _arrays(tensors: Sequence[Tensor], plan: Description) -> Iterator[Any]:
 def _write(
     files: Sequence[IO[bytes]],
     plan: Description,
-    done: int,
+    rows: range,
     arrays: Sequence[Any],
     images: Sequence[int],
 ) -> None:
     checks = torch.tensor([images, row_checks(arrays)], dtype=torch.int32).T.contiguous().numpy()
-    widths = [field.row_bytes for field in plan.fields]
-    for file, array, width in zip(files, (*arrays, checks), (*widths, 8), strict=True):
-        file.seek(done * width)
-        file.write(array.tobytes())
-        file.flush()
+    widths = [*(field.row_bytes for field in plan.fields), 8]
+    for file, array, width in zip(files, (*arrays, checks), widths, strict=False):
+        _write_at(file, rows.start * width, array.tobytes())
+    _write_at(files[-1], rows.start // plan.batch_size, b"\1")
 
 
-def _prepare(path: Path, plan: Description) -> int:
-    """Make the folder and its files, or find how many rows an earlier call has written."""
-    path.mkdir(parents=True, exist_ok=True)
-    if (path / PLAN).exists():
-        _need_same(parse((path / PLAN).read_text("utf-8", errors="replace"), path), plan, path)
-        _allocate(path, plan)
-        done = (path / DONE).read_text() if (path / DONE).exists() else "0"
-        return int(done) if done.isdigit() else 0
-    if any(not file.name.startswith(TEMPORARY) for file in path.iterdir()):
-        raise RecordError(f"{path} is not empty and holds no record; pass a new folder")
-    free = shutil.disk_usage(path).free
-    if plan.total_bytes > free:
-        raise RecordError(
-            f"the record needs {_size(plan.total_bytes)}, but the disk of {path} has "
-            f"{_size(free)} free; record fewer views, only what the losses need, or another dtype"
-        )
-    # The plan first: whatever a killed call leaves after it belongs to this record.
-    _write_whole(path / PLAN, plan.to_json())
-    _allocate(path, plan)
-    return 0
-
-
-def _allocate(path: Path, plan: Description) -> None:
-    """Give every file its size; what is written already stays."""
-    widths = [field.row_bytes for field in plan.fields]
-    names = [field_path(path, i) for i in range(len(widths))]
-    for file, width in zip((*names, path / CHECKS), (*widths, 8), strict=True):
-        with file.open("ab") as found:
-            found.truncate(width * plan.rows)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def _need_same(found: Description, plan: Description, path: Path) -> None:
-    names = ("samples", "views", "seed", "batch_size", "fields", "about")
-    other = [name for name in names if getattr(found, name) != getattr(plan, name)]
-    if other:
-        name = other[0]
-        raise RecordError(
-            f"{path} holds a record with other settings: {name} is {getattr(found, name)!r} there "
-            f"and {getattr(plan, name)!r} here; pass another folder, or delete this one"
-        )
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+def _write_at(file: IO[bytes], place: int, data: bytes) -> None:
+    file.seek(place)
+    file.write(data)
+    file.flush()

@@ -25,7 +25,6 @@ from kdlayers._step.recorded_teacher import AbsentModel
 from kdlayers._step.tape import Forward
 from kdlayers._step.terms import Plan, Term
 from kdlayers._utils.checksums import checksum
-from kdlayers._utils.distributed import world_size
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, RecordError
@@ -50,11 +49,6 @@ def record(
 ) -> RecordedDataset:
     """Write a record of what ``plan`` reads of its teachers; see `KDHandle.record`."""
     _check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, topk=topk)
-    if world_size() > 1:
-        raise RecordError(
-            f"kd.record was called in one of {world_size()} processes; record in a single process "
-            "before training, then call open_record(path, dataset) in each"
-        )
     if not check_repeatable(dataset, seed, views) and views > 1:
         warn(
             f"all views of the first samples are equal, so views={views} stores the same numbers "

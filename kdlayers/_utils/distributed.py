@@ -1,8 +1,15 @@
 """Sums and rows combined over the ranks of ``torch.distributed``; no-ops in a single process."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from kdlayers.errors import RecordError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -35,3 +42,33 @@ def all_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+
+def everywhere(value: T) -> list[T]:
+    """The values of all ranks, by rank; a list of one in a single process."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def together(work: Callable[[], T]) -> T:
+    """Call ``work`` on every rank, and go on when all have done so; an error of one stops all.
+
+    Raises:
+        RecordError: on the ranks that did not fail, if another did.
+    """
+    failure: Exception | None = None
+    results: list[T] = []
+    try:
+        results.append(work())
+    except Exception as error:  # the other ranks must not wait for this one
+        failure = error
+    said = everywhere(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for index, text in enumerate(said):
+        if text is not None:
+            raise RecordError(f"rank {index} failed: {text}")
+    return results[0]

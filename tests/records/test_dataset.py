@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from torchvision.transforms import v2
 
 from kdlayers._records.dataset import from_reader, open_record, rows_of
 from kdlayers._records.files import Reader
-from kdlayers._records.views import check_repeatable, draw, image_check, seeded, view_at
+from kdlayers._records.views import seeded, view_at
 from kdlayers.errors import ArgumentError, RecordError
-from tests.records.data import FlipAndCrop, OwnGenerator, Squares
+from tests.records.data import FlipAndCrop, Squares
 from tests.records.test_files import run, write
 
 
@@ -52,32 +51,6 @@ def test_drawing_leaves_the_users_random_states_alone():
     assert random.getstate() == states[0]
     assert (np.random.get_state()[1] == states[1]).all()
     assert torch.equal(torch.get_rng_state(), states[2])
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        transforms.Compose([transforms.RandomCrop(8), transforms.RandomHorizontalFlip()]),
-        v2.Compose([v2.RandomResizedCrop(8), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4)]),
-        lambda image: image + float(np.random.rand()),
-        FlipAndCrop(),
-    ],
-    ids=["torchvision", "torchvision v2", "numpy", "python"],
-)
-def test_a_view_is_a_function_of_seed_sample_and_view(transform):
-    dataset = Squares(transform=transform)
-    first = draw(dataset, 1, 4, 2)[0]
-    torch.rand(3), random.random(), np.random.rand()
-    assert torch.equal(first, draw(dataset, 1, 4, 2)[0])
-    others = [draw(dataset, *which, 0)[0] for which in ((1, 4), (2, 4), (3, 4), (4, 4))]
-    assert len({image_check(image) for image in others}) > 1
-    assert check_repeatable(dataset, 0, 4)
-
-
-def test_a_transform_with_its_own_generator_is_refused():
-    with pytest.raises(RecordError, match="its own random generator"):
-        check_repeatable(Squares(transform=OwnGenerator()), 0, 4)
-    assert not check_repeatable(Squares(), 0, 4)  # no random transform: all views are equal
 
 
 def test_all_views_of_a_sample_come_round():

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from kdlayers._records import write as write_module
+from kdlayers._records import folder as folder_module
 from kdlayers._records.dataset import from_reader, rows_of, transform_of
 from kdlayers._records.files import DESCRIPTION, Description, Field, Reader
 from kdlayers._records.write import write_record
@@ -34,10 +34,10 @@ def run(images):
     return total[:, None] * torch.arange(1.0, 5), images[:, 0, :2, :3]
 
 
-def write(path, dataset=None, plan=None, run=run):
+def write(path, dataset=None, plan=None, run=run, progress=False):
     dataset = dataset or Squares(transform=FlipAndCrop())
     plan = plan or plan_for(dataset)
-    write_record(dataset, path, plan, run, num_workers=0, progress=False)
+    write_record(dataset, path, plan, run, num_workers=0, progress=progress)
     return dataset
 
 
@@ -68,49 +68,6 @@ def test_written_twice_it_is_the_same_to_the_byte(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(seed, tmp_path):
-    write(tmp_path / "whole")
-    rng = random.Random(seed)
-    last = rng.randrange(10)
-    calls = 0
-
-    def killed(images):
-        nonlocal calls
-        calls += 1
-        if calls > last:
-            raise KeyboardInterrupt
-        return run(images)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "resumed", run=killed)
-    calls = 0
-
-    def counted(images):
-        nonlocal calls
-        calls += 1
-        return run(images)
-
-    write(tmp_path / "resumed", run=counted)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "resumed")
-    assert calls == 11 - last  # 72 rows in batches of 7; finished batches are not run again
-
-
-@pytest.mark.parametrize("left", ["the plan alone", "the plan of a finished record"])
-def test_a_kill_before_the_first_row_or_after_the_last_is_gone_on_from(left, whole, tmp_path):
-    path = tmp_path / "record"
-    if left == "the plan alone":
-        path.mkdir()
-    else:
-        shutil.copytree(whole, path)
-    dataset = Squares(transform=FlipAndCrop())
-    (path / write_module.PLAN).write_text(plan_for(dataset).to_json())
-    (path / ".kdlayers-0123.tmp").write_bytes(b"half")
-    write(path, dataset)
-    (path / ".kdlayers-0123.tmp").unlink()
-    assert contents(path) == contents(whole)
-
-
 def test_an_unfinished_record_is_refused(tmp_path):
     def stopped(_):
         raise KeyboardInterrupt
@@ -128,26 +85,47 @@ def whole(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_one_changed_bit_never_gives_a_number(seed, whole, tmp_path):
+FILES = ("checks.bin", "field0.bin", "field1.bin", "record.json")
+
+
+def damages(data, rng):
+    """Many ways in which a file can be damaged; None stands for a file that is gone."""
+    for _ in range(25):
+        changed = bytearray(data)
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        yield bytes(changed)
+    yield from (data[: rng.randrange(1, len(data))], b"", data[:-1], data + b"\0", bytes(len(data)))
+    yield None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_never_gives_a_number(name, whole, tmp_path):
     dataset = Squares(transform=FlipAndCrop())
+    assert tuple(sorted(file.name for file in whole.iterdir())) == FILES
     shutil.copytree(whole, tmp_path / "record")
-    rng = random.Random(seed)
-    file = rng.choice(sorted((tmp_path / "record").iterdir()))
-    data = bytearray(file.read_bytes())
-    if seed % 4 == 0:
-        data = data[: rng.randrange(len(data))]
-    else:
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    file.write_bytes(data)
+    file = tmp_path / "record" / name
 
     def use():
         reader = Reader(tmp_path / "record")
         reader.read(range(reader.description.rows))
         from_reader(reader, dataset)
 
-    with pytest.raises(RecordError):
-        use()
+    use()
+    for data in damages(file.read_bytes(), random.Random(name)):
+        file.unlink(missing_ok=True)
+        if data is not None:
+            file.write_bytes(data)
+        with pytest.raises(RecordError):
+            use()
+
+
+def test_two_rows_that_change_places_are_noticed(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "record")
+    rows = bytearray((whole / "field0.bin").read_bytes())
+    rows[:16], rows[16:32] = rows[16:32], rows[:16]
+    (tmp_path / "record" / "field0.bin").write_bytes(rows)
+    with pytest.raises(RecordError, match="view 0 of sample 0 was changed"):
+        Reader(tmp_path / "record").read([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -169,14 +147,58 @@ def test_a_folder_with_other_settings_is_refused(changes, name, finished, tmp_pa
         write(tmp_path / "record", dataset, plan_for(dataset, **changes))
 
 
-def test_a_full_folder_and_a_full_disk_are_refused_at_once(tmp_path, monkeypatch):
+def test_a_full_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RecordError, match="not empty"):
         write(tmp_path)
-    usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(write_module.shutil, "disk_usage", lambda _: usage)
+
+
+def fake_free_space(monkeypatch, free):
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: usage)
+
+
+def test_too_little_disk_is_refused_before_the_first_forward(tmp_path, monkeypatch):
+    fake_free_space(monkeypatch, 100)
+    forwards = []
     with pytest.raises(RecordError, match=r"2\.59 kB, but the disk .* 100 bytes free"):
+        write(tmp_path / "record", run=forwards.append)
+    assert forwards == []
+    assert list((tmp_path / "record").iterdir()) == []
+
+
+def test_a_stopped_record_needs_room_for_the_rest_only(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def stopped(images):
+        calls.append(1)
+        if len(calls) == 10:  # 63 of 72 rows are written; 9 rows of 36 bytes are left
+            raise KeyboardInterrupt
+        return run(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "record", run=stopped)
+    fake_free_space(monkeypatch, 323)
+    with pytest.raises(RecordError, match="324 bytes, but the disk"):
         write(tmp_path / "record")
+    fake_free_space(monkeypatch, 324)
+    capsys.readouterr()
+    write(tmp_path / "record", progress=True)
+    assert "2.59 kB (324 bytes still to write), 324 bytes free" in capsys.readouterr().err
+
+
+def test_size_and_free_space_are_said_before_the_teacher_runs(tmp_path, monkeypatch, capsys):
+    fake_free_space(monkeypatch, 12_345_678)
+
+    def unwilling(_):
+        raise KeyboardInterrupt
+
+    for progress in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / f"{progress}", run=unwilling, progress=progress)
+        said = capsys.readouterr()
+        line = f"recording 3 views of 24 samples in {tmp_path / 'True'}: 2.59 kB, 12.3 MB free\n"
+        assert (said.out, said.err) == ("", line if progress else "")
 
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path):
