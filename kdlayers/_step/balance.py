@@ -20,17 +20,15 @@ class Balance:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         names = [term.name for term in terms if _fixed(term)]
-        self._names = names if len(names) > 1 else []
+        self.names = names if len(names) > 1 else []  # empty once there is nothing to compare
         self._seen: list[Tensor] = []
 
     def look(self, logged: Mapping[str, Tensor]) -> None:
         """Take the values of a step; after the last of the first steps, compare and warn."""
-        if not self._names:
-            return
         # A copy, because under CUDA graphs the next step overwrites the values.
-        self._seen.append(torch.stack([logged[f"{name}.weighted"] for name in self._names]))
+        self._seen.append(torch.stack([logged[f"{name}.weighted"] for name in self.names]))
         if len(self._seen) == STEPS:
-            names, self._names = self._names, []
+            names, self.names = self.names, []
             values, self._seen = torch.stack(self._seen).abs().double().cpu(), []
             self._compare(names, values)
 
