@@ -110,6 +110,7 @@ kd = attach_kd(student, teacher, losses=[KDLoss()])
 NEEDS_A_HANDLE = ("troubleshooting.md",)
 NEEDS = {
     "export.md": ["onnx", "onnxscript"],
+    "label-free.md": ["timm"],
     "own-loop.md": ["timm"],
     "points.md": ["timm"],
     "timm-train.md": ["timm.task"],

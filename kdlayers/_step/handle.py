@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from kdlayers._records.dataset import RecordedDataset
 from kdlayers._step.attachment import Attachment
+from kdlayers._step.balance import Balance
 from kdlayers._step.batches import check_loader
 from kdlayers._step.fitting import fit_terms
 from kdlayers._step.gradient_norms import gradient_norms
-from kdlayers._step.hooks import drop_recording, unguard_hooks
+from kdlayers._step.hooks import end_recording, unguard_hooks
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
 from kdlayers._step.ranks import ranks_of
@@ -75,13 +76,14 @@ class KDHandle(Attachment):
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
         self._images = ImageStatistics()
+        self._balance = Balance(self._terms)
         own, added = parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(self.student, own, added)
         self._ranks = ranks_of(self._terms)
         self._tape.armed, self._tape.ranks = bool(self._terms), self._ranks
         if self._ranks is not None:
             self._ranks.start()
-        self._release = finalize(self, _release, self.student, self._tape)
+        self._release = finalize(self, end_recording, self.student, self._tape)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the student, the teachers and the losses, and record anew."""
@@ -226,6 +228,10 @@ class KDHandle(Attachment):
             NotFittedError: if :meth:`fit` has not been called.
             ShapeError: if the batch was empty.
             RecordError: if the record is damaged, or of other teachers, losses or images.
+
+        Warns:
+            KDLayersWarning: once, if a weighted term was more than 100 times another in each of the
+                first 50 steps; terms whose weight is a function, or 0, are not compared.
         """
         compiling = torch.compiler.is_compiling()
         plan, pairs, labels = self._read(targets, logits, recorded, compiling)
@@ -377,6 +383,8 @@ class KDHandle(Attachment):
     def _done(self, total: Tensor, logged: dict[str, Tensor]) -> None:
         if self._ranks is not None:
             self._ranks.average_after(total)
+        if self._balance.names:
+            self._balance.look(logged)
         self.terms = logged
         self.step += 1
 
@@ -390,11 +398,3 @@ def _keep_out_of_graphs() -> None:
         method = getattr(KDHandle, name)
         if not hasattr(method, "_torchdynamo_disable"):
             setattr(KDHandle, name, torch.compiler.disable(method))
-
-
-def _release(student: nn.Module, tape: Tape) -> None:
-    """End the recording; called by `detach`, and when the handle is garbage."""
-    tape.fail()
-    tape.consume()
-    tape.armed, tape.ranks = False, None
-    drop_recording(student, tape)

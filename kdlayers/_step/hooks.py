@@ -177,6 +177,14 @@ def watch_backward(tape: Tape, forward: Forward, logits: Tensor) -> None:
     logits.register_hook(close)
 
 
+def end_recording(student: nn.Module, tape: Tape) -> None:
+    """End the recording for good; called by `detach`, and when the handle is garbage."""
+    tape.fail()
+    tape.consume()
+    tape.armed, tape.ranks = False, None
+    drop_recording(student, tape)
+
+
 def drop_recording(student: nn.Module, tape: Tape) -> None:
     """Take away the hooks that only record on this tape; KD layers stay."""
     for module in student.modules():

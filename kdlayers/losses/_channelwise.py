@@ -2,40 +2,36 @@
 
 from typing import ClassVar
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import channelwise
-from kdlayers.functional._checks import full_precision, work_dtype
-from kdlayers.losses._base import DistillLoss, Weight
+from kdlayers.losses._base import Weight
 from kdlayers.losses._maps import check_maps, on_one_grid
+from kdlayers.losses._projected import ProjectedLoss
 
 
-class ChannelWiseLoss(DistillLoss):
+class ChannelWiseLoss(ProjectedLoss):
     r"""Channel-wise distillation, CWD (Shu, Liu, Gao, Yan, Shen, ICCV 2021).
 
     .. math::
         L = \frac{T^2}{B C} \sum_{b,c} \mathrm{KL}\big( \phi(f^T_{bc}) \,\|\, \phi(f^S_{bc}) \big)
 
-    with the softmax :math:`\phi` over the positions of a channel at temperature T: the student
-    learns where each channel is active. See :func:`kdlayers.functional.channelwise`. It reads class
-    maps (``at=None``) or features at any point. Where the numbers of channels differ, a learnt 1x1
-    convolution brings the student's to the teacher's, without a bias, which the softmax would take
-    away; it is in :meth:`parameters` for the optimiser
-    and never in the exported student. Maps of different size are compared on the smaller grid, the
-    larger one average-pooled. The teacher is detached.
+    with the softmax :math:`\phi` over the positions of a channel: the student learns where each
+    channel is active. Maps of different size are compared on the smaller grid. Where the numbers of
+    channels differ, a train-only 1x1 convolution without bias brings the student's to the
+    teacher's. The teacher is detached. See :func:`kdlayers.functional.channelwise`.
 
     Args:
-        temperature: above 0. Default 4.
+        temperature: above 0. Default 4; the authors' code and mmrazor have 1.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
-            the models' class maps. mmrazor gives class maps a weight of 5, with temperature 1.
+            class maps. Default weight 1, as in the authors' code; mmrazor gives class maps 5.
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
-        ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch with at
-            least two positions, or the channels have changed.
+        ShapeError: if the tensors are not maps ``[B, C, H, W]`` of one batch with two positions or
+            more, or the channels have changed.
 
     Example:
         >>> import torch
@@ -45,8 +41,7 @@ class ChannelWiseLoss(DistillLoss):
         tensor(9.1229)
     """
 
-    detaches_teacher: ClassVar[bool] = True
-    projector: nn.Conv2d | None
+    bias: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -60,51 +55,30 @@ class ChannelWiseLoss(DistillLoss):
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.positive("temperature", temperature)
         self.temperature = temperature
-        self.register_module("projector", None)
-
-    def build(self, student: Tensor, teacher: Tensor) -> None:
-        """Check the maps, and make the convolution where the numbers of channels differ."""
-        check_maps(student, teacher)
-        if min(student.shape[2], teacher.shape[2]) * min(student.shape[3], teacher.shape[3]) < 2:
-            raise ShapeError(
-                "ChannelWiseLoss compares where a channel is active, so the maps must have at "
-                f"least 2 positions on one grid, got {check.shape(student)} and "
-                f"{check.shape(teacher)}; choose an earlier point, or RKDLoss for vectors"
-            )
-        if self.projector is None and student.shape[1] != teacher.shape[1]:
-            projector = nn.Conv2d(student.shape[1], teacher.shape[1], 1, bias=False)
-            dtype = work_dtype(student)
-            self.projector = projector.to(student.device, dtype)
-
-    def _build_from(self, state: dict[str, Tensor]) -> None:
-        saved = state.get("projector.weight")
-        if self.projector is None and saved is not None:
-            projector = nn.Conv2d(saved.shape[1], saved.shape[0], 1, bias=False)
-            self.projector = projector.to(saved.device, saved.dtype)
+        self._hold("linear")
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean divergence for maps ``[B, C, H, W]``; the labels are not used."""
-        self.build(student, teacher)
-        student, teacher = on_one_grid(student, teacher.detach())
-        return channelwise(self._projected(student, teacher), teacher, temperature=self.temperature)
+        student, teacher = self._read(student, teacher)
+        self._make(student, teacher)
+        student, teacher = self._projected(student, teacher), teacher.detach()
+        return channelwise(student, teacher, temperature=self.temperature)
 
-    def _projected(self, student: Tensor, teacher: Tensor) -> Tensor:
-        made = self.projector
-        if made is None:
-            return student
-        if (made.in_channels, made.out_channels) != (student.shape[1], teacher.shape[1]):
+    def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        check_maps(student, teacher)
+        ours, theirs = on_one_grid(student, teacher)
+        if ours[0, 0].numel() < 2:
             raise ShapeError(
-                f"this ChannelWiseLoss maps {made.in_channels} to {made.out_channels} channels, "
-                f"got {check.shape(student)} and {check.shape(teacher)}; use one ChannelWiseLoss "
-                "for each point"
+                "maps must have at least 2 positions on one grid, got "
+                f"{check.shape(student)} and {check.shape(teacher)}; ChannelWiseLoss compares "
+                "where a channel is active: choose an earlier point, or RKDLoss for vectors"
             )
-        return _convolved(student, made.weight)
+        return ours, theirs
+
+    def _make(self, student: Tensor, teacher: Tensor) -> None:
+        if student.shape[1] != teacher.shape[1]:  # equal channels are compared as they are
+            super()._make(student, teacher)
 
     def extra_repr(self) -> str:
         """Shows the temperature besides weight and at."""
         return f"temperature={self.temperature}, {super().extra_repr()}"
-
-
-@full_precision
-def _convolved(maps: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(maps, weight)

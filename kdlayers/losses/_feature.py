@@ -1,73 +1,53 @@
 """Regression of a teacher's features, between models of any kind."""
 
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor, nn
 
-from kdlayers._models.undisturbed import undisturbed
-from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
-from kdlayers.functional._checks import full_precision, work_dtype
 from kdlayers.functional._features import Distance, feature_distance
-from kdlayers.losses._base import DistillLoss, Weight
-from kdlayers.losses._projector import make_projector, projector_like, widths
+from kdlayers.losses._base import Weight
+from kdlayers.losses._projected import ProjectedLoss, channel_dim
 from kdlayers.losses._reading import read_maps, read_vectors
-from kdlayers.losses._teacher_norm import TeacherNorm
+from kdlayers.losses._teacher_norm import TeacherNorm, norm_for, norm_like
 
 Tokens: TypeAlias = Literal["patch", "cls", "pooled"]
 
 
-class FeatureLoss(DistillLoss):
+class FeatureLoss(ProjectedLoss):
     r"""The teacher's features from the student's, through a train-only projector.
 
     .. math:: L = \frac{1}{N} \sum_{n=1}^{N} d\big( r(f^S_n), \, \tilde f^T_n \big)
 
-    over the :math:`N` positions of the batch, with the projector :math:`r`, and :math:`\tilde f^T`
-    the teacher's features, standardised or as they are. Between maps of a convolutional network,
-    tokens of a transformer and vectors, in every direction; no labels are needed. Maps of different
-    size are compared on the smaller grid, the larger one average-pooled. The teacher is detached.
-    The projector is in :meth:`parameters` for the optimiser and never in the exported student.
+    over the :math:`N` positions of a batch, with the distance :math:`d`, the projector :math:`r`
+    and the teacher's features :math:`\tilde f^T`, standardised or not. It compares maps
+    ``[B, C, H, W]`` on the smaller grid, tokens and vectors ``[B, C]``. The teacher is detached.
 
     Args:
-        distance: ``"cosine"``, 1 minus the cosine over channels (default: it needs no weight that
-            fits the size of the features); ``"mse"``, the mean squared difference over all
-            elements; or ``"smooth_l1"``, which is linear above a difference of 1.
-        projector: ``"linear"`` (default), a linear layer with bias from the student's to the
-            teacher's channels; ``"mlp"``, one with a hidden layer of the teacher's width and GELU;
-            ``None`` where the widths are equal; or a module of your own. It gets maps
-            ``[B, C, H, W]`` with ``tokens="patch"``, and vectors ``[B, C]`` otherwise.
-        tokens: ``"patch"`` (default), every position, without class tokens and registers;
-            ``"cls"``, the class token, where a model without one gives the mean over its positions;
-            ``"pooled"``, the mean over positions on both sides.
-        normalize_teacher: give every channel of the teacher's features mean 0 and variance 1, by
-            the statistics of all batches so far, so that several teachers or points weigh alike.
-            Default False.
+        distance: ``"cosine"`` (default), one minus the cosine, which does not depend on the scale;
+            ``"mse"``; or ``"smooth_l1"``, linear above a difference of 1.
+        projector: ``"linear"`` (default), with a bias; ``"mlp"``, with a hidden GELU layer of the
+            teacher's width; ``None`` for equal widths; or a module. Never in the exported student.
+        tokens: ``"patch"`` (default), all positions but class tokens and registers; ``"cls"``, the
+            class token, or the mean of a model without one; ``"pooled"``, the mean of both.
+        normalize_teacher: standardise the teacher's channels by the batches so far. Default False.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
-            the models' outputs.
+            the models' outputs. The default weight of 1 is our choice.
 
     Raises:
-        ArgumentError: if an option is unknown; in ``attach_kd``, if class tokens are asked for and
-            neither point has one.
-        ShapeError: at the call, if the tensors are not features of the same images, or the
-            projector does not give the teacher's width.
+        ArgumentError: if an option is unknown, or neither point has the class token.
+        ShapeError: if the tensors are not of the same images, or the projector's width is wrong.
 
     References:
-        Regression of features: Romero et al., "FitNets", ICLR 2015. Cosine distance and
-        standardised features, for teachers that are foundation models: Ranzinger, Heinrich, Kautz,
-        Molchanov, "AM-RADIO", CVPR 2024.
+        Romero et al., "FitNets", ICLR 2015; cosines and standardised features: Ranzinger, Heinrich,
+        Kautz, Molchanov, "AM-RADIO", CVPR 2024.
 
     Example:
         >>> import torch
-        >>> loss = FeatureLoss(at=("layer4", "blocks.11"))
-        >>> value = loss(torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4))
-        >>> loss.projector.weight.shape
-        torch.Size([16, 8, 1, 1])
+        >>> FeatureLoss(projector=None)(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+        tensor(0.2929)
     """
 
-    detaches_teacher: ClassVar[bool] = True
-    slot: ClassVar[str] = "projector"
-    """Attribute that holds the projector."""
     teacher_norm: TeacherNorm | None
 
     def __init__(
@@ -85,34 +65,20 @@ class FeatureLoss(DistillLoss):
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.one_of("distance", distance, get_args(Distance))
         check.one_of("tokens", tokens, get_args(Tokens))
-        if projector is not None and not isinstance(projector, nn.Module):
-            check.one_of("projector", projector, ("linear", "mlp", "None", "a module"))
+        self._hold(projector)
         self.distance: Distance = distance
         self.tokens = tokens
         self.normalize_teacher = normalize_teacher
-        self.projector_kind = None if isinstance(projector, nn.Module) else projector
-        self.register_module(self.slot, projector if isinstance(projector, nn.Module) else None)
         self.teacher_norm = None
-
-    def build(self, student: Tensor, teacher: Tensor) -> None:
-        """Make what depends on the widths, and try a projector of the user's own."""
-        student, teacher = self._read(student, teacher)
-        self._make(student, teacher)
-        if self.projector_kind is None:
-            self.to(student.device)
-            with undisturbed(self), torch.no_grad():
-                self._project(student, teacher)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean distance for maps, vectors ``[B, C]`` or tokens; the labels are not used."""
         student, teacher = self._read(student, teacher)
-        teacher = teacher.detach()
         self._make(student, teacher)
-        dim = _channel_dim(teacher)
-        projected = self._project(student, teacher)
+        projected, dim = self._projected(student, teacher), channel_dim(teacher)
         if self.teacher_norm is not None:
             teacher = self.teacher_norm(teacher, dim)
-        return feature_distance(projected, teacher, self.distance, dim)
+        return feature_distance(projected, teacher.detach(), self.distance, dim)
 
     def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both as features of one grid."""
@@ -120,53 +86,16 @@ class FeatureLoss(DistillLoss):
             return read_maps(student, teacher)
         return read_vectors(student, teacher, class_token=self.tokens == "cls")
 
-    @property
-    def _projector(self) -> nn.Module | None:
-        found: nn.Module | None = getattr(self, self.slot)
-        return found
-
     def _make(self, student: Tensor, teacher: Tensor) -> None:
-        ours, theirs = (t.shape[_channel_dim(t)] for t in (student, teacher))
-        if self._projector is None and self.projector_kind is not None:
-            made = make_projector(self.projector_kind, ours, theirs, maps=student.dim() == 4)
-            setattr(self, self.slot, made.to(student.device, work_dtype(student)))
+        super()._make(student, teacher)
         if self.normalize_teacher and self.teacher_norm is None:
-            self.teacher_norm = TeacherNorm(theirs, work_dtype(teacher), teacher.device)
+            self.teacher_norm = norm_for(teacher, channel_dim(teacher))
 
     def _build_from(self, state: dict[str, Tensor]) -> None:
-        if self._projector is None and self.projector_kind is not None:
-            made = projector_like(state, self.slot)
-            if made is not None:
-                setattr(self, self.slot, made)
-        saved = state.get("teacher_norm.mean")
-        if self.teacher_norm is None and self.normalize_teacher and saved is not None:
-            self.teacher_norm = TeacherNorm(len(saved), saved.dtype, saved.device)
-
-    @full_precision
-    def _project(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The student's features with the teacher's width."""
-        projector, kind = self._projector, type(self).__name__
-        if projector is not None and self.projector_kind is not None:
-            found = widths(projector)
-            if found != tuple(t.shape[_channel_dim(t)] for t in (student, teacher)):
-                ours, theirs = found or (0, 0)
-                raise ShapeError(
-                    f"this {kind} maps {ours} to {theirs} channels, got {check.shape(student)} and "
-                    f"{check.shape(teacher)}; use one {kind} for each point"
-                )
-        projected: Tensor = student if projector is None else projector(student)
-        if projected.shape != teacher.shape:
-            raise ShapeError(
-                f"the projector of {kind} must give the teacher's shape {check.shape(teacher)}, it "
-                f"made {check.shape(projected)} of {check.shape(student)}"
-                + ('; pass projector="linear"' if projector is None else "")
-            )
-        return projected
+        super()._build_from(state)
+        if self.normalize_teacher and self.teacher_norm is None:
+            self.teacher_norm = norm_like(state, "teacher_norm")
 
     def extra_repr(self) -> str:
         """Shows the options besides weight and at."""
         return f"distance={self.distance!r}, tokens={self.tokens!r}, {super().extra_repr()}"
-
-
-def _channel_dim(features: Tensor) -> int:
-    return -1 if features.dim() == 3 else 1

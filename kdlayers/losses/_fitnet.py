@@ -25,7 +25,7 @@ class FitNetLoss(FeatureLoss):
 
     Args:
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`;
-            :func:`kdlayers.attach_kd` needs ``at``. A weight of 100 is usual on CIFAR-100.
+            :func:`kdlayers.attach_kd` needs ``at``. RepDistiller has a weight of 100 on CIFAR-100.
 
     Raises:
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch or the

@@ -1,6 +1,5 @@
 """Train-only modules that bring the student's features to the teacher's width."""
 
-from collections.abc import Callable
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -8,7 +7,9 @@ from torch import Tensor, nn
 Layer: TypeAlias = nn.Conv2d | nn.Linear
 
 
-def make_projector(kind: str, student: int, teacher: int, *, maps: bool) -> nn.Module:
+def make_projector(
+    kind: str, student: int, teacher: int, *, maps: bool, bias: bool = True
+) -> nn.Module:
     """A ``"linear"`` layer, or an ``"mlp"`` with one hidden GELU layer of the teacher's width.
 
     Args:
@@ -16,15 +17,17 @@ def make_projector(kind: str, student: int, teacher: int, *, maps: bool) -> nn.M
         student: channels that go in.
         teacher: channels that come out.
         maps: whether the features are maps ``[B, C, H, W]``, and not vectors or tokens.
+        bias: whether the layers have one.
     """
-    make: Callable[[int, int], Layer] = _convolution if maps else nn.Linear
+
+    def make(inputs: int, outputs: int) -> Layer:
+        if maps:
+            return nn.Conv2d(inputs, outputs, 1, bias=bias)
+        return nn.Linear(inputs, outputs, bias=bias)
+
     if kind == "linear":
         return make(student, teacher)
     return nn.Sequential(make(student, teacher), nn.GELU(), make(teacher, teacher))
-
-
-def _convolution(student: int, teacher: int) -> nn.Conv2d:
-    return nn.Conv2d(student, teacher, 1)
 
 
 def projector_like(state: dict[str, Tensor], name: str) -> nn.Module | None:
@@ -34,8 +37,8 @@ def projector_like(state: dict[str, Tensor], name: str) -> nn.Module | None:
     if any(key not in state for key in keys):
         return None
     first, last = (state[key] for key in keys)
-    maps = first.dim() == 4
-    made = make_projector(kind, first.shape[1], last.shape[0], maps=maps)
+    maps, bias = first.dim() == 4, keys[0].replace(".weight", ".bias") in state
+    made = make_projector(kind, first.shape[1], last.shape[0], maps=maps, bias=bias)
     return made.to(first.device, first.dtype)
 
 

@@ -23,8 +23,9 @@ class RKDLoss(DistillLoss):
     maps work too. The teacher is detached. Time grows with the cube of the batch.
 
     Args:
-        distance: weight of the distances, 0 or more. Default 25, usual on CIFAR-100.
-        angle: weight of the angles, 0 or more. Default 50, usual on CIFAR-100.
+        distance: weight of the distances, 0 or more. Default 25, that of RepDistiller on CIFAR-100;
+            the authors' example for metric learning has 1.
+        angle: weight of the angles, 0 or more. Default 50 from there; the authors' example has 2.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
             the models' outputs.
 

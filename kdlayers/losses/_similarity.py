@@ -22,8 +22,8 @@ class SimilarityPreservingLoss(DistillLoss):
 
     Args:
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; the default weight
-            is 3000, usual on CIFAR-100, as the value is at most 4 / B. ``at`` is usually the point
-            of the last feature maps; ``at=None`` compares the models' outputs.
+            is 3000, RepDistiller's on CIFAR-100, as the value is at most 4 / B. ``at`` is usually
+            the point of the last feature maps; ``at=None`` compares the models' outputs.
 
     Raises:
         ShapeError: at the call, if the tensors are not features of the same 2 samples or more.

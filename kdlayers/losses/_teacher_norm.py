@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._utils.distributed import all_sum, world_size
+from kdlayers.functional._checks import work_dtype
 
 _EPS = 1e-6
 
@@ -44,3 +45,14 @@ class TeacherNorm(nn.Module):
         shift = mean - self.mean
         self.mean.add_(shift * share)
         self.var.add_((var - self.var) * share + shift.square() * share * (1 - share))
+
+
+def norm_for(features: Tensor, channel_dim: int) -> TeacherNorm:
+    """A norm for features like these."""
+    return TeacherNorm(features.shape[channel_dim], work_dtype(features), features.device)
+
+
+def norm_like(state: dict[str, Tensor], name: str) -> TeacherNorm | None:
+    """A norm like the one that a state dict holds under ``name``; None if it holds none."""
+    mean = state.get(f"{name}.mean")
+    return None if mean is None else TeacherNorm(len(mean), mean.dtype, mean.device)

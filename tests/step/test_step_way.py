@@ -10,6 +10,7 @@ from torchvision.models import resnet18
 
 import kdlayers
 from kdlayers import CodebookTargets, DecisionTargets, KDLoss, KDPoint, attach_kd
+from kdlayers._step import balance
 from kdlayers._utils import chunks
 
 PACKAGE = str(Path(kdlayers.__file__).parent)
@@ -40,6 +41,7 @@ def profiled(monkeypatch):
     """Files and functions that `student(x)` and `kd.loss(y)` enter in a usual training step."""
     monkeypatch.setattr(chunks, "LEAST_SCORES", 2**19)  # elsewhere tests take the fused path
     monkeypatch.setattr(chunks, "LEAST_RATIO", 4)
+    monkeypatch.setattr(balance, "STEPS", 2)
     student, teacher = resnet18(num_classes=4), resnet18(num_classes=4)
     images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 4
     points = [
@@ -49,7 +51,7 @@ def profiled(monkeypatch):
     kd = attach_kd(student.train(), teacher, points, losses=[KDLoss()], example=images[:2])
     kd.fit([(images, labels)] * 3, progress=False)
     optimiser = torch.optim.SGD(student.parameters(), lr=0.01)
-    for _ in range(3):  # the optimiser's parameters are looked at in the first steps only
+    for _ in range(3):  # parameters and the size of terms are looked at in the first steps only
         logits, *of_student = entered(lambda: student(images))
         loss, *of_loss = entered(lambda: kd.loss(labels))
         optimiser.zero_grad()

@@ -1,0 +1,158 @@
+"""Segmentation and detection on synthetic shapes: with a teacher, against labels only.
+
+    python examples/recipes/dense_shapes.py segmentation    # ten minutes on one core
+    python examples/recipes/dense_shapes.py detection
+
+The teacher learns from 1,000 images. Every student learns from 64 others, new ones for each seed,
+with the same steps and starting weights whatever the method. One line of JSON a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _shapes import SIDE, Shapes, average_precision, detector, mean_iou, segmenter, shapes
+from torch import Tensor, nn
+
+from kdlayers import ChannelWiseLoss, DistillLoss, FeatureLoss, KDHandle, KDLoss, attach_kd
+
+SMALL, LARGE = ([16, 32, 64], 1), ([48, 96, 192], 2)  # widths and depth
+BATCH = 8
+LEVELS = [f"fpn.layer_blocks.{level}" for level in range(3)]  # the finest first
+METHODS: dict[str, dict[str, Callable[[], list[DistillLoss]]]] = {
+    "segmentation": {
+        "labels only": list,
+        "KD": lambda: [KDLoss(temperature=1.0)],
+        "KD + CWD": lambda: [KDLoss(temperature=1.0), ChannelWiseLoss(temperature=1.0, weight=5.0)],
+    },
+    "detection": {
+        "labels only": list,
+        "the finest level": lambda: [FeatureLoss(at=LEVELS[0])],
+        "every level": lambda: [FeatureLoss(at=level) for level in LEVELS],
+    },
+}
+
+
+def main() -> None:
+    """Train the teacher, and then every method with every seed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("task", choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=64, help="of a student; default: 64")
+    parser.add_argument("--steps", type=int, default=150, help="of a student; default: 150")
+    parser.add_argument("--teacher-steps", type=int, default=300)
+    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    args = parser.parse_args()
+    run = segment if args.task == "segmentation" else detect
+    test = shapes(200, seed=999)
+    kinds = ("lraspp", "deeplab") if args.task == "segmentation" else ("Faster R-CNN",)
+    teacher, score = run(kinds[-1], LARGE, shapes(1000, 1000), test, args.teacher_steps, seed=0)
+    write(args, {"model": kinds[-1], "method": "teacher", "score": score})
+    for seed in range(args.seeds):
+        few = shapes(args.images, seed)
+        for kind in kinds:
+            for method, losses in METHODS[args.task].items():
+                found = {"model": kind, "method": method, "seed": seed}
+                how = {"seed": seed, "teacher": teacher, "losses": losses()}
+                found["score"] = run(kind, SMALL, few, test, args.steps, **how)[1]
+                write(args, found)
+
+
+def write(args: argparse.Namespace, line: dict[str, object]) -> None:
+    """Print a line, and append it to the file."""
+    text = json.dumps({"task": args.task, **line})
+    print(text, flush=True)
+    if args.out:
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def segment(
+    kind: str,
+    size: tuple[list[int], int],
+    data: Shapes,
+    test: Shapes,
+    steps: int,
+    seed: int,
+    teacher: nn.Module | None = None,
+    losses: Sequence[DistillLoss] = (),
+) -> tuple[nn.Module, float]:
+    """Train a segmentation model; the model and its mean IoU."""
+    torch.manual_seed(seed)
+    model = segmenter(kind, *size)
+    kd = None
+    if losses:  # as maps go in, the losses read class maps
+        kd = attach_kd(model, teacher, losses=losses, example=torch.zeros(2, 3, SIDE, SIDE))
+
+    def loss(chosen: Tensor) -> Tensor:
+        masks = data.masks[chosen]
+        value = F.cross_entropy(model(data.images[chosen])["out"], masks)
+        return value + kd.loss(masks) if kd else value
+
+    train(model, kd, loss, len(data.images), steps, seed)
+    model.eval()
+    with torch.no_grad():
+        predicted = [model(x)["out"].argmax(1) for x in test.images.split(50)]
+    return model, mean_iou(torch.cat(predicted), test.masks)
+
+
+def detect(
+    kind: str,  # noqa: ARG001  # there is one
+    size: tuple[list[int], int],
+    data: Shapes,
+    test: Shapes,
+    steps: int,
+    seed: int,
+    teacher: nn.Module | None = None,
+    losses: Sequence[DistillLoss] = (),
+) -> tuple[nn.Module, float]:
+    """Train a detector, whose backbone learns from the teacher's; the model and its AP."""
+    torch.manual_seed(seed)
+    model = detector(*size)
+    kd = None
+    if losses:
+        example = torch.zeros(2, 3, SIDE, SIDE)
+        kd = attach_kd(model.backbone, teacher.backbone, losses=losses, example=example)
+
+    def loss(chosen: Tensor) -> Tensor:
+        pictures, boxes = list(data.images[chosen]), [data.boxes[i] for i in chosen.tolist()]
+        value = sum(model(pictures, boxes).values())
+        return value + kd.loss() if kd else value
+
+    train(model, kd, loss, len(data.images), steps, seed)
+    model.eval()
+    with torch.no_grad():
+        found = [boxes for x in test.images.split(50) for boxes in model(list(x))]
+    return model, average_precision(found, test.boxes)
+
+
+def train(
+    model: nn.Module,
+    kd: KDHandle | None,
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    steps: int,
+    seed: int,
+) -> None:
+    """An ordinary loop over random batches, the same ones for every method."""
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([*model.parameters(), *(kd.parameters() if kd else [])], 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(torch.randperm(count, generator=draw)[:BATCH]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
+    if kd:
+        kd.detach()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What losses share that compare the teacher's features with projected features of the student."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdlayers._models.undisturbed import undisturbed
+from kdlayers.errors import ShapeError
+from kdlayers.functional import _checks as check
+from kdlayers.functional._checks import full_precision, work_dtype
+from kdlayers.losses._base import DistillLoss
+from kdlayers.losses._projector import make_projector, projector_like, widths
+
+
+class ProjectedLoss(DistillLoss):
+    """A loss whose student features pass a train-only projector to the teacher's width.
+
+    A subclass calls `_hold` in its constructor, implements `_read`, and calls `_projected`.
+    """
+
+    detaches_teacher: ClassVar[bool] = True
+    slot: ClassVar[str] = "projector"
+    """Attribute that holds the projector."""
+    bias: ClassVar[bool] = True
+    """Whether a linear projector has a bias."""
+    projector_kind: str | None
+    """``"linear"``, ``"mlp"``, or None for a module of the user's or none."""
+
+    def _hold(self, projector: str | nn.Module | None) -> None:
+        """Keep the user's projector, or note which kind to make."""
+        if projector is not None and not isinstance(projector, nn.Module):
+            check.one_of("projector", projector, ("linear", "mlp", "None", "a module"))
+        own = projector if isinstance(projector, nn.Module) else None
+        self.projector_kind = None if isinstance(projector, nn.Module) else projector
+        self.register_module(self.slot, own)
+
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Make the projector for these widths; try one of the user's own."""
+        student, teacher = self._read(student, teacher)
+        self._make(student, teacher)
+        if self.projector_kind is None:
+            self.to(student.device)
+            with undisturbed(self), torch.no_grad():
+                self._projected(student, teacher)
+
+    def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Both tensors as they are compared: on one grid, with channels in `channel_dim`."""
+        raise NotImplementedError
+
+    def _make(self, student: Tensor, teacher: Tensor) -> None:
+        """Make the projector, if it is still to be made."""
+        if self.projector_kind is None or getattr(self, self.slot) is not None:
+            return
+        ours, theirs = (t.shape[channel_dim(t)] for t in (student, teacher))
+        maps = student.dim() == 4
+        made = make_projector(self.projector_kind, ours, theirs, maps=maps, bias=self.bias)
+        setattr(self, self.slot, made.to(student.device, work_dtype(student)))
+
+    def _build_from(self, state: dict[str, Tensor]) -> None:
+        if self.projector_kind is not None and getattr(self, self.slot) is None:
+            setattr(self, self.slot, projector_like(state, self.slot))
+
+    @full_precision
+    def _projected(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The student's features with the teacher's width."""
+        projector: nn.Module | None = getattr(self, self.slot)
+        kind = type(self).__name__
+        if projector is not None and self.projector_kind is not None:
+            ours, theirs = widths(projector) or (0, 0)
+            if (ours, theirs) != tuple(t.shape[channel_dim(t)] for t in (student, teacher)):
+                raise ShapeError(
+                    f"this {kind} maps {ours} to {theirs} channels, got {check.shape(student)} and "
+                    f"{check.shape(teacher)}; use one {kind} for each point"
+                )
+        projected: Tensor = student if projector is None else projector(student)
+        if projected.shape != teacher.shape:
+            raise ShapeError(
+                f"the projector of {kind} must give the teacher's shape {check.shape(teacher)}, it "
+                f"made {check.shape(projected)} of {check.shape(student)}"
+                + ('; pass projector="linear"' if projector is None else "")
+            )
+        return projected
+
+
+def channel_dim(features: Tensor) -> int:
+    """The axis of the channels: the last one of tokens, the second one of maps and vectors."""
+    return -1 if features.dim() == 3 else 1
