@@ -25,6 +25,15 @@ As many epochs and templates as the papers have, for those with a GPU; the teach
         --teacher-checkpoint resnet56.pt --device cuda --templates 4096 --subclasses 8 \
         --validation 500 --cache runs --out runs/cifar100-240.jsonl
 
+Accuracy against the number of recorded views, and against the live teacher; report.py makes a table
+of the file beside that of the regime:
+
+    for views in 1 16 live; do
+        python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
+            --teacher-checkpoint resnet56.pt --cache runs --seeds 0 1 2 --views $views \
+            --methods KD letKD-2 --out docs/data/results/cifar100-10000.views.jsonl
+    done
+
 Every run is one JSON line in ``--out``, with its whole recipe. A run whose method, recipe and seed
 are there already is skipped; one that was stopped goes on after its last epoch, which ``--cache``
 has. So this may be stopped at any time and called again, and called twice at a time to use two
@@ -270,6 +279,14 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def views(text: str) -> int:
+    """The number of recorded views; 0, or the word live: the teacher runs in training."""
+    count = 0 if text == "live" else int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"live, or a number of views, not {text}")
+    return count
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -298,7 +315,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="default: %(default)s")
     add("--padding", type=int, default=2, help="of the crops; default: %(default)s")
     add("--augment", action="store_true", help="crop and flip the student's images")
-    add("--views", type=int, default=0, help="record so many of the teacher; 0: run it each time")
+    add("--views", type=views, default=0, help="record so many of the teacher; default: live")
     add("--draw", type=int, help="seed of which images students see; default: the run's seed")
     add("--lr", type=float, default=0.1, help="highest rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")

@@ -3,9 +3,10 @@
     python examples/benchmarks/report.py
 
 reads docs/data/results: ``*.jsonl`` with the reported runs of one regime each, ``*.sweeps.jsonl``
-with those that sweeps.py has written, ``*.tuning.jsonl`` with the runs on which its recipe was
-chosen, ``*.teacher.json`` with what supervision.py has measured, and ``*.txt`` with what was found
-out about it, which is the only part written by hand.
+with those that sweeps.py has written, ``*.views.jsonl`` with runs of other numbers of recorded
+views, ``*.tuning.jsonl`` with the runs on which its recipe was chosen, ``*.teacher.json`` with what
+supervision.py has measured, and ``*.txt`` with what was found out about it, which is the only part
+written by hand.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from _accuracy_published import published_table
 from _accuracy_regimes import REGIMES
 from _accuracy_setting import REFERENCES, first_line, setting, title
 from _accuracy_sweeps import draw_sweeps, sweep_tables
+from _accuracy_views import views_table
 from _accuracy_words import (
     Line,
     bold,
@@ -200,6 +202,7 @@ def regime(path: Path, runs: dict[str, list[Line]]) -> str:
         *headed("## Before and after the layers", probe_table(runs)),
         *headed("## Pruned", pruned_table(runs)),
         *headed("## One value at a time", sweeps, picture),
+        *headed("## How many recorded views?", views_table(beside(path, "views"), runs)),
         found.read_text("utf-8").strip() if found.exists() else "",
         *(("## How the recipe was chosen", tuning_table(tuning)) if tuning else ()),
         "## Recipes",

@@ -235,6 +235,36 @@ def test_recorded_runs_have_full_lines(bench, tmp_path):
     assert lines[0]["curve"][-1]["cross-entropy"] < lines[0]["curve"][0]["cross-entropy"]
 
 
+def test_accuracy_against_the_number_of_views(bench, tmp_path):
+    options = ("--methods", "KD", "--seeds", "0", "1", "2")
+    usual = bench(tmp_path / "tiny.jsonl", *options)
+    file = tmp_path / "tiny.views.jsonl"
+    bench(file, *options, "--views", "1")
+    lines = bench(file, *options, "--views", "live")
+    assert [line["recipe"].get("views") for line in lines] == [1, 1, 1, None, None, None]
+    assert len({line["recipe_hash"] for line in (*usual, *lines)}) == 3
+    for one, live in zip(lines[:3], lines[3:], strict=True):
+        assert one["recipe"] == live["recipe"] | {"views": 1}
+        assert one["curve"] != live["curve"]
+    page = load("report").pages(tmp_path)["results-tiny.md"]
+    _, _, section = page.partition("## How many recorded views?")
+    rows = [row for row in section.splitlines() if row.startswith("| KD |")][:3]
+    assert [row.split(" | ")[1] for row in rows] == ["1", "2", "live"]
+    for row, own in zip(rows, (lines[:3], usual, lines[3:]), strict=True):
+        scores = [line["test_accuracy"] for line in own]
+        assert f"| 3 | {sum(scores) / 3:.2f} ± " in row
+    gap = load("_accuracy_words").gap
+    live = [line["test_accuracy"] for line in lines[3:]]
+    text, _ = gap([line["test_accuracy"] for line in lines[:3]], live)
+    assert text in rows[0]
+    # A run that differs in more than its views is not in the table.
+    by_views = load("_accuracy_views").by_views
+    other = lines[0] | {"recipe": lines[0]["recipe"] | {"lr": 0.5}}
+    assert by_views([other], usual) == {}
+    with pytest.raises(SystemExit):
+        bench(file, *options, "--views", "-1")
+
+
 def test_what_the_teacher_says_is_measured(bench, root, checkpoint, cache, tmp_path, record):
     supervision = load("supervision")
     out = tmp_path / "tiny.teacher.json"

@@ -113,6 +113,49 @@ def test_whole_steps(tmp_path):
     assert report["memory_mib"] == {}
 
 
+def test_recorded_step(tmp_path):
+    report = run(tmp_path, "recorded_step")
+    check_numbers(report)
+    assert len(report["times_ms"]) == 2  # KD, letKD-1 + KD
+    for case, times in report["times_ms"].items():
+        others = ["student alone", "in memory", "live teacher"]
+        assert list(times) == [*others[:2], "recorded", others[2]]
+        for other in others:
+            check_ratio(report, case, "recorded", other)
+
+
+def test_the_steps_of_recorded_step_have_equal_losses(tmp_path):
+    benchmark = load("recorded_step")
+    case = benchmark.quick(benchmark.CASES["CIFAR ResNet-56 to ResNet-20"])
+    for method in benchmark.METHODS:
+        steps = benchmark.build(case, method, str(tmp_path / method), "cpu")
+        for _ in range(2 * benchmark.BATCHES):
+            alone, memory, recorded, live = (float(step()) for step in steps.values())
+            assert memory == pytest.approx(live, rel=1e-5)
+            assert recorded == pytest.approx(live, rel=2e-2)  # float16, and what follows from it
+            assert alone < live
+
+
+def test_topk_measures_what_is_lost():
+    topk = load("topk")
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(200, 30), 3 * torch.randn(200, 30)
+    head, _, rest, *losses = topk.rows(ours, theirs, torch.arange(200) % 30, (3, 30))
+    assert head == ["", "all logits", "`topk=3`", "`topk=30`"]
+    expected = 1 - theirs.softmax(1).topk(3).values.sum(1).mean()
+    assert rest[2:] == [f"{100 * float(expected):.2g} %", "0 %"]
+    log_p, log_q = (x.log_softmax(1) for x in (theirs, ours))
+    value = (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    assert losses[0][:2] == ["KDLoss, temperature 1", f"{float(value):.4g}"]
+    top, order = log_p.exp().sort(1, descending=True)
+    q = log_q.gather(1, order)
+    left = top[:, 3:].sum(1, keepdim=True)  # shared equally by 27 classes
+    near = (top[:, :3] * (top[:, :3].log() - q[:, :3])).sum(1)
+    near = (near + (left / 27 * ((left / 27).log() - q[:, 3:])).sum(1)).mean()
+    found = float(losses[0][2].split(" %")[0]) / 100
+    assert found == pytest.approx(float(near / value) - 1, rel=0.1)
+
+
 def test_losses(reports):
     report = reports("losses")
     check_numbers(report)

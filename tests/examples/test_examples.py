@@ -110,6 +110,13 @@ def test_own_loop_goes_on_where_it_stopped_and_exports(tmp_path):
     assert program(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
 
 
+def test_a_second_call_trains_from_the_record_alone(tmp_path):
+    first, second = run("recorded", tmp_path), run("recorded", tmp_path)
+    assert re.findall(r"^(.*): \d+\.\d\d %$", first, re.M) == ["teacher", "recorded teacher"]
+    assert second == first[first.index("epoch 0") :]  # the same student, without a teacher
+    assert (tmp_path / "runs" / "recorded" / "record" / "record.json").exists()
+
+
 def test_a_folder_of_ones_own_images(tmp_path):
     from torchvision.transforms.functional import to_pil_image
 
@@ -139,7 +146,7 @@ def test_they_are_short_and_complete(script):
 
 
 def test_there_are_not_too_many():
-    assert len(SCRIPTS) <= 12
+    assert len(SCRIPTS) <= 14
     assert len((EXAMPLES / "data.py").read_text("utf-8").splitlines()) <= 100
     assert [file.name for file in EXAMPLES.glob("_*")] in ([], ["__pycache__"])
 

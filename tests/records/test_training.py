@@ -138,6 +138,17 @@ def test_float16_differs_by_what_rounding_does(tmp_path):
         assert not torch.equal(loss, rounded)
 
 
+def test_float16_rounds_each_value_as_the_page_says(tmp_path):
+    (_, kd), recorded, _ = setup("all", "same grid", tmp_path / "exact")
+    rounded = kd.record(
+        recorded.dataset, tmp_path / "rounded", views=3, dtype="float16", batch_size=16
+    )
+    exact, near = (data.reader.read(range(96)) for data in (recorded, rounded))
+    for name, values in exact.items():
+        limit = (5e-4 * values.abs()).clamp(min=3e-8)
+        assert ((near[name].float() - values).abs() <= limit).all()
+
+
 def test_the_means_of_two_teachers_are_recorded(tmp_path):
     torch.manual_seed(0)
     student, teachers = Net(6), [Net(8), Net(4)]
