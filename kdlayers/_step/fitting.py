@@ -1,10 +1,11 @@
 """What `kd.fit` does: passes of the teachers over a loader, for the losses that learn from them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from kdlayers._models.detectors import Pictures
 from kdlayers._models.undisturbed import cuda_devices
-from kdlayers._step.batches import split_batch
+from kdlayers._step.batches import as_batch, split_batch
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.plan import Plan
 from kdlayers._step.recording import teacher_tensors
@@ -19,7 +20,9 @@ def fit_terms(
     teachers: Sequence[Teacher],
     loader: Iterable[Any],
     images: ImageStatistics,
+    pictures: Pictures | None,
     *,
+    prepare: Callable[[Any], Any] | None,
     seed: int,
     progress: bool,
     refit: bool,
@@ -35,9 +38,11 @@ def fit_terms(
         title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
         start = pass_seed(seed, active, index)
         for batch in passes.batches(start, title, progress=progress):
+            ready = batch if prepare is None else prepare(batch)
+            ready = ready if pictures is None else as_batch(ready, pictures)
             if index == 0:
-                images.of_fit(split_batch(batch)[0])
-            yield teacher_tensors(plan, batch)
+                images.of_fit(split_batch(ready)[0])
+            yield teacher_tensors(plan, ready)
 
     if fitters:
         images.begin_fit()
