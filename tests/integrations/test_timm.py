@@ -25,7 +25,9 @@ from kdlayers.integrations.timm import KDTask  # noqa: E402
 
 # timm opens every image without closing it.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:The .grad attribute of a Tensor",  # torch.compile
 )
 DIFF = diffs("timm-train.md")["timm_train"]
 SIZE, CLASSES = 64, 3

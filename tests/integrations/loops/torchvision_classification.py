@@ -7,12 +7,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
+LOSSES = []
+
 
 def train_one_epoch(
     model, criterion, optimizer, data_loader, device, epoch, args, model_ema=None, scaler=None
 ):
     model.train()
-    found = []
     for i, (image, target) in enumerate(data_loader):
         image, target = image.to(device), target.to(device)
         with torch.autocast("cpu", enabled=args.amp):
@@ -24,8 +25,7 @@ def train_one_epoch(
         optimizer.step()
         if model_ema and i % args.model_ema_steps == 0:
             model_ema.update_parameters(model)
-        found.append(loss.item())
-    return found
+        LOSSES.append(loss.item())
 
 
 def evaluate(model, criterion, data_loader):
@@ -68,10 +68,10 @@ def main(args):
         args.start_epoch = checkpoint["epoch"] + 1
         if model_ema:
             model_ema.load_state_dict(checkpoint["model_ema"])
-    losses = []
+    LOSSES.clear()
     for epoch in range(args.start_epoch, args.epochs):
         torch.manual_seed(epoch)
-        losses += train_one_epoch(model, criterion, optimizer, data_loader, device, epoch, args, model_ema, None)
+        train_one_epoch(model, criterion, optimizer, data_loader, device, epoch, args, model_ema, None)
         lr_scheduler.step()
         evaluate(model, criterion, data_loader_test)
         evaluate(model_ema, criterion, data_loader_test)
@@ -84,7 +84,7 @@ def main(args):
         if model_ema:
             checkpoint["model_ema"] = model_ema.state_dict()
         torch.save(checkpoint, args.output)
-    return model, model_ema, losses
+    return model, model_ema, list(LOSSES)
 
 
 def norms_apart(model, args):

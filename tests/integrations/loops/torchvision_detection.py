@@ -4,10 +4,11 @@ import torch
 import torch.utils.data
 import torchvision
 
+LOSSES = []
+
 
 def train_one_epoch(model, optimizer, data_loader, device, epoch, print_freq, scaler=None):
     model.train()
-    found = []
     for images, targets in data_loader:
         images = list(image.to(device) for image in images)
         targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
@@ -17,8 +18,7 @@ def train_one_epoch(model, optimizer, data_loader, device, epoch, print_freq, sc
         optimizer.zero_grad()
         losses.backward()
         optimizer.step()
-        found.append(losses.item())
-    return found
+        LOSSES.append(losses.item())
 
 
 def main(args):
@@ -39,10 +39,10 @@ def main(args):
         lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         args.start_epoch = checkpoint["epoch"] + 1
     print("Start training")
-    losses = []
+    LOSSES.clear()
     for epoch in range(args.start_epoch, args.epochs):
         torch.manual_seed(epoch)
-        losses += train_one_epoch(model, optimizer, data_loader, device, epoch, args.print_freq)
+        train_one_epoch(model, optimizer, data_loader, device, epoch, args.print_freq)
         lr_scheduler.step()
         checkpoint = {
             "model": model_without_ddp.state_dict(),
@@ -53,4 +53,4 @@ def main(args):
         torch.save(checkpoint, args.output)
         with torch.inference_mode():
             model.eval()(list(next(iter(data_loader))[0]))
-    return model, losses
+    return model, list(LOSSES)

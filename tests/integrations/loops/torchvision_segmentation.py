@@ -5,6 +5,8 @@ import torch.utils.data
 import torchvision
 from torch import nn
 
+LOSSES = []
+
 
 def criterion(inputs, target):
     losses = {k: nn.functional.cross_entropy(v, target, ignore_index=255) for k, v in inputs.items()}
@@ -13,7 +15,6 @@ def criterion(inputs, target):
 
 def train_one_epoch(model, criterion, optimizer, data_loader, lr_scheduler, device, epoch, args):
     model.train()
-    found = []
     for image, target in data_loader:
         image, target = image.to(device), target.to(device)
         with torch.autocast("cpu", enabled=args.amp):
@@ -23,8 +24,7 @@ def train_one_epoch(model, criterion, optimizer, data_loader, lr_scheduler, devi
         loss.backward()
         optimizer.step()
         lr_scheduler.step()
-        found.append(loss.item())
-    return found
+        LOSSES.append(loss.item())
 
 
 def main(args):
@@ -49,10 +49,10 @@ def main(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         args.start_epoch = checkpoint["epoch"] + 1
-    losses = []
+    LOSSES.clear()
     for epoch in range(args.start_epoch, args.epochs):
         torch.manual_seed(epoch)
-        losses += train_one_epoch(model, criterion, optimizer, data_loader, lr_scheduler, device, epoch, args)
+        train_one_epoch(model, criterion, optimizer, data_loader, lr_scheduler, device, epoch, args)
         with torch.inference_mode():
             model.eval()(next(iter(data_loader))[0])
         checkpoint = {
@@ -62,4 +62,4 @@ def main(args):
             "epoch": epoch,
         }
         torch.save(checkpoint, args.output)
-    return model, losses
+    return model, list(LOSSES)
