@@ -29,13 +29,13 @@ from torch import nn
 from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd
 from kdlayers.integrations.timm import KDTask
 
-CLASSES, BATCH = 10, 8
+CLASSES, BATCH, TEMPLATES = 10, 4, 8
 ALONE, LOGITS, LETKD, OWN = "as it is", "KDLoss", "KDLoss, letKD-1", "its own distillation"
 
 
 def main() -> None:
     """Measure every script."""
-    args = read(command_line(__doc__, rounds=30))
+    args = read(command_line(__doc__, rounds=10))
     report = Report("frameworks", "A step of a framework's loop", settings(args))
     rows = []
     for name, make in SCRIPTS.items():
@@ -47,7 +47,8 @@ def main() -> None:
             against = ["1" if variant == ALONE else compare(report, name, variant, ALONE, times)]
             theirs = OWN in steps and variant == LOGITS
             against.append(compare(report, name, variant, OWN, times) if theirs else "")
-            rows.append([name if variant == ALONE else "", variant, str(spread(times[variant])), *against])
+            shown = name if variant == ALONE else ""
+            rows.append([shown, variant, str(spread(times[variant])), *against])
     columns = ("script", "step", "ms", "of the script's step", "of its own distillation")
     report.add(Table("A step of a framework's loop", columns, rows))
     report.save(args.out)
@@ -60,13 +61,21 @@ def compare(report: Report, name: str, ours: str, theirs: str, times: dict) -> s
 
 def pair(args, size: int) -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:
     """A student, a teacher, and a batch."""
-    student, teacher = (torchvision.models.resnet18(num_classes=CLASSES), torchvision.models.resnet34(num_classes=CLASSES))
+    models = torchvision.models
+    student, teacher = (make(num_classes=CLASSES) for make in (models.resnet18, models.resnet34))
     images = torch.randn(BATCH, 3, size, size, device=args.device)
     labels = torch.randint(CLASSES, (BATCH,), device=args.device)
     return student.to(args.device), teacher.to(args.device).eval(), images, labels
 
 
-def variants(student: nn.Module, teacher: nn.Module, images, make: Callable, at: str = "layer4", losses=True) -> dict[str, Step]:
+def variants(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: torch.Tensor | list[torch.Tensor],
+    make: Callable,
+    at: str = "layer4",
+    losses: bool = True,
+) -> dict[str, Step]:
     """The step as it is and with one and two losses, each with a student of its own."""
     steps = {ALONE: make(copy.deepcopy(student), None)}
     logits = [KDLoss()] if losses else []
@@ -74,18 +83,18 @@ def variants(student: nn.Module, teacher: nn.Module, images, make: Callable, at:
         own = copy.deepcopy(student)
         steps[LOGITS] = make(own, attach_kd(own, teacher, losses=logits, example=images))
     own = copy.deepcopy(student)
-    points = [KDPoint(at, targets=CodebookTargets(64))]
+    points = [KDPoint(at, targets=CodebookTargets(TEMPLATES))]
     kd = attach_kd(own, teacher, points, losses=[KDLoss()] if losses else [], example=images)
-    kd.fit([images if isinstance(images, torch.Tensor) else (images, None)] * 4, progress=False)
+    kd.fit([images if isinstance(images, torch.Tensor) else (images, None)] * 2, progress=False)
     steps[LETKD if losses else "letKD-1"] = make(own, kd)
     return steps
 
 
 def timm_train(args) -> dict[str, Step]:
-    """timm's train.py: mixed labels, EMA, clipping; against LogitDistillationTask."""
+    """Timm's train.py: mixed labels, EMA, clipping; against LogitDistillationTask."""
     from timm.task import ClassificationTask, LogitDistillationTask
 
-    size = 64 if args.quick else 128
+    size = 32 if args.quick else 64
     make_model = lambda name: timm.create_model(name, num_classes=CLASSES).to(args.device)  # noqa: E731
     student, teacher = make_model("resnet18"), make_model("resnet34").eval()
     images = torch.randn(BATCH, 3, size, size, device=args.device)
@@ -117,8 +126,8 @@ def timm_train(args) -> dict[str, Step]:
 
 
 def classification(args) -> dict[str, Step]:
-    """torchvision's reference: smoothed labels, clipping, EMA."""
-    student, teacher, images, labels = pair(args, 64 if args.quick else 128)
+    """Torchvision's reference: smoothed labels, clipping, EMA."""
+    student, teacher, images, labels = pair(args, 32 if args.quick else 64)
 
     def make(model, kd) -> Step:
         criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -141,15 +150,15 @@ def classification(args) -> dict[str, Step]:
 
 
 def segmentation(args) -> dict[str, Step]:
-    """torchvision's reference: masks with pixels to ignore, an auxiliary head."""
-    size = 48 if args.quick else 96
+    """Torchvision's reference: masks with pixels to ignore, an auxiliary head."""
+    size = 32 if args.quick else 64
     options = {"weights": None, "weights_backbone": None, "num_classes": 5}
     models = torchvision.models.segmentation
     student = models.deeplabv3_mobilenet_v3_large(**options, aux_loss=True).to(args.device)
     teacher = models.deeplabv3_mobilenet_v3_large(**options).to(args.device).eval()
-    images = torch.randn(4, 3, size, size, device=args.device)
-    masks = torch.randint(5, (4, size, size), device=args.device)
-    masks[:, :8] = 255
+    images = torch.randn(2, 3, size, size, device=args.device)
+    masks = torch.randint(5, (2, size, size), device=args.device)
+    masks[:, :4] = 255
 
     def own_loss(outputs, target) -> torch.Tensor:
         found = [F.cross_entropy(v, target, ignore_index=255) for v in outputs.values()]
@@ -163,8 +172,8 @@ def segmentation(args) -> dict[str, Step]:
 
 
 def detection(args) -> dict[str, Step]:
-    """torchvision's reference: lists of images; KD layers in the backbone."""
-    size = 64 if args.quick else 160
+    """Torchvision's reference: lists of images; KD layers in the backbone."""
+    size = 64 if args.quick else 96
     options = {"weights": None, "weights_backbone": None, "num_classes": 5, "box_score_thresh": 0.5}
     options |= {"min_size": size, "max_size": size}
     make_model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
@@ -188,7 +197,7 @@ def accelerate_loop(args) -> dict[str, Step]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=args.device == "cpu")
-    student, teacher, images, labels = pair(args, 64 if args.quick else 128)
+    student, teacher, images, labels = pair(args, 32 if args.quick else 64)
 
     def make(model, kd) -> Step:
         optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
@@ -217,7 +226,7 @@ def trainer(args) -> dict[str, Step]:
         hf.ResNetConfig(**sizes, depths=[depth] * 4, num_labels=CLASSES)
     ).to(args.device)
     student, teacher = make_model(1), make_model(2).eval()
-    size = 64 if args.quick else 128
+    size = 32 if args.quick else 64
     batch = {"pixel_values": torch.randn(BATCH, 3, size, size, device=args.device)}
     batch["labels"] = torch.randint(CLASSES, (BATCH,), device=args.device)
     options = {"report_to": "none", "use_cpu": args.device == "cpu", "label_smoothing_factor": 0.1}

@@ -40,9 +40,7 @@ def patched(source, diff):
             start, shift = 1, 0
         else:
             ends = len(lines) - len(old) + 1
-            places = [
-                i for i in range(ends) if [t.strip() for t in lines[i : i + len(old)]] == old
-            ]
+            places = [i for i in range(ends) if [t.strip() for t in lines[i : i + len(old)]] == old]
             assert len(places) == 1, f"{old} stands {len(places)} times in the loop"
             start = places[0]
             first = next(text for sign, text in hunk if sign != "+")

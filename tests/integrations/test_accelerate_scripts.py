@@ -59,9 +59,7 @@ def no_trainer(tmp_path, **options):
     values |= {"mixed_precision": "no", "gradient_accumulation_steps": 1, "num_train_epochs": 1}
     values |= {"resume_from_checkpoint": "", "output_dir": str(tmp_path)}
     args = argparse.Namespace(**{**values, **options})
-    main = loop(
-        "hf_no_trainer", DIFFS["hf_no_trainer"], AutoModelForImageClassification=AutoModel
-    )
+    main = loop("hf_no_trainer", DIFFS["hf_no_trainer"], AutoModelForImageClassification=AutoModel)
     torch.manual_seed(0)
     return main(args)
 

@@ -177,9 +177,7 @@ def test_in_eval_mode_it_is_the_task():
 def test_layer_decay_gives_a_kd_layer_the_rate_of_its_block():
     student, _ = models()
     kd = attach_kd(student, at=[KDPoint("layer2", num_templates=4)])
-    optimizer = create_optimizer_v2(
-        student, opt="sgd", lr=0.1, weight_decay=0.05, layer_decay=0.5
-    )
+    optimizer = create_optimizer_v2(student, opt="sgd", lr=0.1, weight_decay=0.05, layer_decay=0.5)
     names = {id(p): name for name, p in student.named_parameters()}
     rates, decays = {}, {}
     for group in optimizer.param_groups:

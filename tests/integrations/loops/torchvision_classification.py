@@ -44,7 +44,9 @@ def main(args):
     dataset = torchvision.datasets.ImageFolder(train_dir, augmented)
     dataset_test = torchvision.datasets.ImageFolder(train_dir, plain)
     num_classes = len(dataset.classes)
-    mixupcutmix = v2.RandomChoice([v2.MixUp(num_classes=num_classes), v2.CutMix(num_classes=num_classes)])
+    mixupcutmix = v2.RandomChoice(
+        [v2.MixUp(num_classes=num_classes), v2.CutMix(num_classes=num_classes)]
+    )
 
     def collate_fn(batch):
         return mixupcutmix(*torch.utils.data.default_collate(batch))
@@ -71,7 +73,9 @@ def main(args):
     LOSSES.clear()
     for epoch in range(args.start_epoch, args.epochs):
         torch.manual_seed(epoch)
-        train_one_epoch(model, criterion, optimizer, data_loader, device, epoch, args, model_ema, None)
+        train_one_epoch(
+            model, criterion, optimizer, data_loader, device, epoch, args, model_ema, None
+        )
         lr_scheduler.step()
         evaluate(model, criterion, data_loader_test)
         evaluate(model_ema, criterion, data_loader_test)

@@ -9,7 +9,9 @@ LOSSES = []
 
 
 def criterion(inputs, target):
-    losses = {k: nn.functional.cross_entropy(v, target, ignore_index=255) for k, v in inputs.items()}
+    losses = {
+        k: nn.functional.cross_entropy(v, target, ignore_index=255) for k, v in inputs.items()
+    }
     return losses["out"] if len(losses) == 1 else losses["out"] + 0.5 * losses["aux"]
 
 
