@@ -25,7 +25,11 @@ ROOMS = (
     "viz",
     "integrations",
 )
-NOT_ALLOWED = {"_leaving": {"_attaching"}, "viz": {"_attaching", "_leaving"}, "integrations": {"viz"}}
+NOT_ALLOWED = {
+    "_leaving": {"_attaching"},
+    "viz": {"_attaching", "_leaving"},
+    "integrations": {"viz"},
+}
 
 
 def room_of(path: Path) -> str:

@@ -48,7 +48,7 @@ class Learning(Attachment):
 
         Args:
             loader: gives batches ``(images, labels)``, or dicts with ``pixel_values`` and ``labels``
-                as Hugging Face's models take; the training images without augmentation. It
+                as Hugging Face's models take them; the training images without augmentation. It
                 must be iterable again, as a ``DataLoader`` or a list is. A detector's loader may
                 give lists of images of any sizes, and lists of dicts as targets.
             prepare: what your loop does to a batch before the model: a function that makes

@@ -13,7 +13,7 @@ _pl: Any = import_module(next((name for name in _NAMES if name in sys.modules), 
 _Callback: Any = _pl.Callback
 
 
-class KDCallback(_Callback):  # type: ignore[misc, unused-ignore]  # pyright: ignore[reportUntypedBaseClass]
+class KDCallback(_Callback):  # pyright: ignore[reportUntypedBaseClass]
     """Moves the teachers to the device, calls ``kd.fit`` once, and saves ``kd.state_dict()``.
 
     The handle's state is part of Lightning's checkpoints. A resumed run has it before `fit`, which

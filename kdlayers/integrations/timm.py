@@ -55,12 +55,12 @@ class KDTask:
             raise AttributeError(name)
         return getattr(self.task, name)
 
-    def __call__(self, input: Any, target: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Any, target: Tensor) -> dict[str, Tensor]:
         """The task's results; ``loss`` with the distillation added, ``kd_loss`` alone.
 
         In eval mode, which the handle does not record, they are the task's as they are.
         """
-        result: dict[str, Tensor] = self.task(input, target)
+        result: dict[str, Tensor] = self.task(images, target)
         if not self.kd.student.training:
             return result
         loss = self.kd.loss(target)

@@ -15,7 +15,7 @@ FILE = "kd.pt"
 """What the handle's state is called in the folder of a checkpoint."""
 
 
-class KDTrainer(_Trainer):  # type: ignore[misc, unused-ignore]  # pyright: ignore[reportUntypedBaseClass]
+class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
     r"""``transformers.Trainer`` with :meth:`KDHandle.loss` added to its loss in training.
 
     .. math:: L = L_\text{Trainer} + L_\text{KD}

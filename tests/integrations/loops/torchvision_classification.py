@@ -70,12 +70,11 @@ def main(args):
         args.start_epoch = checkpoint["epoch"] + 1
         if model_ema:
             model_ema.load_state_dict(checkpoint["model_ema"])
+    scaler = None
     LOSSES.clear()
     for epoch in range(args.start_epoch, args.epochs):
         torch.manual_seed(epoch)
-        train_one_epoch(
-            model, criterion, optimizer, data_loader, device, epoch, args, model_ema, None
-        )
+        train_one_epoch(model, criterion, optimizer, data_loader, device, epoch, args, model_ema, scaler)
         lr_scheduler.step()
         evaluate(model, criterion, data_loader_test)
         evaluate(model_ema, criterion, data_loader_test)
