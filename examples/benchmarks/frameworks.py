@@ -38,9 +38,9 @@ def main() -> None:
     args = read(command_line(__doc__, rounds=10))
     report = Report("frameworks", "A step of a framework's loop", settings(args))
     rows = []
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
     for name, make in SCRIPTS.items():
         steps = make(args)
-        clock = time.process_time if args.device == "cpu" else time.perf_counter
         times = alternate(steps, args.rounds, device=args.device, clock=clock, least=0.0)
         report.times_ms[name] = times
         for variant in steps:
@@ -49,6 +49,7 @@ def main() -> None:
             against.append(compare(report, name, variant, OWN, times) if theirs else "")
             shown = name if variant == ALONE else ""
             rows.append([shown, variant, str(spread(times[variant])), *against])
+        print(f"{name}: {rows[-1]}", flush=True)
     columns = ("script", "step", "ms", "of the script's step", "of its own distillation")
     report.add(Table("A step of a framework's loop", columns, rows))
     report.save(args.out)
@@ -235,6 +236,7 @@ def trainer(args) -> dict[str, Step]:
     def make(model, kd) -> Step:
         run = KDTrainer(model, training, kd=kd)
         run.create_optimizer()
+        run.current_gradient_accumulation_steps = 1  # what train() would set
 
         def step() -> None:
             run.training_step(model, dict(batch))
@@ -260,12 +262,12 @@ def plain_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Step:
 
 
 SCRIPTS = {
+    "transformers Trainer": trainer,
     "timm train.py": timm_train,
     "torchvision classification": classification,
     "torchvision segmentation": segmentation,
     "torchvision detection": detection,
     "Accelerate": accelerate_loop,
-    "transformers Trainer": trainer,
 }
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def namespace(tmp_path, **options):
 
 
 def classification(tmp_path, **options):
-    for index in range(9):
+    for index in range(8):
         folder = tmp_path / "train" / str(index % 3)
         folder.mkdir(parents=True, exist_ok=True)
         noise = torch.randint(256, (40, 40, 3), dtype=torch.uint8)
