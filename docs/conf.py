@@ -52,3 +52,6 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+# Their integrations are documented without them.
+autodoc_mock_imports = ["transformers", "lightning", "pytorch_lightning"]

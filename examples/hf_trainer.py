@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import data
 import torch
@@ -16,41 +15,10 @@ import transformers as hf
 from torch.utils.data import DataLoader, default_collate
 
 from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDPoint, attach_kd, save_student
+from kdlayers.integrations.transformers import KDTrainer
 
 SETTINGS = {"learning_rate": 3e-3, "per_device_train_batch_size": 50}
 SETTINGS |= {"report_to": "none", "save_strategy": "epoch"}
-
-
-class KDTrainer(hf.Trainer):
-    """A Trainer with one more term in its loss, and the handle's state in its checkpoints."""
-
-    def __init__(self, *args: Any, kd: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kd = kd
-        self.model_accepts_loss_kwargs = False  # compute_loss gives a mean over the batch
-
-    def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, **options: Any
-    ) -> Any:
-        """Trainer's loss and, in training, the distillation; evaluation comes here too."""
-        labels = inputs["labels"]  # Trainer takes them out of the inputs where it smooths them
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        if model.training and self.kd:
-            loss = loss + self.kd.loss(labels)
-        return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """The student's parameters in Trainer's groups, the train-only ones in another."""
-        if self.optimizer is None:
-            super().create_optimizer(*args)
-            self.optimizer.add_param_group({"params": [*(self.kd.parameters() if self.kd else ())]})
-        return self.optimizer
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Beside the student, ``kd.pt``: targets, train-only parameters and the step."""
-        super().save_model(output_dir, _internal_call)
-        if self.kd and self.args.should_save:
-            torch.save(self.kd.state_dict(), Path(output_dir or self.args.output_dir, "kd.pt"))
 
 
 def main() -> None:

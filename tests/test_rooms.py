@@ -23,8 +23,13 @@ ROOMS = (
     "_attaching",
     "_leaving",
     "viz",
+    "integrations",
 )
-NOT_ALLOWED = {"_leaving": {"_attaching"}, "viz": {"_attaching", "_leaving"}}
+NOT_ALLOWED = {
+    "_leaving": {"_attaching"},
+    "viz": {"_attaching", "_leaving"},
+    "integrations": {"viz"},
+}
 
 
 def room_of(path: Path) -> str:

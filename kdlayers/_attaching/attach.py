@@ -11,6 +11,7 @@ from torch import nn
 from kdlayers._attaching.points import KDPoint
 from kdlayers._attaching.resolve import At, resolve_points
 from kdlayers._layer.layer import check_memory
+from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
 from kdlayers._models.names import match
 from kdlayers._models.outputs import main_output
@@ -55,7 +56,8 @@ def attach_kd(
     *kd.parameters()])``.
 
     Args:
-        student: the model to train.
+        student: the model to train. A detector of torchvision is attached in its backbone, whose
+            names may begin with ``"backbone."``; train it as a whole.
         teacher: the model to learn from. It is run in eval mode without gradients and left as it
             was found. ``None``: layers only, with ``num_templates`` given at the points. A list:
             losses on logits compare with the teachers' mean logits, KD layers and losses on
@@ -103,10 +105,12 @@ def attach_kd(
         ['layer4.0', 'layer4.1']
         >>> kd.remove()
     """
-    student, _ = unwrap(student, "student")
-    losses, memory = _check_losses(losses), check_memory(memory)
-    args = example_for(student, example)
+    whole, _ = unwrap(student, "student")
+    student, losses, memory = inside(whole), _check_losses(losses), check_memory(memory)
+    args = example_for(whole, example)
     traced = trace(student, args, "student")
+    if student is not whole:
+        traced.unclear = NO_LOGITS
     teachers = make_teachers(student, teacher, args, teacher_weights, teacher_transform)
     if losses and not teachers:
         raise ArgumentError("losses compare the student with a teacher: pass teacher=")
@@ -135,7 +139,8 @@ def attach_kd(
     _warn_of_earlier(student, tape)
     _warn_of_other_teachers(terms, teachers)
     _warn_of_buffers(teachers)
-    return KDHandle(student, teachers, terms, tape)
+    pictures = Pictures(whole) if student is not whole else None
+    return KDHandle(student, teachers, terms, tape, pictures)
 
 
 def _seed(student: nn.Module) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from kdlayers._models.detectors import inside, is_detector
 from kdlayers._models.examples import example_for
+from kdlayers._models.names import BACKBONE
 from kdlayers._models.trace import Call, ignored, trace
 from kdlayers._targets import TemplateTargets
 from kdlayers._utils.table import table
@@ -119,7 +121,8 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
     not listed because their layout is unknown.
 
     Args:
-        model: any ``nn.Module`` that takes images.
+        model: any ``nn.Module`` that takes images; of a detector of torchvision the points of its
+            backbone are listed.
         example: a small batch of images (or a tuple of arguments); default: two zero images of the
             size that the model states, else 224.
 
@@ -137,6 +140,8 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
         Candidate(name='layer4', shape=(2, 512, 2, 2), layout='NCHW')
     """
     args = example_for(model, example)
+    prefix = BACKBONE if is_detector(model) else ""
+    model = inside(model)
     traced = trace(model, args, "model")
     names = set(_stages_and_blocks(model))
     calls = [call for call in traced.calls.values() if call.name in names]
@@ -154,7 +159,8 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
             continue
         if layout.kind != "vector":
             remark = _remark(call, call.name in unread)
-            found.append(Candidate(call.name, call.shape, str(layout), remark))
+            found.append(Candidate(prefix + call.name, call.shape, str(layout), remark))
+    found.left_out = {prefix + name: said for name, said in found.left_out.items()}
     return found
 
 

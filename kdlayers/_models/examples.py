@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.detectors import Pictures, is_detector, is_list_of_pictures
 from kdlayers.errors import ArgumentError
 
 
@@ -17,6 +18,8 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     Raises:
         ArgumentError: if ``example`` is no tensor or tuple, or no first convolution is found.
     """
+    if is_detector(model):
+        return (_of_detector(model, example),)
     if isinstance(example, Tensor):
         return (example,)
     if isinstance(example, (tuple, list)):
@@ -32,6 +35,23 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
             "example= with a small batch of your images"
         )
     return (torch.zeros(2, channels, *_stated_size(model)),)
+
+
+def _of_detector(model: nn.Module, example: Any) -> Tensor:
+    """What the backbone gets: of a list of pictures, of a batch as it is, or of zero images."""
+    if isinstance(example, tuple) and len(example) == 1:
+        example = example[0]
+    if isinstance(example, Tensor):
+        return example
+    if is_list_of_pictures(example):
+        return Pictures(model)(example)
+    if example is not None:
+        raise ArgumentError(
+            "example of a detector must be a list of images [C, H, W], or a batch as its backbone "
+            f"gets it, got {type(example).__name__}"
+        )
+    size = getattr(model.transform, "fixed_size", None) or (224, 224)
+    return torch.zeros(2, _stated_channels(model) or 3, size[1], size[0])
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

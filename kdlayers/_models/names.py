@@ -9,6 +9,8 @@ from torch import nn
 from kdlayers.errors import NoMatchError
 
 WRAPPERS = ("module.", "_orig_mod.")
+BACKBONE = "backbone."
+"""Before the names inside a detector, which is attached in its backbone."""
 
 
 def match(
@@ -21,7 +23,8 @@ def match(
     Raises:
         NoMatchError: if there is none.
     """
-    for plain in readings(pattern):
+    forms = readings(pattern)
+    for plain in (*forms, forms[-1].removeprefix(BACKBONE)):
         if plain in names:
             return [plain]
         found = [name for name in names if _glob(name, plain)] if is_glob(plain) else []

@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdlayers._models.detectors import Pictures, is_list_of_pictures
 from kdlayers.errors import ArgumentError, ArgumentTypeError
+
+_HF = ("pixel_values", "labels")
 
 
 def check_loader(loader: object) -> None:
@@ -20,17 +23,32 @@ def check_loader(loader: object) -> None:
     )
 
 
+def as_batch(batch: Any, pictures: Pictures) -> Any:
+    """A detector's batch, a list of images with or without targets, as its backbone gets it.
+
+    The targets, one dict an image, are left out: nothing that is fitted reads boxes.
+    """
+    if is_list_of_pictures(batch):
+        return pictures(batch)
+    if isinstance(batch, (tuple, list)) and batch and is_list_of_pictures(batch[0]):
+        return pictures(batch[0]), None
+    return batch
+
+
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Images and labels of a loader's batch: a pair, or images alone.
 
     Several inputs stand as a tuple or list of tensors in the place of the images, ``((a, b),
-    labels)``, as the default collation makes them; they are returned as a tuple.
+    labels)``, as the default collation makes them; they are returned as a tuple. Dicts are taken
+    with the keys of Hugging Face's image models, ``pixel_values`` and ``labels``.
 
     Raises:
         ArgumentError: if the batch is neither.
     """
     if isinstance(batch, Tensor):
         return batch, None
+    if isinstance(batch, Mapping) and isinstance(batch.get(_HF[0]), Tensor):
+        batch = tuple(batch.get(key) for key in _HF)
     if isinstance(batch, (tuple, list)):
         images, labels = (*batch, None, None)[:2]
         sample = isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0)
@@ -45,6 +63,12 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
         found = f"a {type(batch).__name__} ({kinds})"
         if sample:
             found += ", one sample of a data set: pass DataLoader(dataset, batch_size=64)"
+        elif isinstance(labels, (tuple, list)) and any(isinstance(i, Mapping) for i in labels):
+            found += ", as a detector's loader gives: attach to the detector as a whole, "
+            found += 'attach_kd(detector, teacher, at=["backbone...."]), or pass '
+            found += (
+                "kd.fit(loader, prepare=...), a function that makes (images, labels) of a batch"
+            )
         elif second:
             found += f", of which the second has shape {shape}, like images: give a "
             found += "model of two inputs batches ((first, second), labels)"
@@ -56,17 +80,11 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def _pairs_of(batch: Mapping[Any, Any]) -> str:
-    """The keys, and the source of a class that turns such batches into pairs in every pass."""
+    """The keys, and the argument that makes pairs of such batches."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     images = next((key for key, value in tensors.items() if value.dim() >= 3), "images")
     labels = next((key for key, value in tensors.items() if value.dim() == 1), "labels")
-    return f"""{list(batch)}; convert each as it comes:
-
-class Pairs:
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        return ((batch[{images!r}], batch[{labels!r}]) for batch in self.loader)
-
-kd.fit(Pairs(loader))"""
+    return (
+        f"{list(batch)}; say how a pair is made of it: kd.fit(loader, prepare=lambda batch: "
+        f"(batch[{images!r}], batch[{labels!r}]))"
+    )

@@ -1,10 +1,11 @@
 """What `kd.fit` does: passes of the teachers over a loader, for the losses that learn from them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from kdlayers._models.detectors import Pictures
 from kdlayers._models.undisturbed import cuda_devices
-from kdlayers._step.batches import split_batch
+from kdlayers._step.batches import as_batch, split_batch
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.recording import teacher_tensors
 from kdlayers._step.teacher import Teacher
@@ -18,7 +19,9 @@ def fit_terms(
     teachers: Sequence[Teacher],
     loader: Iterable[Any],
     images: ImageStatistics,
+    pictures: Pictures | None,
     *,
+    prepare: Callable[[Any], Any] | None,
     seed: int,
     progress: bool,
     refit: bool,
@@ -34,10 +37,12 @@ def fit_terms(
         title = f"fit, pass {index + 1}: {', '.join({f.stage: None for f in active})}"
         start = pass_seed(seed, active, index)
         for batch in passes.batches(start, title, progress=progress):
-            inputs, labels = split_batch(batch)
+            ready = batch if prepare is None else prepare(batch)
+            ready = ready if pictures is None else as_batch(ready, pictures)
+            inputs, labels = split_batch(ready)
             if index == 0:
                 images.of_fit(inputs)
-            yield teacher_tensors(plan, batch, inputs), labels
+            yield teacher_tensors(plan, ready, inputs), labels
 
     if fitters:
         images.begin_fit()

@@ -1,34 +1,30 @@
 """The handle that `attach_kd` returns: fit, loss, terms, state, detaching and removal."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
 from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers._records.dataset import RecordedDataset
-from kdlayers._step.attachment import Attachment
+from kdlayers._models.detectors import Pictures
 from kdlayers._step.balance import Balance
-from kdlayers._step.batches import check_loader
-from kdlayers._step.fitting import fit_terms
 from kdlayers._step.gradient_norms import gradient_norms
 from kdlayers._step.hooks import end_recording, unguard_hooks
 from kdlayers._step.image_statistics import ImageStatistics
+from kdlayers._step.learning import Learning
 from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
 from kdlayers._step.ranks import ranks_of
-from kdlayers._step.recording import read_batch, record
+from kdlayers._step.recording import read_batch
 from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Pair, Plan, Term, weighted_sum
-from kdlayers.errors import AttachError, CaptureError, NotFittedError
+from kdlayers.errors import CaptureError, NotFittedError
 
 
-class KDHandle(Attachment):
+class KDHandle(Learning):
     """Everything in a distillation except the student; :func:`kdlayers.attach_kd` makes it.
 
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
@@ -36,7 +32,8 @@ class KDHandle(Attachment):
     enters the student's state dict, copies or checkpoints. Recording ends when it is dropped.
 
     Attributes:
-        student: the model that was given, unwrapped from ``torch.compile``.
+        student: the model that was given, unwrapped from ``torch.compile``; of a detector, its
+            backbone.
         terms: the last :meth:`loss` as ``{name: detached tensor}``: each term as computed under its
             name, with its weight under ``name + ".weighted"``, the losses' own metrics under
             ``name + "." + metric``, and the sum under ``"total"``.
@@ -61,6 +58,7 @@ class KDHandle(Attachment):
         teachers: Sequence[Teacher],
         terms: Sequence[Term],
         tape: Tape,
+        pictures: Pictures | None = None,
     ) -> None:
         self.student = student
         self.terms: dict[str, Tensor] = {}
@@ -68,6 +66,7 @@ class KDHandle(Attachment):
         self._teachers = list(teachers)
         self._terms = list(terms)
         self._tape = tape
+        self._pictures = pictures
         self._start()
 
     def _start(self) -> None:
@@ -87,7 +86,7 @@ class KDHandle(Attachment):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the student, the teachers and the losses, and record anew."""
-        kept = ("student", "step", "_teachers", "_terms", "_tape")
+        kept = ("student", "step", "_teachers", "_terms", "_tape", "_pictures")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -96,103 +95,6 @@ class KDHandle(Attachment):
         self._start()
 
     # ---------------------------------------------------------------- training
-
-    def fit(
-        self,
-        loader: Iterable[Any],
-        *,
-        seed: int = 0,
-        progress: bool = True,
-        refit: bool = False,
-    ) -> None:
-        """Learn from the teacher what the losses need: codebooks, decisions, auto-encoders.
-
-        Runs the teacher over the loader, one pass for all points together: a codebook takes up to
-        two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not run,
-        and no random state is disturbed. While a codebook or decisions are learnt each pass starts
-        from ``seed``, so that a loader that shuffles or augments gives every pass the same data:
-        torch, Python's ``random``, NumPy and the generators that the loader, its samplers and its
-        data set hold are seeded, and restored at the end. Workers start anew in each pass.
-        Passes that only auto-encoders are left to take start from ``seed`` plus the number of the
-        pass: as in any training order and augmentation change; the same seed gives the same again.
-        Under ``torch.distributed`` all ranks call it together, each with its part of the data.
-
-        Args:
-            loader: gives batches ``(images, labels)``; the training images without augmentation. It
-                must be iterable again, as a ``DataLoader`` or a list is.
-            seed: seed of clustering and of the loader's own randomness; default 0.
-            progress: show a bar on a terminal, where tqdm is installed; default True.
-            refit: also learn again what has been learnt; default: only what is missing.
-
-        Raises:
-            FitError: if the loader is empty or one-shot, or the data cannot be learnt from.
-            ArgumentTypeError: if ``loader`` does not give batches, as a model does not.
-            ArgumentError: if a batch is not a pair of tensors.
-            CaptureError: if the teacher cannot run on a batch.
-
-        Warns:
-            KDLayersWarning: if passes that need the same data began with different batches; at the
-                first training batches after it, if their images are not normalised alike.
-        """
-        self._need_teacher("fit")
-        check_loader(loader)
-        if self._ranks is not None:
-            self._ranks.start()
-        fit_terms(
-            self._terms,
-            self._teachers,
-            loader,
-            self._images,
-            seed=seed,
-            progress=progress,
-            refit=refit,
-        )
-        self._look_again()
-
-    def record(
-        self,
-        dataset: Any,
-        path: str | PathLike[str],
-        *,
-        views: int = 8,
-        batch_size: int = 256,
-        num_workers: int = 0,
-        dtype: str = "float16",
-        topk: int | None = None,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> RecordedDataset:
-        """Run the teachers once over seeded views of a data set, and write what the losses read.
-
-        Train with the data set that this returns and with ``kd.loss(y, recorded=key)``: the
-        teachers do not run, and the student sees the views that they saw. A call that was stopped
-        goes on where it was; where the record is finished, it is opened.
-
-        Args:
-            dataset: a map-style data set of (image, label), with its random transform. Equal seeds
-                of Python's, NumPy's and torch's generators must give equal images.
-            path: the folder to write.
-            views: number of augmented views of each sample; default 8.
-            batch_size: images in a forward of the teachers; default 256.
-            num_workers: processes that load images; default 0, none.
-            dtype: of what is written: ``"float16"`` (default) or ``"float32"``, which gives the
-                live teacher's numbers exactly.
-            topk: of logits keep this many of the largest, and the rest's mass; default: all.
-            seed: of the views; default 0.
-            progress: show a bar on a terminal, where tqdm is installed; default True.
-
-        Returns:
-            A data set of (image, label, key); see :class:`kdlayers.RecordedDataset`.
-
-        Raises:
-            RecordError: if the folder holds something else, the disk is too small, or a transform
-                cannot be seeded.
-            ArgumentError: if an option cannot be used.
-        """
-        self._need_teacher("record")
-        options = {"views": views, "batch_size": batch_size, "dtype": dtype, "topk": topk}
-        workers = {"num_workers": num_workers, "seed": seed, "progress": progress}
-        return record(self._plan, dataset, Path(path), **options, **workers)  # type: ignore[arg-type]
 
     def loss(
         self,
@@ -238,6 +140,37 @@ class KDHandle(Attachment):
         total, logged = weighted_sum(plan.terms, pairs, labels)
         self._done(total, logged)
         return total
+
+    def criterion(self, criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+        """A script's own loss function with :meth:`loss` added to it while the student trains.
+
+        For scripts that hand ``criterion`` to the function with their loop. In eval mode, and under
+        ``torch.no_grad()``, it is the criterion alone.
+
+        Args:
+            criterion: a function of the student's output and the targets.
+
+        Returns:
+            A function of the same two, which passes the targets to :meth:`loss`.
+
+        Example:
+            >>> import torch
+            >>> from torchvision.models import resnet18
+            >>> from kdlayers import KDLoss, attach_kd
+            >>> student, teacher = resnet18(num_classes=3), resnet18(num_classes=3)
+            >>> kd = attach_kd(student, teacher, losses=[KDLoss()])
+            >>> criterion = kd.criterion(torch.nn.CrossEntropyLoss(label_smoothing=0.1))
+            >>> images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+            >>> criterion(student(images), labels).backward()
+        """
+
+        def distilled(output: Any, targets: Any) -> Tensor:
+            own = criterion(output, targets)
+            if not self.student.training or not torch.is_grad_enabled():
+                return own
+            return own + self.loss(targets)
+
+        return distilled
 
     def gradient_norms(
         self,
@@ -324,13 +257,6 @@ class KDHandle(Attachment):
         unguard_hooks()
 
     # ---------------------------------------------------------------- inside
-
-    def _need_teacher(self, method: str) -> None:
-        if not self._teachers:
-            raise AttachError(
-                f"kd.{method}() needs a teacher: this handle was detached, or attached with "
-                "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
-            )
 
     def _need_fitted(self) -> None:
         unfitted = [term.name for term in self._terms if not term.loss.fitted]

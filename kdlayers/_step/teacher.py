@@ -1,5 +1,6 @@
 """Runs a teacher on the student's batch, and restores its state afterwards."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.detectors import inside
 from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, image_size, trace
@@ -60,6 +62,18 @@ class Teacher:
         """Copies and pickles take the model along, and its copy has a lock of its own."""
         fields = (self.model, self.traced, self.called, self.weight, self.transform, self.eval_mode)
         return Teacher, fields
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        """A deep copy runs the same frozen model, unless that was copied before, or is a peer.
+
+        Moving averages and trainers deep-copy what holds a handle; a copy of the teacher would only
+        take memory. A pickle takes the model along.
+        """
+        make, fields = self.__reduce__()
+        if not self.eval_mode or id(self.model) in memo:
+            fields = copy.deepcopy(fields, memo)
+        copied: Teacher = make(*fields)
+        return copied
 
     def run(
         self,
@@ -274,7 +288,9 @@ def make_teachers(
         )
     teachers = []
     for model, weight in zip(models, weights, strict=True):
-        inner, called = unwrap(model, "teacher")
+        whole, called = unwrap(model, "teacher")
+        inner = inside(whole)
+        called = called if inner is whole else inner
         check_pair(student, inner)
         own = _transform_for(student, inner, transform)
         with lock_of(inner):

@@ -109,3 +109,11 @@ def test_a_student_copied_without_its_handle_records_nothing():
     student(IMAGES)
     kd.loss(LABELS).backward()
     assert kd._tape.forward is None
+
+
+def test_a_deep_copy_shares_the_teacher_and_a_pickle_takes_it_along():
+    student, teacher, kd = attached()
+    assert copy.deepcopy((student, kd))[1]._teachers[0].model is teacher
+    copied, twin_kd = copy.deepcopy((teacher, kd))
+    assert twin_kd._teachers[0].model is copied  # what is copied beside the handle is used
+    assert pickled((student, kd))[1]._teachers[0].model is not teacher

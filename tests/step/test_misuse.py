@@ -241,7 +241,7 @@ TRAINING = [
     (empty_loader, FitError, "empty loader"),
     (closed_loader, FitError, "empty loader"),
     (one_shot_loader, FitError, "pass a DataLoader or a list of batches"),
-    (dict_loader, ArgumentError, r"got a dict with the keys \['images'\]; convert each as it com"),
+    (dict_loader, ArgumentError, r"a dict with the keys \['images'\]; say .*\(loader, prepare="),
     (data_set, ArgumentError, r"a tuple \(Tensor, int\), one .*DataLoader\(dataset, batch_size=64"),
     (
         data_set_of_tensors,
@@ -336,20 +336,30 @@ def test_a_teacher_out_of_memory_says_so_itself():
     kd.loss(LABELS).backward()
 
 
-@pytest.mark.parametrize(
-    "keys", [("image", "label"), ("labels", "pixel_values"), ("id", "image", "label")]
-)
-def test_the_class_that_the_error_shows_for_dicts_works(keys):
+def fitted_from(keys):
     values = {"image": IMAGES, "pixel_values": IMAGES, "id": ["a"], "label": LABELS}
     values["labels"] = LABELS
-    loader = [{key: values[key] for key in keys}]
     points = [KDPoint("last", targets=DecisionTargets(1, components=2))]
     kd = attach_kd(Net(), Net(6), points, example=IMAGES)
+    return kd, [{key: values[key] for key in keys}]
+
+
+@pytest.mark.parametrize("keys", [("image", "label"), ("id", "image", "label")])
+def test_the_call_that_the_error_shows_for_dicts_works(keys):
+    kd, loader = fitted_from(keys)
     with pytest.raises(ArgumentError, match="expects batches") as caught:
         kd.fit(loader)
-    code = str(caught.value).partition("as it comes:")[2]
-    exec(code, {"kd": kd, "loader": loader})
+    exec(str(caught.value).partition("made of it: ")[2], {"kd": kd, "loader": loader})
     assert "not fitted" not in kd.summary()
+
+
+def test_the_dicts_of_hugging_face_need_nothing():
+    kd, loader = fitted_from(("labels", "pixel_values"))
+    kd.fit(loader)
+    pairs, _ = fitted_from(("image", "label"))
+    pairs.fit([(IMAGES, LABELS)])
+    ours, theirs = (k.state_dict()["losses"]["TemplateLoss.last"] for k in (kd, pairs))
+    assert list(ours) == list(theirs)
 
 
 def test_soft_labels_pass_where_no_loss_reads_them():

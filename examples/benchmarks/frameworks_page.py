@@ -1,0 +1,92 @@
+"""Writes the table of docs/frameworks.md: lines counted on the pages, times from frameworks.py.
+
+`python examples/benchmarks/frameworks_page.py docs`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from _tables import measured_on
+from _timing import Spread
+
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+# Script, its page, the name of its diff, the features that its tests switch on, its benchmark.
+SCRIPTS = (
+    ("timm `train.py`", "timm-train.md", "timm_train",
+     "mixup, CutMix, smoothing, EMA, AMP, accumulation, clipping, checkpointing, layer decay, "
+     "`torch.compile`, resume", "timm train.py"),
+    ("torchvision `references/classification`", "torchvision.md", "torchvision_classification",
+     "mixup, CutMix, smoothing, EMA, AMP, clipping, decay of norms, resume",
+     "torchvision classification"),
+    ("torchvision `references/segmentation`", "torchvision.md", "torchvision_segmentation",
+     "auxiliary loss, ignored pixels, resume", "torchvision segmentation"),
+    ("torchvision `references/detection`", "torchvision.md", "torchvision_detection",
+     "images of several sizes, resume", "torchvision detection"),
+    ("transformers `run_image_classification.py`", "hf-trainer.md", "hf_trainer",
+     "smoothing, bf16, evaluation, best model, resume", "transformers Trainer"),
+    ("transformers `..._no_trainer.py`", "accelerate.md", "hf_no_trainer",
+     "bf16, accumulation, resume", "Accelerate"),
+    ("accelerate `cv_example.py`", "accelerate.md", "cv_example",
+     "frozen base, OneCycleLR, bf16", "Accelerate"),
+    ("a LightningModule", "lightning.md", "lightning_module",
+     "validation, EMAWeightAveraging, resume", None),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Write the table between its marks."""
+    docs = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    page = docs / "frameworks.md"
+    text = page.read_text("utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    page.write_text(text[:start] + "\n" + table(docs) + "\n" + text[end:], "utf-8")
+
+
+def lines(docs: Path, page: str, name: str) -> int:
+    """Lines added or changed: those of the result that are not the script's."""
+    text = (docs / page).read_text("utf-8")
+    found = re.search(rf"^<!-- {name} -->\n```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise SystemExit(f"{page} has no diff called {name}")
+    return sum(line.startswith("+") for line in found.group(1).splitlines())
+
+
+def table(docs: Path) -> str:
+    """All rows, and where they were measured."""
+    report = json.loads((docs / "data/frameworks/frameworks.json").read_text("utf-8"))
+    ratios = {}
+    for c in report["comparisons"]:
+        ratios[c["case"], c["ours"], c["alternative"]] = str(Spread(**c["ratio"]))
+    rows = [
+        "| script | lines | features that were on | a step, of the script's own "
+        "| of its own distillation |",
+        "|---|---|---|---|---|",
+    ]
+    for script, page, name, features, case in SCRIPTS:
+        whole = [
+            f"{ours}: {value}"
+            for (known, ours, other), value in ratios.items()
+            if known == case and other == "as it is" and ours != "its own distillation"
+        ]
+        own = ratios.get((case, "KDLoss", "its own distillation"), "has none")
+        cells = [f"[{script}]({page}) <!-- {name} -->", str(lines(docs, page, name)), features]
+        cells += ["; ".join(whole) or "not measured", own if case else "has none"]
+        rows.append("| " + " | ".join(cells) + " |")
+    where = measured_on(report["machine"]).removesuffix(".")
+    rounds = report["settings"]["rounds"]
+    note = (
+        f"{where}. Median and quartiles of {rounds} rounds, CPU time, small models and images, on "
+        "a machine that other work shared: read them as a rough size. The teacher's forward is "
+        "part of every distilled step; its share depends on the two models. Both scripts on "
+        "Accelerate have the same step.  \n`python examples/benchmarks/frameworks.py "
+        f"{report['settings']['options']}`"
+    )
+    return "\n".join([*rows, "", note])
+
+
+if __name__ == "__main__":
+    main()

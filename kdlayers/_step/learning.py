@@ -1,0 +1,139 @@
+"""What a handle does before training: it fits the losses, or records what the teachers say."""
+
+from collections.abc import Callable, Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from kdlayers._models.detectors import Pictures
+from kdlayers._records.dataset import RecordedDataset
+from kdlayers._step.attachment import Attachment
+from kdlayers._step.batches import check_loader
+from kdlayers._step.fitting import fit_terms
+from kdlayers._step.image_statistics import ImageStatistics
+from kdlayers._step.ranks import Ranks
+from kdlayers._step.recording import record
+from kdlayers._step.terms import Plan
+from kdlayers.errors import AttachError
+
+
+class Learning(Attachment):
+    """Base of `KDHandle`: everything that runs the teachers before the first training step."""
+
+    _plan: Plan
+    _ranks: Ranks | None
+    _images: ImageStatistics
+    _pictures: Pictures | None
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        prepare: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        progress: bool = True,
+        refit: bool = False,
+    ) -> None:
+        """Learn from the teacher what the losses need: codebooks, decisions, auto-encoders.
+
+        Runs the teacher over the loader, one pass for all points together: a codebook takes up to
+        two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not run,
+        and no random state is disturbed. While a codebook or decisions are learnt each pass starts
+        from ``seed``, so that a loader that shuffles or augments gives every pass the same data:
+        torch, Python's ``random``, NumPy and the generators that the loader, its samplers and its
+        data set hold are seeded, and restored at the end. Workers start anew in each pass.
+        Passes that only auto-encoders are left to take start from ``seed`` plus the number of the
+        pass: as in any training order and augmentation change; the same seed gives the same again.
+        Under ``torch.distributed`` all ranks call it together, each with its part of the data.
+
+        Args:
+            loader: gives batches ``(images, labels)``, or dicts with ``pixel_values`` and
+                ``labels`` as Hugging Face's models take them. Give it the training images without
+                augmentation. It must be iterable again, as a ``DataLoader`` or a list is. A
+                detector's loader may give lists of images of any size, and lists of dicts as
+                targets.
+            prepare: what your loop does to a batch before the model: a function that makes
+                ``(images, labels)`` of a batch, for loaders of dicts, or where the loop normalises.
+                Default: none.
+            seed: seed of clustering and of the loader's own randomness; default 0.
+            progress: show a bar on a terminal, where tqdm is installed; default True.
+            refit: also learn again what has been learnt; default: only what is missing.
+
+        Raises:
+            FitError: if the loader is empty or one-shot, or the data cannot be learnt from.
+            ArgumentTypeError: if ``loader`` does not give batches, as a model does not.
+            ArgumentError: if a batch is not a pair of tensors.
+            CaptureError: if the teacher cannot run on a batch.
+
+        Warns:
+            KDLayersWarning: if passes that need the same data began with different batches; at the
+                first training batches after it, if their images are not normalised alike.
+        """
+        self._need_teacher("fit")
+        check_loader(loader)
+        if self._ranks is not None:
+            self._ranks.start()
+        fit_terms(
+            self._terms,
+            self._teachers,
+            loader,
+            self._images,
+            self._pictures,
+            prepare=prepare,
+            seed=seed,
+            progress=progress,
+            refit=refit,
+        )
+        self._look_again()
+
+    def record(
+        self,
+        dataset: Any,
+        path: str | PathLike[str],
+        *,
+        views: int = 8,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        dtype: str = "float16",
+        topk: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> RecordedDataset:
+        """Run the teachers once over seeded views of a data set, and write what the losses read.
+
+        Train with the data set that this returns and with ``kd.loss(y, recorded=key)``: the
+        teachers do not run, and the student sees the views that they saw. A call that was stopped
+        goes on where it was; where the record is finished, it is opened.
+
+        Args:
+            dataset: a map-style data set of (image, label), with its random transform. Equal seeds
+                of Python's, NumPy's and torch's generators must give equal images.
+            path: the folder to write.
+            views: number of augmented views of each sample; default 8.
+            batch_size: images in a forward of the teachers; default 256.
+            num_workers: processes that load images; default 0, none.
+            dtype: of what is written: ``"float16"`` (default) or ``"float32"``, which gives the
+                live teacher's numbers exactly.
+            topk: of logits keep this many of the largest, and the rest's mass; default: all.
+            seed: of the views; default 0.
+            progress: show a bar on a terminal, where tqdm is installed; default True.
+
+        Returns:
+            A data set of (image, label, key); see :class:`kdlayers.RecordedDataset`.
+
+        Raises:
+            RecordError: if the folder holds something else, the disk is too small, or a transform
+                cannot be seeded.
+            ArgumentError: if an option cannot be used.
+        """
+        self._need_teacher("record")
+        options = {"views": views, "batch_size": batch_size, "dtype": dtype, "topk": topk}
+        workers = {"num_workers": num_workers, "seed": seed, "progress": progress}
+        return record(self._plan, dataset, Path(path), **options, **workers)  # type: ignore[arg-type]
+
+    def _need_teacher(self, method: str) -> None:
+        if not self._teachers:
+            raise AttachError(
+                f"kd.{method}() needs a teacher: this handle was detached, or attached with "
+                "teacher=None; call attach_kd(student, teacher, ...) again after kd.remove()"
+            )

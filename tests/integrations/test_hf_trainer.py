@@ -1,0 +1,118 @@
+"""transformers' Trainer script with the lines of its page: smoothed, resumed, the best model."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdlayers import AEKTLoss, KDLoss, KDPoint, attach_kd, load_student, save_student
+from tests.docs_blocks import small_codebooks
+from tests.integrations.data import Images, hf_model, image_rows
+from tests.integrations.pages import diffs, loop
+
+hf = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from kdlayers.integrations.transformers import KDTrainer  # noqa: E402
+
+DIFF = diffs("hf-trainer.md")["hf_trainer"]
+POINT = "resnet.encoder.stages.3"
+IMAGES, LABELS = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+
+
+class AutoModel:
+    @staticmethod
+    def from_pretrained(name):
+        torch.manual_seed(len(name))
+        return hf_model(hf, 16 if name == "student" else 32)
+
+
+def arguments(folder, **options):
+    shared = {"report_to": "none", "use_cpu": True, "num_train_epochs": 2, "save_strategy": "epoch"}
+    shared |= {"per_device_train_batch_size": 4, "label_smoothing_factor": 0.1, "seed": 0}
+    shared |= {"remove_unused_columns": False, "logging_strategy": "no", "disable_tqdm": True}
+    return hf.TrainingArguments(str(folder), **{**shared, **options})
+
+
+def run(folder, **options):
+    training = arguments(folder, **options)
+    dataset = {"train": Images(8), "validation": Images(4)}
+    transforms = {"augment": image_rows(True), "plain": image_rows(False)}
+    args = argparse.Namespace(training_args=training, dataset=dataset, **transforms)
+    args.model_name_or_path = "student"
+    return loop("hf_trainer", DIFF, AutoModelForImageClassification=AutoModel)(args)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    small_codebooks(monkeypatch, 4)
+
+
+def test_the_script_goes_on_exactly(tmp_path):
+    whole = run(tmp_path / "whole", eval_strategy="epoch")
+    state = whole.model.state_dict()
+    assert len([key for key in state if ".kd." in key]) >= 6
+    folder = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = run(tmp_path / "again", eval_strategy="epoch", resume_from_checkpoint=folder)
+    assert resumed.kd.step == whole.kd.step == 4
+    for key, value in resumed.model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_the_best_model_becomes_a_student(tmp_path):
+    whole = run(tmp_path / "best", eval_strategy="epoch", load_best_model_at_end=True)
+    assert whole.state.best_model_checkpoint
+    save_student(whole.model, tmp_path / "student.pt")
+    student = load_student(hf_model(hf, 16), tmp_path / "student.pt").eval()
+    assert torch.equal(student(IMAGES).logits, whole.model.eval()(IMAGES).logits)
+
+
+def test_a_checkpoints_weights_become_a_student(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    trainer = run(tmp_path)
+    student = hf_model(hf, 16)
+    attach_kd(student, at=[KDPoint(POINT, num_templates=4)], example=IMAGES).detach()
+    file = tmp_path / "checkpoint-4" / "model.safetensors"
+    student.load_state_dict(safetensors.load_file(file))
+    assert torch.equal(student.eval()(IMAGES).logits, trainer.model.eval()(IMAGES).logits)
+
+
+def attached(tmp_path, losses, **options):
+    student, teacher = hf_model(hf, 16), hf_model(hf, 32)
+    kd = attach_kd(student, teacher, losses=losses, example=IMAGES)
+    return student, teacher, kd, KDTrainer(student, arguments(tmp_path, **options), kd=kd)
+
+
+def test_label_smoothing_stays_and_evaluation_is_plain(tmp_path):
+    student, _, kd, trainer = attached(tmp_path, [KDLoss()], label_smoothing_factor=0.2)
+    for training in (True, False):
+        student.train(training)
+        inputs = {"pixel_values": IMAGES, "labels": LABELS}
+        loss, outputs = trainer.compute_loss(student, inputs, return_outputs=True)
+        own = F.cross_entropy(outputs.logits, LABELS, label_smoothing=0.2)
+        torch.testing.assert_close(loss, own + kd.terms["total"] if training else own)
+
+
+def test_train_only_parameters_are_a_group_of_the_optimiser(tmp_path):
+    _, _, kd, trainer = attached(tmp_path, [AEKTLoss()])
+    groups = trainer.create_optimizer().param_groups
+    assert len(groups) == 3
+    assert [id(p) for p in groups[-1]["params"]] == [id(p) for p in kd.parameters()]
+
+
+def test_the_teacher_runs_in_trainers_precision(tmp_path):
+    student, teacher, _, trainer = attached(tmp_path, [KDLoss()], bf16=True)
+    found = []
+    teacher.register_forward_hook(lambda _m, _a, output: found.append(output.logits.dtype))
+    trainer.compute_loss(student.train(), {"pixel_values": IMAGES, "labels": LABELS})
+    assert found == [torch.bfloat16]
+
+
+def test_without_a_handle_it_is_trainer(tmp_path):
+    trainer = KDTrainer(hf_model(hf, 16).train(), arguments(tmp_path))
+    plain = hf.Trainer(trainer.model, arguments(tmp_path))
+    inputs = {"pixel_values": IMAGES, "labels": LABELS}
+    ours, theirs = (t.compute_loss(t.model.eval(), dict(inputs)) for t in (trainer, plain))
+    assert torch.equal(ours, theirs)
+    assert trainer.model_accepts_loss_kwargs == plain.model_accepts_loss_kwargs
