@@ -47,7 +47,7 @@ class Pictures:
             self.transform.training = training
 
 
-def is_list_of_pictures(images: object) -> bool:
+def is_list_of_pictures(images: Any) -> bool:
     """Whether these are pictures of any sizes, as detectors take them."""
     listed = isinstance(images, (list, tuple)) and len(images) > 0
     return listed and all(isinstance(i, Tensor) and i.dim() == 3 for i in images)

@@ -50,12 +50,12 @@ class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The model's parameters in Trainer's groups, the train-only ones in another."""
-        if self.optimizer is None:
-            super().create_optimizer(*args, **kwargs)
-            extra = [] if self.kd is None else list(self.kd.parameters())
-            if extra:
-                self.optimizer.add_param_group({"params": extra})
-        return self.optimizer
+        made = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        extra = [] if made or self.kd is None else list(self.kd.parameters())
+        if extra:
+            optimizer.add_param_group({"params": extra})
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Beside the model, ``kd.pt``: targets, train-only parameters and the step."""
