@@ -98,6 +98,8 @@ def test_code_runs(page, tmp_path, monkeypatch):
         pytest.skip("Inductor needs a C++ compiler")
     if page.name == "compile.md" and torch.__version__ < TorchVersion("2.10"):
         pytest.skip("Inductor of torch 2.9 fails on the losses' sizes, as the page says")
+    if page.name == "accelerate.md":  # other tests of this process have set its precision
+        pytest.importorskip("accelerate").state.AcceleratorState._reset_state(True)
     if page.name == "own-loop.md":
         images_and_teacher()
     text = page.read_text("utf-8")
