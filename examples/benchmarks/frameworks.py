@@ -26,7 +26,7 @@ from _tables import Report, Table, command_line, read, settings
 from _timing import Step, alternate, ratio, spread
 from torch import nn
 
-from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd
+from kdlayers import CodebookTargets, KDHandle, KDLoss, KDPoint, attach_kd
 from kdlayers.integrations.timm import KDTask
 
 CLASSES, BATCH, TEMPLATES = 10, 4, 8
@@ -35,12 +35,14 @@ ALONE, LOGITS, LETKD, OWN = "as it is", "KDLoss", "KDLoss, letKD-1", "its own di
 
 def main() -> None:
     """Measure every script."""
-    args = read(command_line(__doc__, rounds=10))
+    parser = command_line(__doc__, rounds=10)
+    parser.add_argument("--only", choices=SCRIPTS, help="one script; default: all")
+    args = read(parser)
     report = Report("frameworks", "A step of a framework's loop", settings(args))
     rows = []
     clock = time.process_time if args.device == "cpu" else time.perf_counter
-    for name, make in SCRIPTS.items():
-        steps = make(args)
+    for name in [args.only] if args.only else SCRIPTS:
+        steps = SCRIPTS[name](args)
         times = alternate(steps, args.rounds, device=args.device, clock=clock, least=0.0)
         report.times_ms[name] = times
         for variant in steps:
@@ -248,6 +250,45 @@ def trainer(args) -> dict[str, Step]:
     return variants(student, teacher, batch["pixel_values"], make, "resnet.encoder.stages.3")
 
 
+def lightning(args) -> dict[str, Step]:
+    """Lightning: ten steps of a trainer, its start included."""
+    import logging
+
+    import lightning.pytorch as pl
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from kdlayers.integrations.lightning import KDCallback
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    student, teacher, images, labels = pair(args, 32 if args.quick else 64)
+    loader = DataLoader(TensorDataset(images.repeat(10, 1, 1, 1), labels.repeat(10)), BATCH)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    device = "cpu" if args.device == "cpu" else "gpu"
+    options = dict.fromkeys(quiet, False) | {"accelerator": device, "devices": 1, "max_epochs": 1}
+
+    class Module(pl.LightningModule):
+        def __init__(self, model: nn.Module, kd: KDHandle | None) -> None:
+            super().__init__()
+            self.model, self.kd = model, kd
+
+        def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+            x, y = batch
+            loss = F.cross_entropy(self.model(x), y)
+            return loss if self.kd is None else loss + self.kd.loss(y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 1e-4, momentum=0.9)
+
+    def make(model, kd) -> Step:
+        def step() -> None:
+            callbacks = [] if kd is None else [KDCallback(kd)]
+            pl.Trainer(**options, callbacks=callbacks).fit(Module(model, kd), loader)
+
+        return step
+
+    return variants(student, teacher, images, make)
+
+
 def plain_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Step:
     """A step with SGD."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-5, momentum=0.9)
@@ -268,6 +309,7 @@ SCRIPTS = {
     "torchvision segmentation": segmentation,
     "torchvision detection": detection,
     "Accelerate": accelerate_loop,
+    "Lightning": lightning,
 }
 
 if __name__ == "__main__":
