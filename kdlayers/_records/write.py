@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdlayers._records.files import (
     CHECKS,
@@ -53,6 +53,19 @@ class _Rows(Dataset[tuple[Tensor, int]]):
         view, sample = divmod(row, self.plan.samples)
         image = draw(self.dataset, self.plan.seed, sample, view)[0]
         return image, image_check(image)
+
+
+class _Batches(Sampler[list[int]]):
+    """The rows of each batch, as the loader asks for them."""
+
+    def __init__(self, batches: Sequence[range]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, self.batches)
 
 
 def write_record(
@@ -99,7 +112,7 @@ def _write_part(
     batches = together(lambda: missing(path, plan))[rank() :: world_size()]
     loader = DataLoader(
         _Rows(dataset, plan),
-        batch_sampler=batches,
+        batch_sampler=_Batches(batches),
         num_workers=num_workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # the user's default generator stays as it is

@@ -103,7 +103,8 @@ class Learning(Attachment):
 
         Train with the data set that this returns and with ``kd.loss(y, recorded=key)``: the
         teachers do not run, and the student sees the views that they saw. A call that was stopped
-        goes on where it was; where the record is finished, it is opened.
+        continues where it was; where the record is finished, it is opened. Under
+        ``torch.distributed`` call it on every rank: each writes a part.
 
         Args:
             dataset: a map-style data set of (image, label), with its random transform. Equal seeds
@@ -116,7 +117,8 @@ class Learning(Attachment):
                 live teacher's numbers exactly.
             topk: of logits keep this many of the largest, and the rest's mass; default: all.
             seed: of the views; default 0.
-            progress: show a bar on a terminal, where tqdm is installed; default True.
+            progress: print the size of the record and the free space before the teachers run, and
+                show a bar on a terminal, where tqdm is installed; default True.
 
         Returns:
             A data set of (image, label, key); see :class:`kdlayers.RecordedDataset`.

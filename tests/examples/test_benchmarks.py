@@ -130,10 +130,9 @@ def test_the_steps_of_recorded_step_have_equal_losses(tmp_path):
     for method in benchmark.METHODS:
         steps = benchmark.build(case, method, str(tmp_path / method), "cpu")
         for _ in range(2 * benchmark.BATCHES):
-            alone, memory, recorded, live = (float(step()) for step in steps.values())
+            _, memory, recorded, live = (float(step()) for step in steps.values())
             assert memory == pytest.approx(live, rel=1e-5)
             assert recorded == pytest.approx(live, rel=2e-2)  # float16, and what follows from it
-            assert alone < live
 
 
 def test_topk_measures_what_is_lost():
