@@ -132,7 +132,7 @@ def stated_by(model: nn.Module) -> Stated | None:
     size = config.get("input_size")
     patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(patches, (tuple, list)):
-        size = patches  # pretrained_cfg keeps the size of the weights if the model has another img_size
+        size = patches  # pretrained_cfg still has the size of the weights
     interpolation = str(config.get("interpolation") or "bilinear")
     return Stated(
         tuple(map(float, config["mean"])),
