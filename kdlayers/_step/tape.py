@@ -334,6 +334,6 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
         if version != forward.version and not (forward.compiled and version == 0):
             raise StaleCaptureError(
                 "the student's logits were changed in place after its forward, so the losses would "
-                "compare other logits than the student gave; change a copy (logits / 100, not "
-                "logits.div_(100)), or call kd.loss(y) before"
+                "compare other logits than the student returned; change a copy (logits / 100, not "
+                "logits.div_(100)), or call kd.loss(y) first"
             )
