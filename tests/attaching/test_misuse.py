@@ -70,7 +70,7 @@ ATTACHING = [
     (attach({"wide": "last"}), LayoutError, "its first axis is not the batch"),
     (attach({"first": "first", "side": "last"}), AttachError, r"output of \['side'\]"),
     (attach(["last", "last"]), ArgumentError, r"\['last'\] more than once"),
-    (attach(["last", "last.1"]), AttachError, "two points stand for the same module"),
+    (attach(["last", "last.1"]), AttachError, "two points refer to the same module"),
     (attach([]), ArgumentError, r"nothing to attach: give at=\[module names\]"),
     (attach(()), ArgumentError, "nothing to attach"),
     (attach(3), ArgumentTypeError, "at must be names, a dict .* got int"),

@@ -124,7 +124,7 @@ def test_fusing_over_a_point_is_refused_in_words():
     student = ConvNet().eval()
     attach_kd(student, at=[KDPoint("relu", num_templates=8)], example=IMAGES)
     fused = torch.ao.quantization.fuse_modules(student, [["conv", "norm", "relu"]])
-    with pytest.raises(AttachError, match=r"'relu' is gone: .*fuse before attach_kd, or .*bake"):
+    with pytest.raises(AttachError, match=r"'relu' is missing: .*fuse before attach_kd, or .*bake"):
         fused(IMAGES)
     baked = bake(student)
     fused = torch.ao.quantization.fuse_modules(baked, [["conv", "norm"]])

@@ -326,7 +326,7 @@ def test_the_summary_says_which_path_is_taken():
     student = Net()
     kd = attach_kd(student, Net(), [KDPoint("last", targets=CodebookTargets(4))])
     assert "fused from 0 positions a batch, scores computed again" in kd.summary()
-    assert "training: torch's plain operations, or fused ones, which are faster" in kd.summary()
+    assert "training: plain torch operations, or fused operators, which are faster" in kd.summary()
     student.last[1].kd.norm = nn.SyncBatchNorm(4)
     assert "plain (SyncBatchNorm)" in kd.summary()
 

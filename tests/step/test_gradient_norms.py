@@ -85,7 +85,7 @@ def test_what_is_no_loss_is_refused():
     student, kd = attached(KDLoss())
     for wrong in (torch.zeros(3, requires_grad=True), torch.tensor(1.0), 2.0):
         student(IMAGES)
-        with pytest.raises(ArgumentTypeError, match="task= takes the value of your own loss"):
+        with pytest.raises(ArgumentTypeError, match="task= must be the value of your own loss"):
             kd.gradient_norms(LABELS, task=wrong)
     student, kd = attached(KDLoss(name="task"))
     logits = student(IMAGES)

@@ -208,7 +208,7 @@ def test_the_teacher_can_run_before_the_student():
     torch.testing.assert_close(before, after)
     kd.teach(IMAGES)
     student(IMAGES.clone())
-    with pytest.raises(StaleCaptureError, match="were given different batches"):
+    with pytest.raises(StaleCaptureError, match="got different batches"):
         kd.loss(LABELS)
     student(IMAGES)
     kd.loss(LABELS)

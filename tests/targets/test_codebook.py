@@ -296,7 +296,7 @@ def test_an_empty_batch(sharpness):
 
 
 def test_a_generator_is_an_error_if_a_second_pass_is_needed(small_sample):
-    with pytest.raises(FitError, match="gave no batch the second time"):
+    with pytest.raises(FitError, match="yielded no batch, as an exhausted generator does"):
         CodebookTargets(2).fit((torch.randn(64, 2), None) for _ in range(3))
 
 
