@@ -191,7 +191,7 @@ def test_before_training(misuse, error, sentence):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_layers_of_an_earlier_handle_are_told():
+def test_attaching_over_kd_layers_of_an_earlier_handle():
     student, teacher = Net(), Net(6)
     earlier = attach_kd(student, teacher, "first", example=IMAGES)
     with pytest.warns(

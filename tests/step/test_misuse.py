@@ -324,7 +324,7 @@ def test_the_teachers_own_error_is_kept():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_a_teacher_out_of_memory_says_so_itself():
+def test_out_of_memory_in_the_teacher_keeps_its_error():
     """What finds the largest batch by trying catches this error by its class."""
     student, teacher = Net().train(), Net(6)
     kd = attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
@@ -366,7 +366,7 @@ def test_the_dicts_of_hugging_face_need_nothing():
     assert list(ours) == list(theirs)
 
 
-def test_soft_labels_pass_where_no_loss_reads_them():
+def test_soft_labels_are_allowed_if_no_loss_reads_them():
     student, teacher = Net().train(), Net(6)
     points = [KDPoint("last", targets=CodebookTargets(4))]
     kd = attach_kd(student, teacher, points, losses=[KDLoss()], example=IMAGES)

@@ -263,7 +263,7 @@ def test_few_distinct_rows_warn():
         ([(torch.tensor(1.0), None)], ShapeError, r"must be \[\.\.\., D\]"),
     ],
 )
-def test_bad_data_are_errors_and_leave_the_targets_as_they_were(given, error, sentence):
+def test_bad_data_are_errors_and_leave_the_targets_unchanged(given, error, sentence):
     targets = CodebookTargets(9)
     with pytest.raises(error, match=sentence):
         targets.fit(given)
