@@ -188,7 +188,7 @@ def sentences():
     return "\n".join(re.sub("['\"]?…['\"]?", "…", string) for string in strings)
 
 
-def test_troubleshooting_quotes_real_sentences():
+def test_troubleshooting_quotes_real_messages():
     headings = re.findall(
         r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text("utf-8"), re.MULTILINE
     )
@@ -202,7 +202,7 @@ def test_no_trailing_notes():
     assert [page.name for page in DOCS.glob("*.md") if words.search(page.read_text("utf-8"))] == []
 
 
-def test_architecture_names_every_room_and_no_file_that_is_gone():
+def test_architecture_names_every_room_and_only_existing_files():
     text = (DOCS / "architecture.md").read_text("utf-8")
     package = Path(kdlayers.__file__).parent
     rooms = [folder.name for folder in package.iterdir() if (folder / "__init__.py").exists()]

@@ -39,7 +39,7 @@ def test_tasks_run_what_ci_runs():
     assert '".ci/run"' in tasks
 
 
-def test_links_lead_somewhere():
+def test_links_resolve():
     pages = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     for page in pages:
         text = page.read_text("utf-8")

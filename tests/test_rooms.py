@@ -66,5 +66,5 @@ def test_a_file_imports_only_the_rooms_below_its_own(path):
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if (PACKAGE / room).is_dir()])
-def test_every_room_says_what_lives_there(room):
+def test_every_room_documents_its_content(room):
     assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))

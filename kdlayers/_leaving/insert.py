@@ -1,4 +1,4 @@
-"""Putting the KD layers of a saved student into a fresh model, after checking that they fit."""
+"""Inserts the KD layers of a saved student into a new model, after a check that they fit."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,22 +19,22 @@ _ADVICE = "pass a model of the class and sizes that the student was made with"
 
 @dataclass(frozen=True)
 class Place:
-    """Where one KD layer goes."""
+    """The place of one KD layer in the model."""
 
     layer: LayerDescription
     home: nn.Module
     prefix: str
-    """What the keys of the layer's tensors begin with."""
+    """Prefix of the keys of the layer's tensors."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the layer's tensors by their keys in the state."""
+        """The shapes of the layer's tensors, by their keys in the state."""
         with torch.device("meta"):
             tensors = make_slot(self.layer).state_dict()
         return {self.prefix + key: tuple(value.shape) for key, value in tensors.items()}
 
 
 def make_slot(layer: LayerDescription) -> Slot:
-    """A KD layer of these sizes, with values that are to be overwritten."""
+    """A KD layer of these sizes; its values will be overwritten."""
     with torch.random.fork_rng(devices=[]):
         return Slot(
             layer.in_channels,
@@ -52,10 +52,10 @@ def slot_keys() -> set[str]:
 
 
 def find_places(model: nn.Module, saved: SavedStudent) -> list[Place]:
-    """Where the layers go in ``model``, which is only looked at.
+    """Find the places of the layers in ``model``, without changing it.
 
     Raises:
-        CheckpointError: if the file's layers or weights are not those of such a model.
+        CheckpointError: if the file's layers or weights do not fit the model.
     """
     names = dict(model.named_modules())
     places = [_place(model, names, layer, saved.state) for layer in saved.layers]
@@ -71,14 +71,14 @@ def _place(
     if layer.name not in names:
         raise CheckpointError(
             f"the file has a KD layer at {layer.name!r}, but this {type(model).__name__} has no "
-            f"module of that name; {_ADVICE}"
+            f"module with that name; {_ADVICE}"
         )
     home = home_of(model, layer.name)
     prefix = next(name for name, module in names.items() if module is home)
     prefix = f"{prefix}.{SLOT}." if prefix else f"{SLOT}."
     weight = state.get(f"{prefix}head.weight")
     sizes = (layer.num_templates, layer.in_channels)
-    # Checked before any memory is taken: a false size must not be able to fill it.
+    # Check before allocating memory: a wrong size must not exhaust it.
     if not isinstance(weight, Tensor) or tuple(weight.shape) != sizes:
         found = tuple(weight.shape) if isinstance(weight, Tensor) else "missing"
         raise CheckpointError(
@@ -89,7 +89,7 @@ def _place(
 
 
 def _check_state(model: nn.Module, theirs: dict[str, Any], places: list[Place]) -> None:
-    """Compare keys, kinds and shapes first: a wrong file takes no memory and changes nothing."""
+    """Compare keys, types and shapes before anything is allocated or changed."""
     own = model.state_dict()
     for key, value in own.items():
         if isinstance(value, Tensor) and value.is_meta:
@@ -118,7 +118,7 @@ def _check_state(model: nn.Module, theirs: dict[str, Any], places: list[Place]) 
 
 
 def _form(value: Any) -> str:
-    """What two entries must have in common, in words."""
+    """Description of the properties that two entries must share."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     kinds = {
@@ -133,10 +133,10 @@ def _form(value: Any) -> str:
 
 
 def insert(model: nn.Module, places: list[Place], state: dict[str, Any]) -> None:
-    """Put the layers in, on the devices and in the dtypes of ``model``, and load ``state``.
+    """Insert the layers, with the devices and dtypes of ``model``, and load ``state``.
 
     Raises:
-        CheckpointError: if the model does not take its state.
+        CheckpointError: if the model fails to load its state.
     """
     own, tape = model.state_dict(), Tape(armed=False)
     for item in places:
@@ -146,13 +146,13 @@ def insert(model: nn.Module, places: list[Place], state: dict[str, Any]) -> None
         model.load_state_dict(state)
     except Exception as error:  # a module's own loading may fail in any way
         raise CheckpointError(
-            f"this {type(model).__name__} did not take the file's weights: {error}; {_ADVICE}"
+            f"this {type(model).__name__} failed to load the file's weights: {error}; {_ADVICE}"
         ) from error
     _check_range(model, state)
 
 
 def _fitted_to(model: nn.Module, item: Place, own: dict[str, Any], state: dict[str, Any]) -> Slot:
-    """The layer in the dtypes that ``model`` has where the file has those of the layer."""
+    """Create the slot. Each dtype of the file becomes the one that ``model`` has in its place."""
     near = item.prefix.removesuffix(f"{SLOT}.")
     floats = {k: v for k, v in own.items() if isinstance(v, Tensor) and v.is_floating_point()}
     dtypes: dict[torch.dtype, torch.dtype] = {}
@@ -168,7 +168,7 @@ def _fitted_to(model: nn.Module, item: Place, own: dict[str, Any], state: dict[s
 
 
 def _check_range(model: nn.Module, state: dict[str, Any]) -> None:
-    """Refuse values that are too large for the model's dtype, such as 1e5 for float16."""
+    """Raise an error for values that overflow the model's dtype, such as 1e5 for float16."""
     for key, value in model.state_dict().items():
         saved = state[key]
         changed = isinstance(value, Tensor) and value.dtype != saved.dtype

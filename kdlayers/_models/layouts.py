@@ -1,4 +1,4 @@
-"""Which axis of a module's output holds the channels, and how positions form a grid."""
+"""Finds the channel axis of a module's output, and the grid that its positions form."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ _PREFIXES = ("cls_token", "class_token", "dist_token", "reg_token", "register_to
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read a tensor: its kind, and for tokens the prefix and the grid of the example."""
+    """How to read a tensor: its kind; for tokens, also the number of prefix tokens and the grid."""
 
     kind: Kind
     prefix: int = 0
     grid: Size = (1, 1)
     image: Size | None = field(default=None, compare=False)
-    """Height and width of the images for which the tokens form ``grid``."""
+    """Height and width of the images for which the grid is ``grid``."""
 
     @property
     def channel_dim(self) -> int:
@@ -36,11 +36,11 @@ class Layout:
         return 1 if self.kind in ("NCHW", "vector") else -1
 
     def to_grid(self, tensor: Tensor, image: Size | None = None) -> Tensor:
-        """``tensor`` as ``[B, H, W, C]``; prefix tokens are left out.
+        """``tensor`` as ``[B, H, W, C]``, without prefix tokens.
 
-        ``image`` is the height and width of the images that the tensor was made of; without them
-        tokens are taken to have the proportions of the example. Tokens that are a grid already
-        stay as they are.
+        ``image`` is the height and width of the input images. If it is not given, the grid of the
+        tokens has the aspect ratio of the example. Tokens that already form a grid are returned
+        unchanged.
         """
         if self.kind == "NCHW":
             return tensor.movedim(1, -1)
@@ -53,7 +53,7 @@ class Layout:
         return tokens.reshape(batch, *self._token_grid(count, image), channels)
 
     def on_grid(self, tensor: Tensor, image: Size | None) -> Tensor:
-        """Tokens as ``to_grid`` gives them for these images; any other tensor as it is."""
+        """Tokens as ``to_grid`` returns them for these images; other tensors unchanged."""
         return self.to_grid(tensor, image) if self.kind == "tokens" else tensor
 
     def _token_grid(self, count: int, image: Size | None) -> Size:
@@ -69,19 +69,19 @@ class Layout:
                 )
             return found
         if height * width != count:
-            # Another resolution than the example's, of the same proportions.
+            # Another resolution than that of the example, with the same aspect ratio.
             growth = sqrt(count / (height * width))
             height, width = round(height * growth), round(width * growth)
         if height * width != count:
             raise ShapeError(
-                f"{count} tokens do not form a grid of the proportions "
-                f"{self.grid[0]}:{self.grid[1]} seen at attach time; call attach_kd with example= "
-                "of the images' proportions"
+                f"{count} tokens do not form a grid with the aspect ratio "
+                f"{self.grid[0]}:{self.grid[1]} of attach_kd's example; call attach_kd with "
+                "example= of the images' aspect ratio"
             )
         return height, width
 
     def _grid_of(self, count: int, image: Size, seen: Size) -> Size | None:
-        """Rows and columns of ``count`` tokens, with the patches of the images seen at attach."""
+        """Rows and columns of ``count`` tokens, if patches have the size found in attach_kd."""
         if image == seen and self.grid[0] * self.grid[1] == count:
             return self.grid
         rows, columns = (
@@ -110,14 +110,16 @@ def find_layout(
 ) -> Layout:
     """Layout of the output of ``module``, of ``shape``, for images of height and width ``image``.
 
-    What was measured comes first (``growth``: which axes grow with the images), then what modules
-    state (``stated``: convolutions and norms that made or took this very tensor; then timm's
-    ``output_fmt`` of the model), then ``grids``, the rows and columns of the model's other maps,
-    and last the proportions of the axes. Where the channels are as many as the rows or columns,
-    proportions prove nothing and are not used.
+    It uses the first of these sources that gives an answer:
+
+    1. ``growth``: a measurement of the axes that grow with the images;
+    2. ``stated``: convolutions and norms that returned or received this tensor;
+    3. timm's ``output_fmt`` of the model;
+    4. ``grids``: the rows and columns of the model's other maps;
+    5. the aspect ratio of the axes, unless the number of channels equals that of rows or columns.
 
     Raises:
-        LayoutError: if the axes cannot be told apart.
+        LayoutError: if the channel axis is ambiguous.
     """
     if len(shape) == 2:
         return Layout("vector")
@@ -154,14 +156,14 @@ def _token_layout(
             "it holds positions, not channels; kdlayers reads tokens [B, L, C]; choose another "
             "point, find_points(model) lists them"
         )
-    # A class token, a distillation token beside it, four registers with a class token or without.
+    # A class token, also with a distillation token; four registers, with or without a class token.
     stated = _stated_prefixes(root)
     prefixes = list(dict.fromkeys((*stated, 0, 1, 2, 4, 5)))
     found = _token_grids(shape[1], prefixes, image, grids)
     if not found:
         raise LayoutError(
-            f"the {shape[1]} tokens of {name!r} form no grid of the image's proportions "
-            f"{image[0]}:{image[1]}, with or without up to 5 prefix tokens; choose another point, "
+            f"the {shape[1]} tokens of {name!r} do not form a grid with the image's aspect ratio "
+            f"{image[0]}:{image[1]}, with up to 5 prefix tokens or without; choose another point, "
             "find_points(model) lists them"
         )
     found = [way for way in found if _grows(*way, growth)] or found
@@ -172,8 +174,8 @@ def _token_layout(
     if len(found) > 1:
         ways = " or ".join(f"{rows} x {c} after {p}" for p, (rows, c) in found)
         raise LayoutError(
-            f"the {shape[1]} tokens of {name!r} may be a grid of {ways} prefix tokens; set "
-            "model.num_prefix_tokens to say how many there are"
+            f"the {shape[1]} tokens of {name!r} are ambiguous: they may be a grid of {ways} prefix "
+            "tokens; set model.num_prefix_tokens to their number"
         )
     prefix, grid = found[0]
     return Layout("tokens", prefix, grid, image)
@@ -182,10 +184,10 @@ def _token_layout(
 def _token_grids(
     length: int, prefixes: Collection[int], image: Size, grids: Collection[Size]
 ) -> list[tuple[int, Size]]:
-    """Prefixes with grids that the other tokens may form.
+    """Possible numbers of prefix tokens, with the grids of the other tokens.
 
-    The grids are those of the model's own maps, of which tokens are made. Only where no map has as
-    many positions are they made up from the proportions of the images.
+    The grids are those of the model's own maps, because tokens are made from maps. If no map has
+    the right number of positions, the grid is computed from the aspect ratio of the images.
     """
     seen = [(p, grid) for p in prefixes for grid in grids if grid[0] * grid[1] == length - p]
     if seen:
@@ -195,7 +197,7 @@ def _token_grids(
 
 
 def _stated_prefixes(root: nn.Module) -> list[int]:
-    """Numbers of prefix tokens: as timm states it, and of the parameters with usual names."""
+    """Numbers of prefix tokens: timm's attribute, and the count of parameters with usual names."""
     stated = getattr(root, "num_prefix_tokens", None)
     own = [p for name, p in root.named_parameters() if name.rsplit(".", 1)[-1] in _PREFIXES]
     counted = sum(p.shape[1] if p.dim() == 3 else 1 for p in own)
@@ -203,7 +205,7 @@ def _stated_prefixes(root: nn.Module) -> list[int]:
 
 
 def _grows(prefix: int, grid: Size, growth: Growth | None) -> bool:
-    """Whether ``prefix`` and ``grid`` agree with the numbers of tokens of larger images."""
+    """Whether ``prefix`` and ``grid`` are consistent with the token counts of larger images."""
     if growth is None or len(growth.tall) != 3 or len(growth.wide) != 3:
         return False
     rows, columns = grid
@@ -213,7 +215,7 @@ def _grows(prefix: int, grid: Size, growth: Growth | None) -> bool:
 
 
 def _proportional_grid(count: int, image: Size) -> Size | None:
-    """Rows and columns of ``count`` tokens in the image's proportions, up to rounding."""
+    """Rows and columns of ``count`` tokens with the image's aspect ratio, up to rounding."""
     if count < 1:
         return None
     height = isqrt(count * image[0] // image[1])
@@ -224,7 +226,7 @@ def _proportional_grid(count: int, image: Size) -> Size | None:
 
 
 def _proportional(rows: int, columns: int, image: Size) -> bool:
-    """Whether a grid has the proportions of the images, up to a part of a row or column."""
+    """Whether a grid has the aspect ratio of the images, up to a fraction of a row or column."""
     return abs(columns * image[0] - rows * image[1]) < max(image)
 
 
@@ -239,7 +241,7 @@ def _map_kind(
 ) -> Kind:
     if growth is not None and None not in (growth.height, growth.width):
         raise LayoutError(
-            f"the output of {name!r} has shape {shape}, whose axis {growth.height} grows with "
+            f"the output of {name!r} has shape {shape}: axis {growth.height} grows with "
             f"the height of the images and axis {growth.width} with their width; kdlayers "
             "reads maps [B, C, H, W] or [B, H, W, C]; choose another point, "
             "find_points(model) lists them"
@@ -272,7 +274,7 @@ _MAPS = (
 
 
 def stated_kind(module: nn.Module) -> Kind | None:
-    """The layout of the maps that this module, without looking inside, takes and returns."""
+    """The layout of the maps that this module takes and returns, according to its type."""
     if isinstance(module, _MAPS):
         return "NCHW"
     # Subclasses of LayerNorm may normalise NCHW.
@@ -304,7 +306,7 @@ def _stated_format(root: nn.Module) -> Kind | None:
 
 
 def pool(grid: Tensor, size: Size) -> Tensor:
-    """``[B, H, W, C]`` average-pooled to ``size``; unchanged if it has that size already."""
+    """``[B, H, W, C]`` average-pooled to ``size``; unchanged if it already has this size."""
     if tuple(grid.shape[1:3]) == size:
         return grid
     return F.adaptive_avg_pool2d(grid.movedim(-1, 1), size).movedim(1, -1)

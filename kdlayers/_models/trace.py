@@ -27,7 +27,7 @@ from kdlayers.errors import ArgumentError, AttachError, LayoutError
 
 @dataclass
 class Call:
-    """One module's part in a dry run: where its features are in its output, and of what shape."""
+    """The call of one module in a dry run: the place and the shape of its features."""
 
     name: str
     path: Path
@@ -52,13 +52,13 @@ class Trace:
     image: Size
     label: str
     unclear: str | None = None
-    """Why it is unclear which tensor of the output has the logits; None if it is clear."""
+    """Why the choice of the logits among the outputs is ambiguous; None if it is not."""
     detections: bool = False
     """Whether the model returns boxes rather than logits."""
     changes_input: bool = False
-    """Whether the forward works in place on its inputs."""
+    """Whether the forward changes its inputs in place."""
     changed_buffers: list[str] = field(default_factory=list)
-    """Buffers that a forward in eval mode changes, such as those of observers."""
+    """Buffers that a forward in eval mode changes, such as those of quantisation observers."""
     example: tuple[Any, ...] | None = None
     """The inputs, until `release`."""
     _growth: dict[str, Growth] | None = None
@@ -66,20 +66,20 @@ class Trace:
 
     @property
     def names(self) -> list[str]:
-        """Names of the modules that gave features; the model itself is not among them."""
+        """Names of the modules that returned features, without the model itself."""
         return [name for name in self.calls if name]
 
     def call(self, name: str) -> Call:
-        """The call of module ``name``, checked to be one that features can be taken from.
+        """The call of module ``name``, after a check that its features can be used.
 
         Raises:
-            AttachError: if the module did not run, ran more than once, or gave no features.
+            AttachError: if the module did not run, ran more than once, or returned no features.
         """
         call = self.calls.get(name)
         if call is None:
             raise AttachError(
-                f"module {name!r} of the {self.label} gave no features in a dry run: it is not "
-                "called, or its output is not a floating-point tensor; find_points(model) "
+                f"module {name!r} of the {self.label} returned no features in a dry run: it was "
+                "not called, or its output is not a floating-point tensor; find_points(model) "
                 "lists usable points"
             )
         if call.calls > 1:
@@ -94,7 +94,7 @@ class Trace:
         """Layout of the features of module ``name``.
 
         Raises:
-            LayoutError: if the axes cannot be told apart, or the first one is not the batch.
+            LayoutError: if the channel axis is ambiguous, or the first axis is not the batch.
         """
         if name not in self._layouts:
             self._layouts[name] = self._layout(name)
@@ -117,7 +117,7 @@ class Trace:
         return find_layout(name, module, self.model, call.shape, self.image, **evidence)
 
     def _grids(self) -> list[Size]:
-        """Rows and columns of all maps whose layout is measured or stated, in forward order."""
+        """Rows and columns of all maps whose layout is certain, in forward order."""
         found: dict[Size, None] = {}
         for name, call in self.calls.items():
             if len(call.shape) == 4:
@@ -143,10 +143,10 @@ class Trace:
         )
 
     def need_logits(self, reader: str) -> None:
-        """Check that the logits are clear, which ``reader`` reads.
+        """Check that the model has unambiguous logits, which ``reader`` needs.
 
         Raises:
-            ArgumentError: if they are not.
+            ArgumentError: if it does not.
         """
         if self.detections:
             raise ArgumentError(f"{reader} reads logits, but {self.detector_advice}")
@@ -157,12 +157,12 @@ class Trace:
             )
 
     def release(self) -> None:
-        """Release the example; layouts that were computed before stay available."""
+        """Release the example; layouts that were already computed stay available."""
         self.example = None
 
 
 def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
-    """Run ``model`` once on ``example``, in eval mode, and note what every module returns."""
+    """Run ``model`` once on ``example`` in eval mode, and record what every module returns."""
     example = to_model(example, model)
     calls: dict[str, Call] = {}
     tensors: dict[str, tuple[Tensor, int]] = {}
@@ -217,10 +217,10 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
 
 
 def _iterated(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Call]:
-    """Calls for Sequentials whose children ran one by one, without a call of the Sequential.
+    """Calls for Sequentials that were not called themselves, but whose children ran one by one.
 
-    So does gradient checkpointing, which many libraries write as a loop over the children. What the
-    last child returned is what the Sequential would have returned.
+    Gradient checkpointing is often implemented as such a loop over the children. The output of the
+    last child is the output that the Sequential would have returned.
     """
     found: dict[str, Call] = {}
     for name, module in model.named_modules():
@@ -231,7 +231,7 @@ def _iterated(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Call]:
 
 
 def _last_child(module: nn.Module, name: str) -> str:
-    """Name of the last child of a Sequential, and so on; where KD layers put their hooks."""
+    """Name of the last child of a Sequential, recursively; this child gets the KD layer's hook."""
     while isinstance(module, nn.Sequential) and runs_forward_of(module, nn.Sequential):
         key, last = next(reversed(child_table(module).items()), ("", None))
         if last is None or is_batch_norm(last):
@@ -260,12 +260,12 @@ class _Statements:
 
 
 def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> set[str]:
-    """Those of the modules ``names`` whose features the model's output does not depend on."""
+    """The modules among ``names`` whose features do not affect the model's output."""
     model, features = traced.model, dict[str, Tensor]()
 
     def keep(name: str, output: Any) -> Any:
-        # In the place of the features, as a KD layer's are: a part of the output computed from
-        # them before, such as the pooled features beside them, does not count.
+        # Replace the features, as a KD layer does. Parts of the output that were computed from the
+        # original features, such as pooled features, do not count.
         path = traced.calls[name].path
         features[name] = pick(output, path).clone()
         return put(output, path, features[name])
@@ -279,14 +279,15 @@ def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> se
             stack.callback(hook.remove)
         args = tuple(_differentiable(arg) for arg in fresh(to_model(example, model)))
         outputs = [tensor for _, tensor in leaves(run_example(model, args, traced.label))]
-        # Inside, as checkpointing runs parts again in the backward pass, in eval mode like before.
+        # Inside the context, because checkpointing runs parts again in the backward pass, which
+        # must also be in eval mode.
         asked = [name for name, tensor in features.items() if tensor.requires_grad]
         reached = depend(outputs, [features[name] for name in asked])
     return {name for name, yes in zip(asked, reached, strict=True) if not yes}
 
 
 def depend(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
-    """For each of ``inputs``, whether one of ``outputs`` depends on it; their graph is freed."""
+    """For each of ``inputs``, whether any of ``outputs`` depends on it. Frees their graph."""
     outputs = [output for output in outputs if output.requires_grad]
     if not outputs or not inputs:
         return [False] * len(inputs)
@@ -297,7 +298,7 @@ def depend(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
 
 
 def _differentiable(arg: Any) -> Any:
-    """A floating-point non-leaf tensor that a frozen model's features depend on."""
+    """A floating-point input as a non-leaf tensor with a gradient, which frozen models need."""
     if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return arg
     return arg.detach().requires_grad_().clone()
@@ -342,7 +343,7 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def fresh(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with copies of all tensors, for a model that may work in place on them."""
+    """The arguments with copies of all tensors, for a model that may change them in place."""
     copies: tuple[Any, ...] = mapped(example, lambda tensor: tensor.clone())
     return copies
 

@@ -15,7 +15,7 @@ from kdlayers._step.terms import Term
 
 
 class Attachment:
-    """Base of `KDHandle`: what it holds, apart from the training step."""
+    """Base class of `KDHandle`: everything except the training step."""
 
     student: nn.Module
     step: int
@@ -25,7 +25,7 @@ class Attachment:
     _fitted: bool
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Train-only parameters of the losses, for the optimiser; none of them is the student's."""
+        """Train-only parameters of the losses, for the optimiser; excludes the student's own."""
         seen: set[nn.Parameter] = set()
         for term in self._terms:
             for parameter in term.loss.parameters():
@@ -34,27 +34,28 @@ class Attachment:
                     yield parameter
 
     def added_parameters(self, *, decay: bool | None = None) -> list[nn.Parameter]:
-        """All parameters that attach_kd added: of the KD layers, and the train-only ones.
+        """All parameters that attach_kd added: those of the KD layers and the train-only ones.
 
-        For a script that has made its optimiser before, or wants another rate for them::
+        Use it if the optimiser already exists, or if these parameters need their own rate::
 
             optimizer.add_param_group({"params": kd.added_parameters()})
 
-        or, without weight decay on scales, norms and biases::
+        To exclude scales, norms and biases from weight decay::
 
             matrices, others = (kd.added_parameters(decay=decay) for decay in (True, False))
             optimizer.add_param_group({"params": matrices})
             optimizer.add_param_group({"params": others, "weight_decay": 0.0})
 
-        Add the groups before a learning-rate scheduler is made. An optimiser made after attach_kd
-        from ``student.parameters()`` holds the KD layers' already; it needs :meth:`parameters`.
+        Add the groups before you create a learning-rate scheduler. If the optimiser is created
+        after attach_kd from ``student.parameters()``, it already holds the parameters of the KD
+        layers and only needs :meth:`parameters`.
 
         Args:
-            decay: ``True``: only matrices, which weight decay suits; ``False``: only scales, norms
-                and biases; ``None`` (default): all.
+            decay: ``True``: only matrices, which usually get weight decay; ``False``: only scales,
+                norms and biases; ``None`` (default): all.
 
         Returns:
-            The parameters that require a gradient, those of the layers first.
+            The parameters that require a gradient; those of the KD layers come first.
         """
         inside = [p for layer in self.layers.values() for p in layer.parameters()]
         whole = dict.fromkeys([p for p in inside if p.requires_grad])
@@ -63,46 +64,46 @@ class Attachment:
 
     @property
     def layers(self) -> dict[str, KDLayer]:
-        """The KD layers of this handle by the names of their points, in the student's order.
+        """The KD layers of this handle, keyed by the names of their points, in forward order.
 
-        They share the student's parameters, batch norms, ``alpha`` and ``memory``: setting
-        ``kd.layers[name].alpha`` changes the student. In the student the layers act through hooks,
-        and ``<point>...kd`` holds their parts. They stay after :meth:`detach`, not after
-        :meth:`remove`.
+        They share parameters, batch norms, ``alpha`` and ``memory`` with the student: setting
+        ``kd.layers[name].alpha`` changes the student. Inside the student, hooks apply the layers,
+        and the submodule ``<point>...kd`` holds their parameters. :meth:`detach` keeps the layers;
+        :meth:`remove` deletes them.
         """
         found = inserts(self.student)
         own = [(hook, module) for module, _, hook in found if hook.tape is self._tape]
         return {hook.name: hook.slot(module).as_layer() for hook, module in own}
 
     def state_dict(self) -> dict[str, Any]:
-        """Targets, train-only parameters and the step: tensors and numbers, safe to save.
+        """Targets, train-only parameters and the step, as tensors and numbers.
 
-        Together with the student's and the optimiser's state a resumed run goes on exactly. The
-        tensors are copies, and a checksum of them is part of the state.
+        Save it with the state of the student and of the optimiser to resume training exactly. The
+        tensors are copies. The state includes a checksum of them.
         """
         return state_of(self._terms, self.step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; nothing needs to be fitted again.
+        """Load a state that :meth:`state_dict` returned. The losses need not be fitted again.
 
-        All or nothing: if it fails, every loss is as it was before.
+        If loading fails, all losses keep their previous state.
 
         Raises:
-            CheckpointError: if the state is of other losses, of KD layers or a teacher of other
-                sizes, damaged, changed, or of an unknown version.
+            CheckpointError: if the state belongs to other losses, or to KD layers or a teacher of
+                other sizes, or if it is damaged, modified, or of an unknown version.
         """
         self.step = load_state(self._terms, self._teachers, slots(self.student), state)
         self._look_again()
 
     def summary(self) -> str:
-        """Points, shapes, parameters and multiply-adds added, and what is fitted, as a table."""
+        """Table of the points, added parameters and multiply-adds, and of what is fitted."""
         return summarise(self.student, self._terms)
 
     def __repr__(self) -> str:
         return self.summary()
 
     def _look_again(self) -> None:
-        """Ask the losses again whether they are fitted, and where their tensors are."""
+        """Check again whether the losses are fitted, and on which device their tensors are."""
         self._fitted = False
         for term in self._terms:
             term.place = None

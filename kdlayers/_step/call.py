@@ -1,4 +1,4 @@
-"""From the student's call to the teacher's: the images, whatever they are called; no labels."""
+"""Converts the arguments of the student's call for the teacher: images are kept, labels dropped."""
 
 from inspect import Parameter, signature
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 from torch import Tensor, nn
 
 _LABELS = ("labels", "targets", "target")
-"""Keywords that hold what the student's own loss compares with; also any name ``..._labels``."""
+"""Keywords that hold labels for the student's own loss. Names that end in ``_labels`` also do."""
 
 
 def for_teacher(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the student's call, as the teacher's forward takes them.
+    """The arguments of the student's call in the form that the teacher's forward takes.
 
-    Labels stay with the student. Images given by keyword are passed by position where the teacher
-    knows no such keyword (``pixel_values`` and a model of torchvision), and switches without
-    tensors that it does not know are left out.
+    Labels are removed. If the teacher does not accept the keyword of the images (such as
+    ``pixel_values`` with a torchvision model), the images become a positional argument. Other
+    unknown keywords are removed unless they hold a tensor.
     """
     if not kwargs:
         return args, kwargs
@@ -29,7 +29,7 @@ def for_teacher(
         first = next((k for k, v in kept.items() if isinstance(v, Tensor)), None)
         if first is not None and first not in known:
             args = (kept.pop(first),)
-    # An unknown keyword with a tensor stays: the teacher's own error says what it misses.
+    # An unknown keyword with a tensor is kept, so that the teacher itself raises the error.
     return args, {k: v for k, v in kept.items() if k in known or isinstance(v, Tensor)}
 
 

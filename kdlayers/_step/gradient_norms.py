@@ -1,4 +1,4 @@
-"""How hard each term pulls at the parameters that all of them share."""
+"""Gradient norms of each term with respect to the parameters that all terms share."""
 
 from collections.abc import Sequence
 
@@ -19,11 +19,11 @@ def gradient_norms(
     targets: Tensor | None,
     task: Tensor | None,
 ) -> dict[str, float]:
-    """Norms of the terms' gradients, by name, raw and weighted, and of the task's own loss.
+    """Gradient norms of all terms by name, unweighted and weighted, and of the task loss.
 
     Raises:
         ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
-        ArgumentError: if a term has the name of the task's entry, or no parameter is shared.
+        ArgumentError: if a term is called "task", or no parameter is shared.
     """
     values = {
         term.name: term.value(pair.student, pair.teacher, targets, pair.templates)
@@ -37,8 +37,8 @@ def gradient_norms(
     shared = [index for index, row in enumerate(zip(*found.values(), strict=True)) if _all(row)]
     if not shared:
         raise ArgumentError(
-            f"no parameter of the student gets a gradient of all of {list(found)}, so their norms "
-            "cannot be compared; call kd.gradient_norms with points that one forward reaches"
+            f"no parameter of the student gets a gradient from all of {list(found)}, so their "
+            "norms cannot be compared; choose points that share parameters of the student"
         )
     norms = {name: _norm([row[index] for index in shared]) for name, row in found.items()}
     for term, pair in zip(terms, pairs, strict=True):
@@ -49,19 +49,19 @@ def gradient_norms(
 def _check_task(task: Tensor, values: dict[str, Tensor]) -> None:
     if not isinstance(task, Tensor) or task.dim() or not task.requires_grad:
         raise ArgumentTypeError(
-            "task= takes the value of your own loss, such as F.cross_entropy(student(x), y): a "
-            "scalar tensor with a gradient"
+            "task= must be the value of your own loss, such as F.cross_entropy(student(x), y): a "
+            "scalar tensor that requires grad"
         )
     if TASK in values:
         raise ArgumentError(
-            f"a loss is called {TASK!r}, as the task's norm is; give it another name"
+            f"a loss is called {TASK!r}, which is the key of the task's norm; give it another name"
         )
 
 
 def _squares(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """The square of the gradient's norm for each parameter; None where it is not reached."""
+    """Squared gradient norm of each parameter; None if ``value`` does not depend on it."""
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return [  # None where nothing depends on it
+    return [
         torch.linalg.vector_norm(g, dtype=work_dtype(g)).square() if isinstance(g, Tensor) else None
         for g in grads
     ]

@@ -1,13 +1,13 @@
 """Hooks that put a KD layer into a model and record what the losses need.
 
-A batch takes this way through them. `OpenForward`, before the student's forward, decides whether to
-record. `InsertLayer`, after the module at a KD point, sends the features through the KD layer and
-records the scores. `Capture` records plain features. `CloseForward`, after the student's forward,
-records the logits. `KDHandle.loss` then reads the tape.
+The hooks of one batch run in this order. `OpenForward` runs before the student's forward and
+decides whether to record. `InsertLayer` runs after the module at a KD point, applies the KD layer
+to the features and records the scores. `Capture` records plain features. `CloseForward` runs after
+the student's forward and records the logits. `KDHandle.loss` then reads the tape.
 
-The hook objects hold names, not modules, and find the layer from the module they are called with:
-a deep copy, an unpickled model or a replica then runs its own layer, not the original's. Copies get
-an empty tape that never records.
+Hook objects hold names instead of modules, and find the layer from the module that calls them. So
+a deep copy, an unpickled model or a replica runs its own layer, not the original's. Copies get an
+empty tape that never records.
 """
 
 import sys
@@ -30,13 +30,13 @@ _CONFUSES_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 _LIVE: "WeakSet[InsertLayer]" = WeakSet()
-"""Every hook of a KD layer in this process, also those of copies."""
+"""All hooks of KD layers in this process, including those of copies."""
 _FOUND: list[bool] = []
-"""torch.compile's setting before the first of them."""
+"""The setting of torch.compile before the first hook was made."""
 
 
 class InsertLayer:
-    """Forward hook that sends a module's output through the KD layer stored below it."""
+    """Forward hook that applies a KD layer to a module's output; the module holds the layer."""
 
     def __init__(self, name: str, store: tuple[str, ...], path: Path, tape: Tape) -> None:
         self.name = name
@@ -46,28 +46,28 @@ class InsertLayer:
         _LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled or copied students are compiled too."""
+        """Register the hook of an unpickled or copied student, which may be compiled too."""
         self.__dict__.update(state)
         _LIVE.add(self)
         guard_hooks()
 
     def slot(self, module: nn.Module) -> Slot:
-        """The layer that belongs to ``module``.
+        """The KD layer of ``module``.
 
         Raises:
-            AttachError: if another tool has moved the hook to a module without the layer.
+            AttachError: if another tool has moved the hook to a module that has no KD layer.
         """
         layer = descend(module, self.store)._modules.get(SLOT)  # pyright: ignore[reportPrivateUsage]
         if layer is None:
             raise AttachError(
-                f"the KD layer at {self.name!r} is gone: its module was replaced by a "
-                f"{type(module).__name__}, as fuse_modules does; fuse before attach_kd, or take a "
-                "copy with plain submodules, bake(student), and fuse that"
+                f"the KD layer at {self.name!r} is missing: its module was replaced by a "
+                f"{type(module).__name__}, for example by fuse_modules; fuse before attach_kd, or "
+                "fuse bake(student), a copy whose KD layers are plain submodules"
             )
         return layer  # type: ignore[return-value]
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        """The output with the layer's features in the place of the module's."""
+        """Replace the module's features in the output by those of the KD layer."""
         path, tape = self.path, self.tape
         features = pick(output, path) if path else output
         # Through __call__, not a method: FSDP gathers the layer's parameters in its own hooks.
@@ -78,11 +78,12 @@ class InsertLayer:
 
 
 class Capture:
-    """Forward hook that records a module's output as the next module gets it.
+    """Forward hook that records a module's output as the next module receives it.
 
-    A later module may change the features in place, and in training only, as
-    ``nn.Dropout(inplace=True)`` does. So the first forward records a copy; later ones do so where
-    the first one showed a change, and under torch.compile, which hides in-place changes.
+    A later module may change the features in place, sometimes in training only, such as
+    ``nn.Dropout(inplace=True)``. So the first forward records a copy. Later forwards record a copy
+    only if the first one showed such a change, or under torch.compile, which hides in-place
+    changes.
     """
 
     def __init__(self, name: str, path: Path, tape: Tape, copies: bool | None) -> None:
@@ -90,7 +91,7 @@ class Capture:
         self.path = path
         self.tape = tape
         self.copies = copies
-        """Whether features are changed in place after this module; None: not known yet."""
+        """Whether a later module changes the features in place; None if not known yet."""
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Record the features."""
@@ -113,7 +114,7 @@ class OpenForward:
         self.tape = tape
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Record training forwards with gradient; not exports, traces or recomputations."""
+        """Record training forwards with gradients, but not exports, traces or recomputations."""
         tape = self.tape
         if tape.manual:
             return
@@ -121,9 +122,9 @@ class OpenForward:
         recording = recording and not _is_exporting()
         if recording and not torch.compiler.is_compiling():
             # Reentrant checkpointing and checkpoint(student) run the forward again inside backward.
-            # A torch that does not tell counts such forwards, and loss() refuses.
+            # Versions of torch that do not report this count such forwards, and loss() raises.
             recording = current_backward() == -1 and not is_tracing()
-        # Assigned each time: a forward that ended in an exception cannot leave it set.
+        # Set in every forward, so that a forward that raised cannot leave it on.
         tape.active = recording
         if recording:
             tape.forward = Forward(args, kwargs, copies=tape.copies)
@@ -138,7 +139,7 @@ class CloseForward:
         self.tape = tape
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        """End the recording that `OpenForward` began; with no output the forward has failed."""
+        """End the recording that `OpenForward` began. No output means that the forward failed."""
         tape = self.tape
         forward = tape.forward
         if not tape.active or tape.manual or forward is None:
@@ -150,7 +151,7 @@ class CloseForward:
         tape.done += 1
         forward.output, forward.compiled = output, torch.compiler.is_compiling()
         if not isinstance(output, Tensor) and forward.compiled:
-            return  # the logits are looked for outside of the graph
+            return  # the logits are searched outside of the graph
         logits = output if isinstance(output, Tensor) else main_output(output)
         if logits is None:
             return
@@ -186,22 +187,22 @@ def end_recording(student: nn.Module, tape: Tape) -> None:
 
 
 def drop_recording(student: nn.Module, tape: Tape) -> None:
-    """Take away the hooks that only record on this tape; KD layers stay."""
+    """Remove the hooks that only record on this tape; KD layers stay."""
     for module in student.modules():
         drop_hooks(module, lambda hook: is_recording(hook) and getattr(hook, "tape", None) is tape)
 
 
 def is_recording(hook: Any) -> bool:
-    """Whether this is a hook that only records."""
+    """Whether this hook only records."""
     return isinstance(hook, (OpenForward, CloseForward, Capture))
 
 
 def guard_hooks(*, reset: bool = False) -> None:
-    """Make torch.compile look whether modules have hooks before it reuses a graph.
+    """Make torch.compile check the hooks of modules before it reuses a graph.
 
-    Models of one class share their graphs, and by default hooks are not compared: with a plain
-    instance compiled first, one with KD layers would run without them. ``reset`` also drops the
-    graphs made so far.
+    Models of one class share graphs, and by default torch.compile does not compare hooks. If a
+    plain instance was compiled first, an instance with KD layers would run without them. ``reset``
+    also drops all existing graphs.
     """
     if reset or "torch._dynamo" in sys.modules:
         from torch import _dynamo
@@ -214,7 +215,7 @@ def guard_hooks(*, reset: bool = False) -> None:
 
 
 def unguard_hooks() -> None:
-    """Give torch.compile's setting back as it was found, once no KD layer is left in any model."""
+    """Restore the setting of torch.compile once no model has a KD layer any more."""
     if _FOUND and not _LIVE:
         from torch import _dynamo
 
@@ -222,7 +223,7 @@ def unguard_hooks() -> None:
 
 
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
-    """The descendant of ``module`` that the child names lead to."""
+    """The descendant of ``module`` at a path of child names."""
     for name in store:
         module = module._modules.get(name, module)  # type: ignore[assignment]
     return module

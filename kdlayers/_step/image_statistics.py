@@ -1,4 +1,4 @@
-"""Compares the images of `fit` with those of training: were they normalised alike?"""
+"""Checks that the images of `fit` and of training were normalised in the same way."""
 
 from typing import Any
 
@@ -10,14 +10,15 @@ from kdlayers._utils.warn import warn
 from kdlayers.functional._checks import work_dtype
 
 ENOUGH = 16
-"""Images from which the statistics of a channel can be told."""
+"""Number of images that suffices to estimate the statistics of a channel."""
 STD_RATIO, MEAN_SHIFT = 1.6, 0.5
-"""What is no chance and no augmentation: mixup lowers a standard deviation to 0.7 of it at most,
-and the mean of 16 photographs differs from another 16 by less than 0.2 standard deviations."""
+"""Limits above which chance or augmentation cannot explain a difference. Mixup multiplies a
+standard deviation by 0.7 at least, and the means of two sets of 16 photographs differ by less than
+0.2 standard deviations."""
 
 
 class Moments:
-    """Sums over images, channel by channel, which stay on their device."""
+    """Sums over images for each channel; they stay on the images' device."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -46,26 +47,26 @@ class Moments:
 
 
 class ImageStatistics:
-    """Watches the images of one handle: all of the first pass of `fit`, then the first batches."""
+    """Statistics of all images in the first pass of `fit` and of the first training batches."""
 
     def __init__(self) -> None:
         self._fit = Moments()
         self._training = Moments()
         self.done = True
-        """Whether nothing is left to compare, so that training batches need not be looked at."""
+        """Whether the comparison is done, so that training batches can be ignored."""
 
     def begin_fit(self) -> None:
-        """A new fit begins."""
+        """Start over for a new fit."""
         self._fit, self._training, self.done = Moments(), Moments(), False
 
     def of_fit(self, images: Any) -> None:
-        """Take a batch of `fit`."""
+        """Add a batch of `fit`."""
         maps = _maps(images)
         if maps is not None:
             self._fit.add(maps)
 
     def of_training(self, images: Any) -> None:
-        """Take a batch of training; once there are enough, compare and warn."""
+        """Add a training batch; once there are enough images, compare and warn."""
         maps = _maps(images)
         if maps is None or self._fit.images < ENOUGH:
             self.done = True
@@ -85,17 +86,17 @@ class ImageStatistics:
         if not (shifted | (larger > STD_RATIO * smaller)).any():
             return
         warn(
-            "the images of kd.fit and of the training batches are not normalised alike: by "
-            f"channel, fit's have mean {_shown(mean)} and std {_shown(std)}, the training batches "
-            f"mean {_shown(other_mean)} and std {_shown(other_std)}, so the templates are those of "
-            "other images; give kd.fit a loader with the training normalisation (for timm's "
-            "create_loader: mean= and std=), and what the loop does to the images before the "
-            "model; then call kd.fit(loader, refit=True)"
+            "the images of kd.fit and of the training batches are normalised differently: per "
+            f"channel, those of fit have mean {_shown(mean)} and std {_shown(std)}, the training "
+            f"batches mean {_shown(other_mean)} and std {_shown(other_std)}, so the templates do "
+            "not match the training images; give kd.fit a loader with the training normalisation "
+            "(for timm's create_loader: mean= and std=), including what the training loop does to "
+            "the images before the model; then call kd.fit(loader, refit=True)"
         )
 
 
 def _maps(images: Any) -> Tensor | None:
-    """The first batch of maps among the arguments of a model."""
+    """The first batch of images among the arguments of a model."""
     found = [t for _, t in leaves(images) if t.dim() == 4 and t.is_floating_point() and len(t)]
     return found[0] if found else None
 

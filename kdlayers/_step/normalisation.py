@@ -1,4 +1,4 @@
-"""Two models that want their images normalised differently: stated, compared, translated."""
+"""Converts images for a teacher that expects another normalisation than the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,27 +19,26 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 class Renormalize:
-    r"""Turns images normalised for the student into images normalised for the teacher.
+    r"""Converts images normalised for the student to the normalisation of the teacher.
 
     .. math:: x' = \frac{(x \, \sigma_s + \mu_s) - \mu_t}{\sigma_t}
 
-    with :math:`\mu, \sigma` the mean and standard deviation of each channel for the two models.
-    Give it as ``attach_kd(..., teacher_transform=Renormalize(...))``; ``teacher_transform="auto"``
-    makes one from what timm models state.
+    where :math:`\mu, \sigma` are the mean and standard deviation of each channel for the two
+    models. Pass it as ``attach_kd(..., teacher_transform=Renormalize(...))``. With
+    ``teacher_transform="auto"``, it is created from the ``pretrained_cfg`` of timm models.
 
     Args:
-        student: (mean, std) that the training script normalises with; numbers, or one for each
-            channel.
+        student: (mean, std) of the training script; each a number, or one number for each channel.
         teacher: (mean, std) that the teacher was trained with.
         size: height and width of the teacher's images, or one number for both; ``None`` (default):
-            the student's. They are resized after the normalisation, with antialiasing.
+            the student's size. Images are resized after the normalisation, with antialiasing.
         interpolation: ``"bilinear"`` (default), ``"bicubic"`` or ``"nearest"``.
 
     Raises:
-        ArgumentError: if a std is not above 0, numbers are missing, or ``size`` or
-            ``interpolation`` cannot be used.
-        ArgumentTypeError: if ``student`` or ``teacher`` is no pair; at the call, if the images are
-            not a floating-point tensor.
+        ArgumentError: if a std is not positive, numbers are missing, or ``size`` or
+            ``interpolation`` is invalid.
+        ArgumentTypeError: if ``student`` or ``teacher`` is not a pair; at the call, if the images
+            are not a floating-point tensor.
         ShapeError: at the call, if the images are not ``[..., channels, height, width]``.
 
     Example:
@@ -86,7 +85,7 @@ class Renormalize:
         return images if self.size is None else self._resized(images, self.size)
 
     def _affine(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Factor and shift, ``[C, 1, 1]``; kept, as a copy to the device takes time."""
+        """Factor and shift, ``[C, 1, 1]``; cached, because a copy to the device takes time."""
         if self._kept is None or (self._kept[0].device, self._kept[0].dtype) != (device, dtype):
             (mean, std), (other_mean, other_std) = (
                 [torch.tensor(numbers, dtype=torch.float64) for numbers in pair]
@@ -115,25 +114,25 @@ class Renormalize:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a model says about the images it wants."""
+    """The images that a model expects, according to its configuration."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int] | None
     interpolation: str
     fixed: bool
-    """Whether it takes no other size."""
+    """Whether the model only takes this size."""
 
 
 def stated_by(model: nn.Module) -> Stated | None:
-    """What timm's ``pretrained_cfg`` says; ``None`` for models without one."""
+    """Reads timm's ``pretrained_cfg``; ``None`` for models without one."""
     config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if not isinstance(config, dict) or "mean" not in config or "std" not in config:
         return None
     size = config.get("input_size")
     patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(patches, (tuple, list)):
-        size = patches  # a model made with another img_size still carries its weights' statement
+        size = patches  # pretrained_cfg still has the size of the weights
     interpolation = str(config.get("interpolation") or "bilinear")
     return Stated(
         tuple(map(float, config["mean"])),
@@ -145,13 +144,13 @@ def stated_by(model: nn.Module) -> Stated | None:
 
 
 def automatic(student: nn.Module, teacher: nn.Module) -> Renormalize:
-    """From what both models state, for ``teacher_transform="auto"``.
+    """Create the transform of ``teacher_transform="auto"`` from the configuration of both models.
 
-    The images get the teacher's size where the two state different sizes, or where the teacher
-    takes one size only; else they keep theirs.
+    The images are resized to the teacher's size if the two models expect different sizes, or if
+    the teacher only takes one size. Otherwise they keep their size.
 
     Raises:
-        ArgumentError: if one of them states nothing.
+        ArgumentError: if one of the models has no such configuration.
     """
     ours, theirs = stated_by(student), stated_by(teacher)
     if ours is None or theirs is None:
@@ -159,7 +158,7 @@ def automatic(student: nn.Module, teacher: nn.Module) -> Renormalize:
         raise ArgumentError(
             f'teacher_transform="auto" reads the pretrained_cfg of timm models, but {silent} has '
             "none; pass teacher_transform=Renormalize(student=(mean, std), teacher=(mean, std)), "
-            "or None if both want the same images"
+            "or None if both expect the same images"
         )
     resize = theirs.fixed or ours.size != theirs.size
     return Renormalize(
@@ -171,12 +170,12 @@ def automatic(student: nn.Module, teacher: nn.Module) -> Renormalize:
 
 
 def warn_of_difference(student: nn.Module, teacher: nn.Module) -> None:
-    """Warn where both models state a normalisation, the two differ, and nothing translates."""
+    """Warn if the models expect different normalisations and no transform was given."""
     ours, theirs = stated_by(student), stated_by(teacher)
     if ours is None or theirs is None or (ours.mean, ours.std) == (theirs.mean, theirs.std):
         return
     warn(
-        f"the student ({type(student).__name__}) states images with mean {ours.mean} and std "
+        f"the student ({type(student).__name__}) expects images with mean {ours.mean} and std "
         f"{ours.std}, the teacher ({type(teacher).__name__}) mean {theirs.mean} and std "
         f'{theirs.std}; pass attach_kd(..., teacher_transform="auto") if the images are normalised '
         "for the student, or teacher_transform=lambda images: images if one normalisation suits "

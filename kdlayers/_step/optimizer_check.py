@@ -1,4 +1,4 @@
-"""Notices an optimiser that does not hold the parameters which attach_kd added."""
+"""Detects an optimiser that does not hold the parameters that attach_kd added."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -13,8 +13,9 @@ from kdlayers._utils.warn import warn
 class OptimiserWatch:
     """Compares a few values of the student's own and of the added parameters between steps.
 
-    When a step has changed the student's own, it must have changed each group of added parameters
-    whose loss had a weight. Each group is judged once, so that later steps cost nothing.
+    If an optimiser step changes the student's own parameters, it must also change each group of
+    added parameters whose loss has a nonzero weight. Each group is checked once, so that later
+    steps cost nothing.
     """
 
     def __init__(
@@ -34,9 +35,9 @@ class OptimiserWatch:
         self.before: dict[str, Tensor] = {}
 
     def look(self, live: Collection[str]) -> None:
-        """Called at every ``loss`` with the groups that get a gradient in this step.
+        """Check the last optimiser step, and warn about groups that it did not change.
 
-        Warns about groups that the last optimiser step left out.
+        Every call of ``loss`` calls this with the groups that get a gradient in this step.
         """
         if self.all_own:
             self._tell_frozen()
@@ -53,32 +54,32 @@ class OptimiserWatch:
 
     def _judge(self) -> None:
         groups = {name: self.unjudged.pop(name) for name in self.before}
-        # Parameters that were frozen after attach are meant to stay.
+        # Parameters that were frozen after attach_kd must not change.
         groups = {name: g for name, g in groups.items() if any(p.requires_grad for p in g)}
         still = [name for name, g in groups.items() if torch.equal(_probe(g), self.before[name])]
         if still:
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
                 "attach_kd, or without kd.parameters(). Make it after attach_kd as "
-                "Optimizer([*student.parameters(), *kd.parameters()]), or give them to the one "
-                'there is: optimizer.add_param_group({"params": kd.added_parameters()})',
+                "Optimizer([*student.parameters(), *kd.parameters()]), or add the parameters to "
+                'it: optimizer.add_param_group({"params": kd.added_parameters()})',
             )
 
     def _tell_frozen(self) -> None:
-        """Warn once, at the first step, where a tool has frozen all that it did not add itself."""
+        """Warn once, at the first step, if a tool has frozen the student with its KD layers."""
         own, self.all_own = self.all_own, []
         added = {name: g for name, g in self.unjudged.items() if g}
         frozen = [name for name, g in added.items() if not any(p.requires_grad for p in g)]
         if frozen and not any(p.requires_grad for p in own) and not self._layers_learn():
             warn(
-                f"everything that the student had at attach_kd is frozen now, and so are "
-                f"{', '.join(frozen)}, as after peft's get_peft_model: the KD layers do not learn. "
-                "Set requires_grad_(True) on their parameters, the names with '.kd.', or pass "
-                'modules_to_save=["kd"] to peft, before the optimiser is made',
+                f"all parameters that the student had at attach_kd are frozen, and so are those of "
+                f"{', '.join(frozen)}, for example by peft's get_peft_model: the KD layers do not "
+                "learn. Before you create the optimiser, set requires_grad_(True) on their "
+                "parameters (the names with '.kd.'), or pass modules_to_save=[\"kd\"] to peft",
             )
 
     def _layers_learn(self) -> bool:
-        """Whether the student holds KD layers that learn, such as the copies that peft makes."""
+        """Whether the student has trainable KD layers, such as the copies that peft makes."""
         named = () if self.student is None else self.student.named_parameters()
         return any(p.requires_grad for name, p in named if "kd" in name.split("."))
 
@@ -95,7 +96,7 @@ def _local(parameter: nn.Parameter) -> Tensor:
 def parameter_groups(
     student: nn.Module, terms: Iterable[Term]
 ) -> tuple[list[nn.Parameter], dict[str, list[nn.Parameter]]]:
-    """The student's own parameters, and by term those that attach_kd added."""
+    """The student's own parameters, and those that attach_kd added for each term."""
     layers = slots(student)
     new = {id(p) for slot in layers.values() for p in slot.parameters()}
     own = [p for p in student.parameters() if id(p) not in new]
@@ -103,6 +104,6 @@ def parameter_groups(
     for term in terms:
         added[term.name] = list(term.loss.parameters())
         if term.scores and term.point in layers:
-            # The loss alone reaches the templates whatever alpha is.
+            # The loss has a gradient for the templates whatever alpha is.
             added[term.name].append(layers[term.point].head.weight)
     return own, added

@@ -1,4 +1,4 @@
-"""Keeps train-only parameters equal over the ranks of ``torch.distributed``."""
+"""Keeps train-only parameters equal on all ranks of ``torch.distributed``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from kdlayers.errors import CaptureError
 
 
 class Ranks:
-    """Gives every rank rank 0's values, and the mean of all ranks' gradients after each backward.
+    """Broadcasts the values of rank 0, and averages the gradients after each backward pass.
 
-    For parameters that no DistributedDataParallel holds. The gradients are averaged at the end of
-    every backward pass through the student's logits or through the KD loss, so that a rank whose
-    step has no KD loss takes part with zeros. The mean of gradients that were averaged before is
-    unchanged by another mean, so gradient accumulation stays right.
+    It is for parameters that no DistributedDataParallel holds. The gradients are averaged at the
+    end of every backward pass through the student's logits or through the KD loss. So a rank whose
+    step has no KD loss contributes zeros. Averaging gradients twice does not change them, so
+    gradient accumulation is correct.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
@@ -30,14 +30,14 @@ class Ranks:
         self._backward: int | None = None
 
     def start(self) -> None:
-        """Take over rank 0's values, once after the processes have been connected."""
+        """Broadcast the values of rank 0, once after the process group was initialised."""
         if world_size() > 1 and self._group is not dist.group.WORLD:
             for parameter in self.parameters:
                 dist.broadcast(parameter.data, src=0)
             self._group = dist.group.WORLD
 
     def forward(self, student: nn.Module) -> bool:
-        """Called before a forward; returns whether all ranks run it.
+        """Prepare a forward; returns whether all ranks run it.
 
         Raises:
             CaptureError: inside DistributedDataParallel's ``join()``.
@@ -46,10 +46,10 @@ class Ranks:
             return False
         if joined():
             raise CaptureError(
-                f"{self.names}: these losses have parameters of their own, whose gradients are "
-                "averaged over all ranks, but inside DistributedDataParallel.join() a rank may "
-                "have no batch left; give all ranks equally many batches, for instance by "
-                "DataLoader(..., drop_last=True) with DistributedSampler(..., drop_last=True), or "
+                f"{self.names}: these losses have parameters whose gradients are averaged over all "
+                "ranks, but inside DistributedDataParallel.join() a rank may have no batch left; "
+                "give all ranks the same number of batches, for instance with "
+                "DataLoader(..., drop_last=True) and DistributedSampler(..., drop_last=True), or "
                 "use losses without parameters"
             )
         self.start()
@@ -70,15 +70,15 @@ class Ranks:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """One reduction of all gradients; those that no rank has stay None."""
+        """Average all gradients in one reduction; a gradient that no rank has stays None."""
         if world_size() == 1:
-            return  # the processes have been disconnected
+            return  # the process group was destroyed
         for kind in dict.fromkeys((p.device, p.dtype) for p in self.parameters):
             _average_alike([p for p in self.parameters if (p.device, p.dtype) == kind])
 
 
 def _average_alike(parameters: Sequence[nn.Parameter]) -> None:
-    """Average the gradients of parameters of one device and dtype."""
+    """Average the gradients of parameters that share device and dtype."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     present = grads[0].new_tensor([float(p.grad is not None) for p in parameters])
     flat = torch.cat([present, *(grad.flatten() for grad in grads)])
@@ -91,7 +91,7 @@ def _average_alike(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def ranks_of(terms: Sequence[Term]) -> Ranks | None:
-    """What keeps the train-only parameters equal over the ranks; None if there are none."""
+    """A `Ranks` for the train-only parameters of the terms; None if there are none."""
     owners = {term.name: list(term.loss.parameters()) for term in terms}
     parameters = list(dict.fromkeys(p for group in owners.values() for p in group))
     names = [name for name, group in owners.items() if group]

@@ -1,4 +1,4 @@
-"""Where in a model a KD layer's hook and its parameters go."""
+"""Finds the modules that get a KD layer's hook and its parameters."""
 
 from torch import nn
 
@@ -13,11 +13,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def hook_site(model: nn.Module, name: str) -> nn.Module:
-    """The module whose output hook stands for the output of module ``name``.
+    """The module that gets the forward hook for the output of module ``name``.
 
     Code that iterates over an ``nn.Sequential`` (checkpointing, feature extractors) never calls the
-    Sequential itself, so the hook goes to its last child. It stays above a batch norm, which
-    ``convert_sync_batchnorm`` replaces together with its hooks.
+    Sequential itself, so its last child gets the hook. A last child that is a batch norm does not,
+    because ``convert_sync_batchnorm`` replaces it together with its hooks.
     """
     module = model.get_submodule(name)
     while _stock_sequential(module) and child_table(module):
@@ -29,12 +29,12 @@ def hook_site(model: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_norm(model: nn.Module, name: str) -> None:
-    """Raise AttachError if ``name`` is a batch norm, which is replaced without its KD layer."""
+    """Raise AttachError if ``name`` is a batch norm: converting it would drop its KD layer."""
     module = model.get_submodule(name)
     if is_batch_norm(module):
         raise AttachError(
             f"{name!r} is a {type(module).__name__}, which convert_sync_batchnorm would replace "
-            "without its KD layer; choose the module round it, or the activation after it"
+            "without its KD layer; choose its parent module, or the activation after it"
         )
 
 
@@ -45,7 +45,8 @@ def _stock_sequential(module: nn.Module) -> bool:
 def store_path(hooked: nn.Module) -> tuple[str, ...]:
     """Child names from ``hooked`` to the module that gets the layer as its child ``kd``.
 
-    The layer does not become a child of a container, whose children other code counts and runs.
+    The layer never becomes a child of a container, because other code counts and runs the children
+    of containers.
     """
     path: list[str] = []
     module = hooked
@@ -69,32 +70,32 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
     """Put ``slot`` and its hook into ``model`` at point ``name``.
 
     Raises:
-        AttachError: if there is one already.
+        AttachError: if the module already has a KD layer, or another attribute ``kd``.
     """
     site, home = hook_site(model, name), home_of(model, name)
     present = getattr(home, SLOT, None)
     if hasattr(home, SLOT) and not isinstance(present, Slot):
         raise AttachError(
-            f"the module at {name!r} ({type(home).__name__}) has an attribute {SLOT!r} of its own, "
-            "the name that its KD layer would get; rename that attribute or choose another point, "
+            f"the module at {name!r} ({type(home).__name__}) already has an attribute {SLOT!r}, "
+            "which is the name of a KD layer; rename that attribute or choose another point, "
             "find_points(student) lists them"
         )
     if present is not None:
         raise AttachError(
-            f"there is a {SLOT!r} at {name!r} already: two points stand for the same module (a "
-            "stage and its last block, say), or the student was attached before; choose one, or "
-            "call kd.remove() on the earlier handle"
+            f"there is already a {SLOT!r} at {name!r}: two points refer to the same module (such "
+            "as a stage and its last block), or the student was attached before; choose one of "
+            "the points, or call kd.remove() on the earlier handle"
         )
-    store = store_path(site)  # before the slot is there: it would be taken for a child
+    store = store_path(site)  # before add_module, which would make the slot the last child
     home.add_module(SLOT, slot)
     site.register_forward_hook(InsertLayer(name, store, path, tape))
-    # torch.fx takes modules of torch.nn as single nodes, without their hooks, and quantisation then
-    # replaces them; this one must be looked into.
+    # torch.fx treats modules of torch.nn as leaves without hooks, and quantisation replaces them.
+    # With another __module__, this one is traced.
     site.__module__ = __name__
 
 
 def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:
-    """Every KD-layer hook in ``model``: the hooked module, the hook's key, the hook."""
+    """All KD-layer hooks in ``model``, as tuples (hooked module, key of the hook, hook)."""
     return [
         (module, key, hook)
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""The slot: the parts of a KD layer inside a student, and how they load from a state dict."""
+"""The slot: a module in the student that holds the parts of a KD layer and loads its state."""
 
 import threading
 from typing import Any
@@ -12,27 +12,27 @@ SLOT = "kd"
 
 
 class Slot(LayerParts):
-    """The parts of a KD layer inside a model. Only its hook makes it act; it is not a `KDLayer`.
+    """The parts of a KD layer inside a model. It is not a `KDLayer`; a hook applies it.
 
-    Called as a module it returns its input, so that a parent which runs all its children does not
-    run it. `as_layer` gives the layer that can be called.
+    Its forward is the identity, so a parent that runs all its children is not affected. `as_layer`
+    returns a layer that can be called.
     """
 
     def forward(self, x: Any, *_: Any, insert: bool = False, **__: Any) -> Any:
-        """``x`` unchanged; with ``insert``, what `enhance` gives."""
+        """Return ``x`` unchanged; with ``insert``, the result of `enhance`."""
         return self.enhance(x) if insert else x
 
     def as_layer(self) -> KDLayer:
-        """A KD layer of the very same parts, whose ``alpha`` and ``memory`` are the slot's."""
+        """A KD layer that shares the parts, ``alpha`` and ``memory`` of this slot."""
         with torch.random.fork_rng(devices=[]):
             layer = _LayerOfSlot(1, 1, channel_dim=self.channel_dim)
         layer.head, layer.norm, layer.value = self.head, self.norm, self.value
         layer.training = self.training
-        layer.__dict__["slot"] = self  # not a submodule, which would hold the parts twice
+        layer.__dict__["slot"] = self  # not as a submodule, which would register the parts twice
         return layer
 
     def extra_repr(self) -> str:
-        """Shows alpha, and that the layer acts through its hook."""
+        """Show alpha, and that a hook applies the layer."""
         return f"{super().extra_repr()}, acts through a hook"
 
     def _load_from_state_dict(
@@ -45,8 +45,8 @@ class Slot(LayerParts):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A checkpoint of the plain student has no keys of any KD layer: it loads strictly, and the
-        # layers keep their values. load_state_dict works on its own copy of the dict.
+        # A checkpoint of the plain student has no keys of KD layers. It loads strictly, and the
+        # layers keep their values. load_state_dict passes its own copy of the dict.
         own = self.state_dict()
         if _may_keep_values(state_dict, prefix, list(own), missing_keys):
             state_dict.update({prefix + key: value for key, value in own.items()})
@@ -55,7 +55,7 @@ class Slot(LayerParts):
 
 
 class _LayerOfSlot(KDLayer):
-    """A slot's parts as a layer that computes; its options are those of the slot."""
+    """A KD layer with the parts of a slot; its options are those of the slot."""
 
     def __getattribute__(self, name: str) -> Any:
         slot = object.__getattribute__(self, "__dict__").get("slot")
@@ -72,10 +72,10 @@ class _LayerOfSlot(KDLayer):
 
 
 class _Loading(threading.local):
-    """What the KD layers found in the load_state_dict call that runs in this thread."""
+    """The keys of KD layers in the load_state_dict call that runs in this thread."""
 
     call: object = None
-    """The list of missing keys, which torch makes anew for each call."""
+    """The list of missing keys. torch creates a new list for each call."""
     found = False
     left_out: list[str]
 
@@ -86,17 +86,18 @@ _loading = _Loading()
 def _may_keep_values(
     state: dict[str, Any], prefix: str, keys: list[str], missing: list[str]
 ) -> bool:
-    """Whether a KD layer that has no keys in ``state`` keeps its values without being reported.
+    """Whether a KD layer without keys in ``state`` keeps its values, and no key counts as missing.
 
-    It does if no other KD layer has keys either: the state is the plain student's. If another one
-    has, the state is of a student with other KD layers, and this layer's keys are missing.
+    This holds if no KD layer has keys: the state is that of the plain student. If another KD layer
+    has keys, the state is that of a student with other KD layers, and the keys of this layer are
+    missing.
 
     Args:
-        state: the part of the state dict that torch hands to this layer.
-        prefix: what its keys begin with.
+        state: the state dict that torch passes to this layer.
+        prefix: prefix of the layer's keys.
         keys: the layer's own keys, without prefix.
-        missing: the list in which torch collects missing keys. Keys of layers that were visited
-            before, and kept their values, are added to it.
+        missing: the list in which torch collects missing keys. If another layer has keys, those of
+            earlier layers without keys are added to it.
     """
     if _loading.call is not missing:
         _loading.call, _loading.found, _loading.left_out = missing, False, []

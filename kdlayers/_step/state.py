@@ -1,4 +1,4 @@
-"""The state of a handle: written with a checksum, and loaded as a whole or not at all."""
+"""The state of a handle. It has a checksum, and loading changes either everything or nothing."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ VERSION = 2
 
 
 def state_of(terms: Sequence[Term], step: int) -> dict[str, Any]:
-    """Copies of what the losses hold, the step, and a checksum of all."""
+    """Copies of the losses' states, the step, and a checksum of both."""
     losses = {term.name: _copied(term.loss.state_dict()) for term in terms}
     state = {"version": VERSION, "step": step, "losses": losses}
     return {**state, "checksum": checksum(state)}
 
 
 def _copied(state: dict[str, Any]) -> OrderedDict[str, Any]:
-    """The state as it is now: training goes on in the tensors that ``state_dict()`` gives."""
+    """A copy of the state; training changes the tensors that ``state_dict()`` returns."""
     copied: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
         copied[key] = value.detach().clone() if isinstance(value, Tensor) else value
@@ -44,18 +44,18 @@ def load_state(
     layers: Mapping[str, LayerParts],
     state: object,
 ) -> int:
-    """Load what `state_of` gave into the losses, and return the step.
+    """Load a state of `state_of` into the losses, and return the step.
 
     Raises:
-        CheckpointError: if the state is not of these losses, layers and teachers, or is damaged;
-            the losses are then as they were.
+        CheckpointError: if the state does not fit these losses, layers and teachers, or is
+            damaged. The losses then keep their previous state.
     """
     losses, step, sealed = _parts(state)
     ours, theirs = [term.name for term in terms], list(losses)
     if set(ours) != set(theirs):
         raise CheckpointError(
-            f"the state holds the losses {theirs}, but this handle has {ours}; attach with the "
-            "same points and losses as when it was saved"
+            f"the state has the losses {theirs}, but this handle has {ours}; attach with the "
+            "points and losses of the saved handle"
         )
     for term in terms:
         _check(term, losses[term.name], sealed)
@@ -67,18 +67,18 @@ def load_state(
 
 
 def _parts(state: object) -> tuple[dict[str, Any], int, bool]:
-    """The losses' states, the step, and whether a checksum vouches for them."""
+    """The losses' states, the step, and whether a checksum protects them."""
     version = state.get("version") if isinstance(state, dict) else type(state).__name__
     if not isinstance(state, dict) or type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
-            f"this is not a state of a KDHandle of version 1 to {VERSION} (found {version!r}); "
-            "pass what kd.state_dict() returned"
+            f"expected the state of a KDHandle, version 1 to {VERSION}, found {version!r}; "
+            "pass the result of kd.state_dict()"
         )
     losses, step = state.get("losses"), state.get("step")
     if not isinstance(losses, dict) or type(step) is not int or step < 0:
         raise CheckpointError(
             "the state of a KDHandle is damaged: it has no losses, or no step of 0 or more; pass "
-            "what kd.state_dict() returned"
+            "the result of kd.state_dict()"
         )
     if version == 1:
         return losses, step, False
@@ -86,17 +86,16 @@ def _parts(state: object) -> tuple[dict[str, Any], int, bool]:
     if state.get("checksum") != checksum(content):
         raise CheckpointError(
             "the state of a KDHandle is damaged, or was changed after kd.state_dict() returned it: "
-            "its checksum is wrong; pass what kd.state_dict() returned, from another copy of the "
-            "file"
+            "its checksum is wrong; load it from another copy of the file"
         )
     return losses, step, True
 
 
 def _check(term: Term, state: object, sealed: bool) -> None:
-    """Compare kinds and values of a loss's state with what it holds, before anything is loaded.
+    """Compare types and values of a loss's state with the loss, before anything is loaded.
 
-    A checksum vouches for the values of buffers, where a loss of the user's may keep infinity; NaN
-    or infinity in a parameter was never of use.
+    If there is a checksum, buffers may hold infinity, because a user's loss may need it there.
+    Parameters must always be finite.
     """
     if not isinstance(state, dict):
         raise CheckpointError(f"the state of {term.name} is a {type(state).__name__}, not a dict")
@@ -116,7 +115,7 @@ def _check(term: Term, state: object, sealed: bool) -> None:
 
 
 def _kind(tensor: Tensor) -> tuple[bool, ...]:
-    """What torch would convert without a word: kinds of numbers, and one number to a scalar."""
+    """Properties that torch would convert silently: the kind of number, and scalar or not."""
     kind = tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
     return (*kind, tensor.dim() == 0)
 
@@ -126,12 +125,12 @@ def _load(term: Term, state: dict[str, Any]) -> None:
         term.loss.load_state_dict(state)
     except KDLayersError:
         raise
-    except Exception as error:  # a loss's own loading may fail in any way
+    except Exception as error:  # a user's loss may raise any error
         raise CheckpointError(f"the state of {term.name} does not fit: {error}") from error
 
 
 def _check_sizes(term: Term, teachers: Sequence[Teacher], layers: Mapping[str, nn.Module]) -> None:
-    """Compare loaded template targets with the KD layer and the teacher that they are used with."""
+    """Check that loaded template targets fit their KD layer and teacher."""
     layer = layers.get(term.point or "")
     if not isinstance(term.loss, TemplateLoss) or not isinstance(layer, LayerParts):
         return
@@ -140,14 +139,13 @@ def _check_sizes(term: Term, teachers: Sequence[Teacher], layers: Mapping[str, n
     if found is not None and found != layer.head.num_templates:
         raise CheckpointError(
             f"the state of {term.name} has {found} templates, but the KD layer there has "
-            f"{layer.head.num_templates}; attach with the targets as when it was saved"
+            f"{layer.head.num_templates}; attach with the targets of the saved handle"
         )
     width, channels = getattr(targets, "num_features", None), _teacher_channels(term, teachers)
     if width is not None and channels is not None and width != channels:
         raise CheckpointError(
-            f"the state of {term.name} is for {width} channels of the teacher, which has "
-            f"{channels} at {term.tap!r}; attach with the same teacher and points as when it was "
-            "saved"
+            f"the state of {term.name} is for {width} channels of the teacher, but the teacher has "
+            f"{channels} at {term.tap!r}; attach with the teacher and points of the saved handle"
         )
 
 

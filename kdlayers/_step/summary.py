@@ -13,7 +13,7 @@ from kdlayers._utils.table import table
 
 
 def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
-    """KD layers with their cost at inference, and the losses with what they read."""
+    """Table of the KD layers with their inference cost, and of the losses with their points."""
     layers = slots(student)
     lines = [f"KD layers in {type(student).__name__} (kept at inference)"]
     if layers:
@@ -32,11 +32,11 @@ def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
         rows.append((name, *map(str, cells), count, seen, macs, _path(slot)))
     lines.append(table(rows) if layers else "none")
     if any(term.scores for term in terms):
-        lines.append("positions and MACs: of one image, of the size of attach_kd's example")
+        lines.append("positions and MACs: for one image of the size of attach_kd's example")
     if layers:
         lines.append(
-            "training: torch's plain operations, or fused ones, which are faster with many scores; "
-            "the numbers are the same"
+            "training: plain torch operations, or fused operators, which are faster with many "
+            "scores; the results are the same"
         )
     if terms:
         lines += ["", "Losses (training only)", table(_loss_rows(terms))]
@@ -44,7 +44,7 @@ def summarise(student: nn.Module, terms: Sequence[Term]) -> str:
 
 
 def _path(slot: Slot) -> str:
-    """How the layer computes in training."""
+    """Which implementation the layer uses in training."""
     plain = slot.why_plain(slot.norm.weight.device)
     if plain is not None:
         return f"plain ({plain})"

@@ -1,4 +1,4 @@
-"""The tape: what one training forward of the student recorded for the losses."""
+"""The tape: the tensors that one training forward of the student records for the losses."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -18,12 +18,12 @@ from kdlayers.errors import (
 from kdlayers.functional._checks import NARROW
 
 Scores: TypeAlias = tuple[Tensor, Tensor | None]
-"""Scores of a KD layer; or unit vectors, and the templates that are multiplied with them."""
+"""Scores of a KD layer, or unit vectors and the templates to multiply them with."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the losses read of a forward: scores and features by their points, and the logits."""
+    """What the losses read from a forward: points with scores, points with features, logits."""
 
     scores: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
@@ -31,20 +31,20 @@ class Wanted:
 
 
 class Recorder(Protocol):
-    """A hook that records features, or a copy of them where a later module changes them."""
+    """A hook that records features, or a copy of them if a later module changes them."""
 
     name: str
     copies: bool | None
 
 
 class Forward:
-    """One forward of the student: its inputs, its output, and what the hooks recorded."""
+    """One forward of the student: its inputs, its output, and the recorded tensors."""
 
     def __init__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool = False
     ) -> None:
         self.given = (args, kwargs)
-        """The inputs as the student got them."""
+        """The inputs of the student."""
         self.copied = copies
         if copies:
             args, kwargs = mapped(self.given, lambda tensor: tensor.clone())
@@ -54,31 +54,31 @@ class Forward:
         self.scores: dict[str, Scores] = {}
         self.features: dict[str, Tensor] = {}
         self.watched: list[tuple[Recorder, Tensor, int]] = []
-        """Features as the module gave them, with their in-place counters at that time."""
+        """Features that a module returned, with their in-place counters at that time."""
         self.repeated: str | None = None
         self.output: Any = None
         self.logits: Tensor | None = None
         self.version: int | None = None
-        """The in-place counter of the logits when the forward ended."""
+        """The in-place counter of the logits at the end of the forward."""
         self.compiled = False
-        """Whether torch.compile traced the end of the forward: outputs may then count from 0."""
+        """Whether torch.compile traced the end of the forward; counters may then start at 0."""
         self.on_all_ranks = False
         """Whether DDP or FSDP runs this forward on all ranks together."""
 
     def record_scores(self, name: str, scores: Scores) -> None:
-        """Keep the scores of the KD layer at the point ``name``."""
+        """Record the scores of the KD layer at the point ``name``."""
         if name in self.scores:
             self.repeated = name
         self.scores[name] = scores
 
     def record_features(self, name: str, features: Tensor) -> None:
-        """Keep the features at the point ``name``."""
+        """Record the features at the point ``name``."""
         if name in self.features:
             self.repeated = name
         self.features[name] = features
 
     def autocast_dtype(self, student: nn.Module, logits: Tensor) -> torch.dtype | None:
-        """The dtype of the autocast that the forward ran under, as far as its tensors show it."""
+        """The autocast dtype of the forward, as far as it can be inferred from its tensors."""
         tensors = [*self.features.values(), logits]
         for scores, _ in self.scores.values():
             tensors.insert(0, scores)
@@ -91,7 +91,7 @@ class Forward:
 
 @dataclass
 class Ahead:
-    """What ``kd.teach`` computed before the student runs, and from which inputs."""
+    """The result of ``kd.teach``, which runs before the student, and its inputs."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -107,30 +107,30 @@ class Tape:
         self.manual = False
         self.active = False
         self.done = 0
-        """Completed forwards that no loss has read."""
+        """Number of completed forwards that no loss has read."""
         self.generation = 0
         self.forward: Forward | None = None
         self.copies = False
-        """Whether the student works in place on its inputs, so that copies go to the teacher."""
+        """Whether the student changes its inputs in place; the teacher then gets copies."""
         self.ahead: Any = None
-        """What ``kd.teach`` computed before the student runs."""
+        """The result of ``kd.teach``."""
         self.ranks: Any = None
-        """What keeps train-only parameters equal over the ranks, if there are any."""
+        """Keeps train-only parameters equal on all ranks; None if there are none."""
 
     def consume(self) -> None:
-        """Forget everything, also the count of forwards that no loss has read."""
+        """Drop everything, including the count of forwards that no loss has read."""
         self.forward = None
         self.done = 0
         self.generation += 1
 
     def fail(self) -> None:
-        """Drop what a forward recorded before it raised, and what the teacher gave for it."""
+        """Drop the tensors of a forward that raised, and the teacher's tensors for it."""
         self.active = False
         self.ahead = None
         self.forward = None
 
     def read(self, wanted: Wanted, student: nn.Module, logits: Any) -> tuple[Forward, Tensor]:
-        """The last forward and its logits. They are consumed: a second reading is refused.
+        """Return the last forward and its logits, once: a second call raises an error.
 
         Raises:
             CaptureError: if there is no forward to read, or a KD layer did not run in it.
@@ -142,9 +142,9 @@ class Tape:
             raise CaptureError(_no_forward(student))
         if done > 1:
             raise StaleCaptureError(
-                f"{done} training forwards since the last kd.loss(), which belongs to exactly one: "
-                "call kd.loss(y) after each forward, or kd.clear() after a forward that needs no "
-                "KD loss"
+                f"the student ran {done} training forwards since the last kd.loss(), but a loss "
+                "reads only one: call kd.loss(y) after each forward, or kd.clear() after a forward "
+                "that needs no KD loss"
             )
         if forward.repeated is not None:
             raise AttachError(
@@ -162,31 +162,31 @@ class Tape:
             found = main_output(output)
         if found is None:
             raise CaptureError(
-                "with kd.batch(x) the logits are not seen: call kd.loss(y, logits=...)"
+                "kd.batch(x) does not record the logits: call kd.loss(y, logits=...)"
             )
         if found.dim() and not found.shape[0]:
             raise ShapeError(
-                "the student's last batch was empty, so there is nothing to compare: skip empty "
-                "batches, with their forward and kd.loss"
+                "the student's last batch was empty, so there is nothing to compare: skip the "
+                "forward and kd.loss for empty batches"
             )
         if wanted.logits and not found.requires_grad:
             raise CaptureError(
-                "the logits have no gradient, so a loss on them would train nothing: give "
-                "kd.loss(y, logits=...) the logits as the student returned them, without detach()"
+                "the logits do not require grad, so a loss on them would train nothing: pass the "
+                "student's logits to kd.loss(y, logits=...) without detach()"
             )
         return forward, found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tape":
-        """Copies of the student record nothing, and take no tensors with them."""
+        """Copy as an empty tape: copies of the student hold no tensors and record nothing."""
         return Tape(armed=False)
 
     def __reduce__(self) -> tuple[type["Tape"], tuple[bool]]:
-        """Pickles like a copy: empty and disarmed."""
+        """Pickle as an empty tape that does not record."""
         return (Tape, (False,))
 
 
 def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
-    """The in-place counters of all tensors among the inputs, to notice later changes."""
+    """The in-place counters of all input tensors, to detect later changes."""
     versions = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -198,18 +198,18 @@ def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | Non
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """The counter of in-place changes; None for an inference tensor, which has none."""
+    """The in-place counter of a tensor; None for an inference tensor, which has none."""
     if not torch.compiler.is_compiling() and tensor.is_inference():
         return None
     return tensor._version
 
 
 def check_labels(targets: Tensor | None, logits: Tensor) -> Tensor | None:
-    """The labels on the device of ``logits``, checked to be those of the same batch.
+    """The labels on the device of ``logits``, after a check that there is one for each image.
 
     Raises:
-        ArgumentTypeError: if ``targets`` is not a tensor, or requires grad, as the logits do.
-        StaleCaptureError: if the number of labels is not the number of images.
+        ArgumentTypeError: if ``targets`` is not a tensor, or requires grad (as logits do).
+        StaleCaptureError: if the number of labels differs from the number of images.
     """
     if targets is None:
         return None
@@ -220,19 +220,20 @@ def check_labels(targets: Tensor | None, logits: Tensor) -> Tensor | None:
     if targets.requires_grad:
         raise ArgumentTypeError(
             f"kd.loss(targets) takes the labels, got a {targets.dtype} tensor of shape "
-            f"{list(targets.shape)} with a gradient, as the student's logits have: these are "
-            "recorded when the student runs; call kd.loss(y) after student(x)"
+            f"{list(targets.shape)} that requires grad (did you pass the logits?); kdlayers "
+            "records the logits itself: call kd.loss(y) after student(x)"
         )
     if targets.dim() == 0 or targets.shape[0] != logits.shape[0]:
         raise StaleCaptureError(
-            f"{tuple(targets.shape)} labels for a forward of {logits.shape[0]} images: these are "
-            "the labels of another batch; call kd.loss(y) with the y of the last student(x)"
+            f"got labels of shape {tuple(targets.shape)} for a forward of {logits.shape[0]} "
+            "images: they belong to another batch; call kd.loss(y) with the labels of the last "
+            "student(x)"
         )
     return targets.to(logits.device)
 
 
 def check_taught(forward: Forward, ahead: Any) -> None:
-    """Check that the student ran on what the teacher was given by ``kd.teach``.
+    """Check that the student ran on the inputs of ``kd.teach``.
 
     Raises:
         StaleCaptureError: if not.
@@ -241,13 +242,13 @@ def check_taught(forward: Forward, ahead: Any) -> None:
     changed = versions_of(ahead.args, ahead.kwargs) != ahead.versions and not forward.copied
     if not same or changed:
         raise StaleCaptureError(
-            "kd.teach(x) and student(x) were given different batches; call kd.teach with the very "
-            "tensors that the student gets next, or leave kd.teach out"
+            "kd.teach(x) and student(x) got different batches; call kd.teach with the same tensors "
+            "as the following student(x), or do not call kd.teach"
         )
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two inputs are the very same tensors in the same places."""
+    """Whether two inputs hold the same tensor objects in the same places."""
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -263,13 +264,13 @@ def _no_forward(student: nn.Module) -> str:
     return (
         "kd.loss() found no training forward of the student since the last kd.loss() or "
         f"backward(){state}; call student(x), not student.forward(x), in train mode with "
-        "gradients, then kd.loss(y), then backward(); wrap other ways of running it in `with "
+        "gradients, then kd.loss(y), then backward(); if you run it in another way, use `with "
         "kd.batch(x):`"
     )
 
 
 def _frozen(student: nn.Module, name: str) -> bool:
-    """Whether nothing inside the module, its KD layer included, can be trained."""
+    """Whether all parameters of the module, including its KD layer, are frozen."""
     parameters = list(student.get_submodule(name).parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
@@ -289,16 +290,16 @@ def _check_recorded(forward: Forward, wanted: Wanted, student: nn.Module) -> Non
             cut.append(name)
     if missing:
         raise CaptureError(
-            f"{', '.join(missing)}: nothing was recorded in this forward although the student ran, "
-            "so the hooks were bypassed: the model was compiled before attach_kd, or the module "
-            "was replaced since (convert_sync_batchnorm, fuse); attach after such changes"
+            f"{', '.join(missing)}: the student ran, but nothing was recorded in this forward, so "
+            "its hooks did not run: the model was compiled before attach_kd, or the module was "
+            "replaced later (convert_sync_batchnorm, fuse); call attach_kd after such changes"
         )
     frozen = [name for name in cut if _frozen(student, name)]
     if frozen:
         raise CaptureError(
-            f"{', '.join(frozen)}: nothing there or before it can learn, because requires_grad is "
-            "False for all these parameters of the student, its KD layers included, so the loss "
-            "would have no gradient; unfreeze them, or attach at a later point"
+            f"{', '.join(frozen)}: requires_grad is False for all parameters of the student up to "
+            "this point, including its KD layers, so the loss would have no gradient; unfreeze "
+            "them, or attach at a later point"
         )
     if cut:
         raise CaptureError(
@@ -313,7 +314,7 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
     if versions_of(forward.args, forward.kwargs) != forward.versions:
         raise StaleCaptureError(
             "the input batch was changed in place after the student's forward, so the teacher "
-            "would see other images than the student did; change a copy, or call kd.loss(y) before"
+            "would see other images than the student; change a copy, or call kd.loss(y) first"
         )
     lost = []
     for hook, features, version in forward.watched:
@@ -323,9 +324,9 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
         hook.copies = changed
     if lost:
         raise StaleCaptureError(
-            f"{', '.join(lost)}: a later module changed these features in place in this forward, "
-            "which it had not done before, so what the losses would read is lost; from the next "
-            "forward on a copy is recorded: run student(x) again"
+            f"{', '.join(lost)}: a later module changed these features in place for the first "
+            "time in this forward, so the features that the losses need are lost; run student(x) "
+            "again: from now on a copy is recorded"
         )
     logits = None if given else forward.logits
     if logits is not None and forward.version is not None:
@@ -333,6 +334,6 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
         if version != forward.version and not (forward.compiled and version == 0):
             raise StaleCaptureError(
                 "the student's logits were changed in place after its forward, so the losses would "
-                "compare other logits than the student gave; change a copy (logits / 100, not "
-                "logits.div_(100)), or call kd.loss(y) before"
+                "compare other logits than the student returned; change a copy (logits / 100, not "
+                "logits.div_(100)), or call kd.loss(y) first"
             )

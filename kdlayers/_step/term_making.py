@@ -1,4 +1,4 @@
-"""Makes the terms when a student is attached: what each compares, on which grid, and its name."""
+"""Creates the terms in `attach_kd`: what each one compares, on which grid, and its name."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def feature_term(
     point: str,
     tap: str,
 ) -> Term:
-    """Term of a loss that compares the features at ``point`` and ``tap``."""
+    """The term of a loss that compares the features at ``point`` and ``tap``."""
     teacher = teachers[loss.teacher_index or 0].traced
     ours, theirs = student.layout(point), teacher.layout(tap)
     our_size = size_of(ours.to_grid(_empty(student, point)))
@@ -46,7 +46,7 @@ def feature_term(
 
 
 def example_pair(term: Term, student: Trace, teachers: Sequence[Teacher]) -> tuple[Tensor, Tensor]:
-    """Tensors of the shapes that the loss will get, from the dry runs, for `DistillLoss.build`."""
+    """Tensors for `DistillLoss.build`, with the shapes that the dry runs recorded."""
     teacher = teachers[term.teacher_index or 0].traced
     if term.point is None or term.tap is None:
         return student.logits, teacher.logits
@@ -62,7 +62,7 @@ def _empty(traced: Trace, name: str) -> Tensor:
 
 
 def unique_names(terms: list[Term]) -> None:
-    """Check that nothing in ``kd.terms`` would be logged under the key of something else.
+    """Check that all keys of ``kd.terms`` are distinct.
 
     Raises:
         ArgumentError: if two losses have the same name, or one has the key of another's value.

@@ -1,4 +1,4 @@
-"""The terms of the loss, what they read of a batch, and their weighted sum."""
+"""The terms of the loss, the tensors that they read, and their weighted sum."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ _SOURCE = "_kd_source"
 
 
 class Source:
-    """The teacher and the point that ``kd.fit`` fitted a module to; copies do not keep it."""
+    """The teacher and the point that ``kd.fit`` fitted a module to; copies forget them."""
 
     def __init__(self, model: Callable[[], nn.Module | None], tap: str | None) -> None:
         self.model = model
@@ -37,11 +37,11 @@ def _no_source() -> None:
 
 @dataclass
 class Term:
-    """One loss, and how its student's and teacher's tensors are taken from a batch.
+    """One loss, and which tensors of the student and the teacher it compares.
 
     If ``point`` is None, the loss compares logits. Otherwise it compares features at ``point``:
     the scores of the KD layer if ``scores`` is True, with channels last, or the features that the
-    next module gets, as maps ``[B, C, H, W]``. If ``teacher_index`` is None, the loss reads the
+    next module receives, as maps ``[B, C, H, W]``. If ``teacher_index`` is None, the loss reads the
     mean of all teachers' logits, or the first teacher's features.
     """
 
@@ -54,18 +54,18 @@ class Term:
     student_layout: Layout | None = None
     teacher_layout: Layout | None = None
     shrink: tuple[float, float] = (1.0, 1.0)
-    """The pooled teacher grid over the teacher's own, height and width, seen at attach."""
+    """Height and width of the pooled teacher grid, relative to the teacher's own grid."""
     readers: tuple[Vectors, Vectors] | None = None
-    """How to read the student's and the teacher's vectors, if the loss does not compare maps."""
+    """Readers of the student's and the teacher's vectors, if the loss does not compare maps."""
     positions: int = 1
     """Positions of the student at this point, for images of the size of the example."""
 
     on_grid: bool = field(init=False)
-    """Whether maps are compared, position by position, rather than logits or vectors."""
+    """Whether the loss compares maps position by position, rather than logits or vectors."""
     channels: list[int] = field(init=False)
     """The axes of the channels in the student's map and the teacher's."""
     place: tuple[torch.device, bool] | None = field(default=None, init=False)
-    """Device of the student's tensor that the loss followed last, and whether it was float64."""
+    """Device of the student's tensor in the last step, and whether it was float64."""
 
     def __post_init__(self) -> None:
         layouts = [y for y in (self.student_layout, self.teacher_layout) if y is not None]
@@ -76,23 +76,23 @@ class Term:
     def value(
         self, student: Tensor, teacher: Tensor, targets: Tensor | None, templates: Tensor | None
     ) -> Tensor:
-        """The loss; with ``templates``, ``student`` holds the unit vectors that they score."""
+        """The value of the loss; with ``templates``, ``student`` holds unit vectors."""
         student, teacher = self.pair(student, teacher)
         if templates is None:
             return self.loss(student, teacher, targets)  # type: ignore[no-any-return]
-        # Scores are linear in the unit vectors, so pooling the latter has pooled them.
+        # Scores are linear in the unit vectors, so pooling the vectors pools the scores.
         value: Tensor = self.loss(student, teacher, targets, templates=templates)
         return value
 
     def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Both tensors as the loss reads them: on one grid, and on the student's device."""
+        """Bring both tensors to the same grid, and to the student's device."""
         teacher = teacher.to(student.device)
         ours, theirs = self.student_layout, self.teacher_layout
         if not self.on_grid or ours is None or theirs is None:
             return student, teacher
         if student.shape[0] != teacher.shape[0]:
-            return student, teacher  # the loss or the handle says what is wrong
-        if student.dim() == teacher.dim() == 4:  # maps, and tokens that are on their grid already
+            return student, teacher  # the loss or the handle raises the error
+        if student.dim() == teacher.dim() == 4:  # maps, or tokens that form a grid already
             left = student.movedim(self.channels[0], -1)
             right = teacher.movedim(self.channels[1], -1)
         else:
@@ -105,13 +105,13 @@ class Term:
         return left.movedim(-1, 1), right.movedim(-1, 1)
 
     def remember(self, teachers: Sequence[Teacher]) -> None:
-        """Note that ``kd.fit`` has just fitted this term to its teacher."""
+        """Remember that ``kd.fit`` has just fitted this term to its teacher."""
         setattr(self._learner, _SOURCE, Source(ref(self._model(teachers)), self.tap))
 
     def learnt_elsewhere(self, teachers: Sequence[Teacher]) -> str | None:
-        """What an earlier ``kd.fit`` fitted this term to, if it was another teacher or point.
+        """Description of another teacher or point that an earlier ``kd.fit`` fitted this term to.
 
-        Targets that the user fitted by hand or loaded are left alone.
+        None if there is none, or if the user fitted or loaded the targets.
         """
         source: Source | None = getattr(self._learner, _SOURCE, None)
         if source is None or not self.loss.fitted:
@@ -123,7 +123,7 @@ class Term:
 
     @property
     def _learner(self) -> nn.Module:
-        """The module that learns, which may be passed to another `attach_kd`: targets or loss."""
+        """The fitted module, targets or loss; the user may pass it to another `attach_kd`."""
         targets = self.loss.template_targets if isinstance(self.loss, TemplateLoss) else None
         return self.loss if targets is None else targets
 
@@ -131,7 +131,7 @@ class Term:
         return teachers[self.teacher_index or 0].model
 
     def teacher_alone(self, teacher: Tensor) -> Tensor:
-        """The teacher's tensor as the loss reads it, for `fit`, where no student runs."""
+        """The teacher's tensor as the loss reads it; for `fit`, where no student runs."""
         if not self.on_grid or self.teacher_layout is None:
             return teacher
         grid = self.teacher_layout.to_grid(teacher)
@@ -148,7 +148,7 @@ def size_of(grid: Tensor) -> tuple[int, int]:
 
 @dataclass
 class Pair:
-    """What a term compares in one batch, and its weight, which is a tensor under a compiler."""
+    """The tensors of one term in one batch, and its weight (a tensor under torch.compile)."""
 
     student: Tensor
     templates: Tensor | None
@@ -157,7 +157,7 @@ class Pair:
 
 
 class Plan:
-    """What some terms read of the student's forward, and of one forward of each teacher."""
+    """What a list of terms reads from the student's forward and from each teacher's forward."""
 
     def __init__(self, terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
         self.terms = list(terms)
@@ -191,7 +191,7 @@ class Plan:
         return taught
 
     def of_teachers(self, taught: Sequence[Taught]) -> list[Tensor]:
-        """The teacher's tensor of each term, in its own layout, or as vectors."""
+        """The teacher's tensor for each term, in the teacher's layout, or as vectors."""
         found: list[Tensor] = []
         mean: Tensor | None = None
         for term in self.terms:
@@ -211,9 +211,9 @@ class Plan:
     def pairs(
         self, forward: Forward, logits: Tensor, teachers: Sequence[Tensor], step: int
     ) -> list[Pair]:
-        """What each term compares, with its weight; the losses follow the student's device.
+        """The tensors and the weight of each term; moves the losses to the student's device.
 
-        ``teachers`` holds the teacher's tensor of each term, as `of_teachers` gives them.
+        ``teachers`` holds the teacher's tensor for each term, as `of_teachers` returns them.
         """
         pairs = []
         for term, teacher in zip(self.terms, teachers, strict=True):
@@ -261,7 +261,7 @@ def _follow(loss: nn.Module, device: torch.device, double: bool) -> None:
 def weighted_sum(
     terms: Sequence[Term], pairs: Sequence[Pair], targets: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and every value by its key in ``kd.terms``; what torch.compile makes graphs of."""
+    """The loss, and all values by their keys in ``kd.terms``; torch.compile compiles this."""
     total: Tensor | None = None
     logged: dict[str, Tensor] = {}
     for term, pair in zip(terms, pairs, strict=True):
@@ -274,11 +274,11 @@ def weighted_sum(
         entries = [(term.name, value.detach()), (f"{term.name}.weighted", weighted.detach())]
         entries += [(f"{term.name}.{name}", metric) for name, metric in term.loss.metrics().items()]
         for key, number in entries:
-            if key in logged:  # by a metric that its loss had not announced
+            if key in logged:  # the loss did not list this metric in metric_names
                 raise ArgumentError(
-                    f"two values would be logged as {key!r} in kd.terms: a loss's name together "
-                    "with a metric is the name of another term; give one of the losses another "
-                    "name=..."
+                    f"two values have the key {key!r} in kd.terms: the name of a loss and its "
+                    "metric together equal the name of another term; give one of the losses "
+                    "another name=..."
                 )
             logged[key] = number
     if total is None:

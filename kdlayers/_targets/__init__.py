@@ -1,4 +1,4 @@
-"""Targets of the templates' scores, learnt from the teacher: codebooks, decisions, their fits.
+"""Targets for the template scores, learnt from the teacher: codebooks and decisions.
 
 This folder imports `functional`, `_utils` and `errors`; `losses` and the folders above it import
 this one.

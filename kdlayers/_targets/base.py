@@ -1,4 +1,4 @@
-"""What both kinds of template targets share: fitting, the divergence, state, checks."""
+"""Base class of the template targets: fitting, divergence, state and checks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -16,29 +16,29 @@ from kdlayers.functional import template_kl
 
 
 class TemplateTargets(nn.Module):
-    """Base class: turns the teacher's features into soft assignments over K templates.
+    """Base class: turns the teacher's features into soft assignments to K templates.
 
-    A module without parameters. Its buffers are ``None``, and absent from ``state_dict()``, until
-    :meth:`fit` or ``load_state_dict`` fills them; loading takes their sizes from the state. Use
+    The module has no parameters. Its buffers are ``None``, and not in ``state_dict()``, until
+    :meth:`fit` or ``load_state_dict`` fills them. Loading takes their sizes from the state. Use
     :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`.
     """
 
     centers: Tensor | None
     _fusible: ClassVar[bool] = False
-    """Whether `_fused` computes the divergence from this very `soft_assignment`."""
+    """Whether `_fused` computes the divergence from the same `soft_assignment`."""
     _state_names: ClassVar[tuple[str, ...]] = ()
     _anchor: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        # Remembers the device if an unfitted module is moved.
+        # Keeps track of the device if an unfitted module is moved.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
         for name in self._state_names:
             self.register_buffer(name, None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "soft_assignment" in vars(cls):  # a user's subclass may assign in its own way
+        if "soft_assignment" in vars(cls):  # a user's subclass may change the assignment
             cls._fusible = "_fused" in vars(cls)
 
     @property
@@ -48,36 +48,36 @@ class TemplateTargets(nn.Module):
 
     @property
     def num_templates(self) -> int | None:
-        """K, or None if it depends on data that :meth:`fit` has not seen yet."""
+        """K, or None if it depends on data and :meth:`fit` has not run yet."""
         raise NotImplementedError
 
     @property
     def num_features(self) -> int | None:
-        """D, the channels of the teacher's features that :meth:`fit` has seen, or None before."""
+        """D, the channels of the teacher's features; None before :meth:`fit`."""
         return None
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, seed: int = 0) -> Self:
-        """Learn from ``batches`` in a few passes, without keeping the features.
+        """Learn from ``batches`` in a few passes, without storing all features.
 
         Args:
-            batches: an iterable of (features ``[..., D]``, labels) that can be iterated again, such
-                as a list. Labels are integers of shape ``[...]`` or of a leading part of it, such
-                as ``[B]`` for ``[B, H, W, D]``, or ``None`` if they are not needed.
+            batches: an iterable of (features ``[..., D]``, labels) that can be iterated several
+                times, such as a list. Labels are integers of shape ``[...]`` or of a leading part
+                of it, such as ``[B]`` for ``[B, H, W, D]``, or ``None`` if they are not needed.
             seed: seed of sampling and clustering, default 0. The global random state is neither
                 read nor changed. The same rows and seed give the same result for any batch size.
 
         Returns:
-            The targets themselves. If fitting fails they do not change.
+            The targets themselves. They do not change if fitting fails.
 
         Raises:
             FitError: if the data cannot be learnt from.
-            ShapeError: if widths or numbers of labels do not match.
+            ShapeError: if the widths of batches differ, or labels do not match the features.
         """
         fit_rows(self.fitter(seed=seed), batches)
         return self
 
     def fitter(self, *, seed: int = 0) -> Fitter:
-        """What fills these targets from whole passes over the data; :meth:`fit` drives it."""
+        """The object that learns these targets in passes over the data; :meth:`fit` runs it."""
         raise NotImplementedError
 
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -95,13 +95,13 @@ class TemplateTargets(nn.Module):
         """Mean KL divergence of template scores from :meth:`soft_assignment`, a scalar.
 
         Args:
-            student: scores ``[..., K]``; with ``templates`` unit vectors ``[..., C]``.
-            features: the teacher's, ``[..., D]``.
+            student: scores ``[..., K]``; with ``templates``, unit vectors ``[..., C]``.
+            features: the teacher's features, ``[..., D]``.
             labels: as for :meth:`soft_assignment`.
-            templates: ``[K, C]``; their products with the unit vectors are the scores.
+            templates: ``[K, C]``; the scores are their products with the unit vectors.
 
         Raises:
-            ShapeError: if there are scores for another number of templates.
+            ShapeError: if the number of scores differs from the number of templates.
         """
         if self._fusible and _fuses(student, templates):
             return self._fused(student, features, labels, templates)
@@ -110,12 +110,12 @@ class TemplateTargets(nn.Module):
     def _fused(
         self, student: Tensor, features: Tensor, labels: Tensor | None, templates: Tensor | None
     ) -> Tensor:
-        """:meth:`divergence` without keeping the assignment or the scores of all positions."""
+        """:meth:`divergence` without storing the assignment or the scores of all positions."""
         raise NotImplementedError
 
     def _not_fitted(self) -> NotFittedError:
         return NotFittedError(
-            f"{type(self).__name__} has not learnt from the teacher yet; call kd.fit(loader) "
+            f"{type(self).__name__} is not fitted yet; call kd.fit(loader) "
             "or .fit(batches) first, or load a fitted state"
         )
 
@@ -125,7 +125,7 @@ class TemplateTargets(nn.Module):
         self._anchor = buffers["centers"].new_empty(0)
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
-        """Raise CheckpointError unless the tensors match; adopt the sizes that they imply."""
+        """Raise CheckpointError unless the tensors match; set the sizes that they imply."""
         raise NotImplementedError
 
     def _load_from_state_dict(
@@ -138,7 +138,7 @@ class TemplateTargets(nn.Module):
         for name, value in state.items():
             current = getattr(self, name)
             if current is None or current.shape != value.shape:
-                # Buffers of the right size, which the copy below fills.
+                # Buffers of the right size; super() copies the values into them.
                 dtype = value.dtype if current is None else current.dtype
                 setattr(
                     self, name, torch.empty_like(value, dtype=dtype, device=self._anchor.device)
@@ -168,7 +168,7 @@ class TemplateTargets(nn.Module):
 
 
 def _fuses(student: Tensor, templates: Tensor | None) -> bool:
-    """Whether the fused operators take these tensors, and are faster with them."""
+    """Whether the fused operators accept these tensors, and are faster."""
     usable = student.is_floating_point() and student.numel() > 0
     if not usable or student.device.type not in chunks.DEVICES:
         return False
@@ -189,7 +189,7 @@ def check_templates(scored: int, wanted: int) -> None:
     """Raise ShapeError unless the KD layer scores as many templates as the targets have."""
     if scored != wanted:
         raise ShapeError(
-            f"the KD layer scores {scored} templates, but the targets have {wanted}; make the "
+            f"the KD layer has {scored} templates, but the targets have {wanted}; create the "
             f"layer with num_templates={wanted}"
         )
 
@@ -202,7 +202,7 @@ def check_shapes(
         if state[name].shape != shape:
             raise CheckpointError(
                 f"the state of {type(owner).__name__} is damaged: {name} has shape "
-                f"{list(state[name].shape)}, but the other tensors need {list(shape)}"
+                f"{list(state[name].shape)}, but the other tensors require {list(shape)}"
             )
 
 

@@ -18,40 +18,40 @@ from kdlayers.functional._checks import work_dtype
 
 
 class CodebookTargets(TemplateTargets):
-    r"""Soft assignment of each position of the teacher to a codebook of k-means centres.
+    r"""Soft assignment of the teacher's features at each position to k-means centres.
 
     .. math:: q_{ik} = \operatorname{softmax}_k\big( -s \, \| f_i - E_k \|^2 \big)
 
-    with the teacher's feature vector :math:`f_i \in \mathbb{R}^D` at position :math:`i` and the
-    centres :math:`E \in \mathbb{R}^{K \times D}`. Labels are not needed.
+    where :math:`f_i \in \mathbb{R}^D` is the teacher's feature vector at position :math:`i` and
+    :math:`E \in \mathbb{R}^{K \times D}` are the centres. Labels are not needed.
 
-    The sharpness :math:`s` multiplies the distances: larger values make the assignment harder,
-    towards one-hot. (The authors' code calls it a temperature, though it is an inverse one.)
+    The sharpness :math:`s` multiplies the distances: larger values bring the assignment closer to
+    one-hot. (The authors' code calls it a temperature, but it is an inverse temperature.) With the
+    default 1 and features of a CIFAR network, most assignments are close to one-hot.
 
-    With the default 1 and features of a CIFAR network most assignments are close to one-hot.
+    :meth:`fit` keeps a uniform sample of the data: 256 rows for each template, and at least 16384
+    in all. If the sample fits into 2\ :sup:`28` numbers, the data are read once. Otherwise the
+    sample has fewer rows (at least 16 for each template), and the data are read again for one exact
+    Lloyd step over all rows. k-means on the sample is initialised by greedy k-means++, or by
+    k-means++ in rounds for more than 512 templates. With up to 64 templates, it iterates until
+    nothing changes (at most 300 times). With more templates, it iterates over growing parts of the
+    sample until an iteration lowers the inertia by less than 0.1 %; wide rows are first projected
+    on their principal axes. Centres without rows move to the farthest rows.
 
-    :meth:`fit` keeps a uniform sample of the data, of 256 rows for each template (at least 16384)
-    where these fit into 2\ :sup:`28` numbers. Then it reads the data once. Otherwise it keeps fewer
-    rows (at least 16 for each template), and reads the data again for one exact Lloyd step over all
-    rows. k-means on the sample starts from greedy k-means++, or from k-means++ in rounds above 512
-    templates. Up to 64 templates it iterates until nothing changes (at most 300 times). Above, it
-    iterates over growing parts of the sample, on wide rows first in their principal axes, until an
-    iteration lowers the inertia by less than 0.1 %. Centres without rows move to the farthest rows.
-
-    Under ``torch.distributed`` the samples, sums and counts of all ranks are combined, and all
+    Under ``torch.distributed``, the samples, sums and counts of all ranks are combined, and all
     ranks get the same centres.
 
     Args:
-        num_templates: K, number of centres. Default 4096, the authors'.
-        sharpness: s, above 0; default 1, the authors'. ``None``: one-hot assignment to the
-            nearest centre.
+        num_templates: K, number of centres. Default 4096, as in the authors' code.
+        sharpness: s, above 0. Default 1, as in the authors' code. ``None``: one-hot assignment to
+            the nearest centre.
 
     Attributes:
         centers: E, ``[K, D]``, float32 (float64 for float64 features), on the features' device;
             ``None`` before :meth:`fit`.
-        counts: number of rows whose nearest centre each is, ``[K]``, for reports; of all rows, or
-            of the sample if the data were read once.
-        inertia: mean squared distance of the same rows to their centres, a scalar, for reports.
+        counts: number of rows assigned to each centre, ``[K]``, for reports; rows of the sample if
+            the data were read once, else all rows.
+        inertia: mean squared distance of these rows to their centres, a scalar, for reports.
 
     Raises:
         ArgumentError: if ``num_templates`` or ``sharpness`` is out of range.

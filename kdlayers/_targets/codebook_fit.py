@@ -1,4 +1,4 @@
-"""The passes that learn a codebook: k-means on a sample, and a step on all rows if it is small."""
+"""The passes that learn a codebook: k-means on a sample, then a Lloyd step if it is small."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,10 @@ from kdlayers._utils.warn import warn
 from kdlayers.errors import FitError
 
 ROWS_PER_CENTER, SMALL_SAMPLE = 256, 2**14
-"""Rows in a sample: this many for each centre, and at least the second number in all."""
+"""Rows in a sample: the first number for each centre, and at least the second in all."""
 ENOUGH_ROWS = 256
-"""With this many rows for each centre, a sample gives centres about as good as all rows do."""
+"""With this many rows for each centre, centres of a sample are about as good as those of all rows.
+"""
 
 
 class SamplePass:
@@ -39,13 +40,13 @@ class SamplePass:
         self._reservoir.add(rows)
 
     def finish(self) -> "LloydPass | None":
-        """Cluster the sample; read all rows again if it has few rows for each centre."""
+        """Cluster the sample; another pass reads all rows if there are few for each centre."""
         if self._reservoir is None:
             raise FitError("fit() got batches without a single row")
         sample = self._reservoir.merged()
         _check_enough(sample, self._k)
         result = kmeans(sample.rows, self._k, derive_seed(self._seed, 0))
-        # Ranks may run on different hardware: the first one decides.
+        # Ranks may run on different hardware, so all use rank 0's centres.
         centers, counts = from_first_rank(result.centers), from_first_rank(result.counts)
         if sample.complete or len(sample.rows) >= ENOUGH_ROWS * self._k:
             self._install(centers=centers, counts=counts, inertia=from_first_rank(result.inertia))
@@ -54,7 +55,7 @@ class SamplePass:
 
 
 class LloydPass:
-    """One exact Lloyd step: the mean of all rows nearest to each centre."""
+    """One exact Lloyd step: each centre becomes the mean of all rows nearest to it."""
 
     stage = "refining centres"
     labelled = False
@@ -68,13 +69,13 @@ class LloydPass:
     def take(self, rows: Tensor, labels: Tensor) -> None:  # noqa: ARG002
         """Add a block to the sums."""
         distances, index = nearest(rows, self._centers)
-        # Relative to the centre, so that the sums keep their digits.
+        # Relative to the centre, so that the sums keep their precision.
         self._sums += sums_by_index(rows - self._centers[index], index, len(self._centers))
         self._counts += torch.bincount(index, minlength=len(self._centers))
         self._distance += distances.sum(dtype=torch.float64)
 
     def finish(self) -> None:
-        """Install the means as the centres."""
+        """Use the means as the centres."""
         sums, counts, distance = (all_sum(t) for t in (self._sums, self._counts, self._distance))
         moves = mean_centers(sums, counts, torch.zeros_like(sums))
         # Moving a centre to the mean lowers the sum of squared distances by n |move|^2.

@@ -18,14 +18,15 @@ from kdlayers._utils.warn import warn
 from kdlayers.errors import FitError
 
 COMPONENTS = 60
-"""The default, the authors' for CIFAR-100. As the user did not choose it, it is cut silently."""
+"""The default, the authors' value for CIFAR-100. It is reduced silently if there are fewer."""
 ROWS_PER_SUBCLASS, SMALL_SAMPLE = 256, 2048
-"""Rows in a class's sample; more than for a codebook, as no later pass moves these centres."""
+"""Rows in the sample of a class; more than for a codebook, because no later pass refines these
+centres."""
 
 
 @dataclass
 class Plan:
-    """What the user asked for, and what has been learnt so far."""
+    """The user's options, and the results of the passes so far."""
 
     subclasses: int
     components: int
@@ -43,7 +44,7 @@ class Plan:
 
 
 class ScatterPass:
-    """Sums up what linear discriminant analysis needs."""
+    """Collects the statistics for linear discriminant analysis."""
 
     stage = "class statistics"
     labelled = True
@@ -67,9 +68,9 @@ class ScatterPass:
         directions, offsets = discriminants(self._scatter)
         if len(directions) < plan.components != COMPONENTS:
             warn(
-                f"DecisionTargets(components={plan.components}) is cut to {len(directions)}: "
+                f"DecisionTargets(components={plan.components}) is reduced to {len(directions)}: "
                 f"{plan.num_classes} classes and features of width {directions.shape[1]} have no "
-                "more discriminant directions; pass at most so many components, or leave them out"
+                "more discriminant directions; pass at most this number of components, or omit it"
             )
         plan.projection = from_first_rank(directions[: plan.components].to(self._dtype))
         plan.shift = from_first_rank(offsets[: plan.components].to(self._dtype))
@@ -111,7 +112,7 @@ class SubclassPass(_ProjectedPass):
         self._reservoir.add(z, labels, content=rows)
 
     def finish(self) -> "PrototypePass | None":
-        """Cluster each class; do the other passes in memory if the sample holds all rows."""
+        """Cluster each class; run the other passes in memory if the sample holds all rows."""
         plan = self._plan
         _check_classes(self._reservoir.totals(), plan.subclasses)
         sample = self._reservoir.merged()
@@ -176,7 +177,7 @@ class DecisionPass(_ProjectedPass):
         self._table.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
 
     def finish(self) -> None:
-        """Divide each row of the table by its sum; an empty sub-class decides for itself."""
+        """Divide each row of the table by its sum; an empty sub-class gets a one-hot row."""
         plan = self._plan
         table = all_sum(self._table)
         counts = table.sum(dim=1)
@@ -199,17 +200,18 @@ def _check_classes(counts: Tensor, subclasses: int) -> None:
     if missing:
         raise FitError(
             f"no sample of {_listed(missing)} of the {len(rows)} classes 0..{len(rows) - 1}; pass "
-            "data that have every class, or set num_classes to the number of classes in the data"
+            "data with all classes, or set num_classes to the number of classes in the data"
         )
     few = [label for label, count in enumerate(rows) if count < subclasses]
     if few:
         raise FitError(
-            f"{_listed(few)} has fewer positions than the {subclasses} sub-classes asked for "
-            f"(the fewest: {min(rows)}); pass more data or DecisionTargets(subclasses={min(rows)})"
+            f"too few positions of {_listed(few)} for {subclasses} sub-classes (minimum over the "
+            f"classes: {min(rows)}); pass more data or DecisionTargets(subclasses={min(rows)})"
         )
     if sum(rows) <= len(rows):
         raise FitError(
-            f"{sum(rows)} positions in {len(rows)} classes do not vary within classes; "
+            f"there are {sum(rows)} positions in {len(rows)} classes, which do not vary within "
+            "classes; "
             "pass more data"
         )
 

@@ -25,12 +25,12 @@ from kdlayers.functional._mixed import is_mixed
 
 
 class DecisionTargets(TemplateTargets):
-    r"""The teacher's decisions among sub-classes, given the sub-class a position belongs to.
+    r"""How the teacher's features decide among sub-classes, for the sub-class of each position.
 
     Linear discriminant analysis projects the features, :math:`z = A f + b`, and k-means splits each
     class :math:`c` into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,
     \rho_{Sc+S-1}` and means :math:`\mu`. A position of class :math:`y` belongs to the nearest
-    centre of its own class. The decision is the nearest of all :math:`K = CS` means, of any class:
+    centre of its own class. Its decision is the nearest of all :math:`K = CS` means of all classes:
 
     .. math::
         h_1(z, y) = \operatorname*{argmin}_{s \in \{Sy, \dots, Sy+S-1\}} \| z - \rho_s \|^2,
@@ -41,36 +41,42 @@ class DecisionTargets(TemplateTargets):
         {\#\{ i : h_1(z_i, y_i) = s \}},
         \qquad q_i = P_{h_1(z_i, y_i),\,\cdot}
 
-    :math:`P` is a table of counts, without softmax and temperature; exact zeros are common.
+    :math:`P` holds relative counts, without softmax or temperature. Exact zeros are common.
 
-    Labels of mixup, CutMix and label smoothing are probabilities :math:`y_{ic}` of the classes. The
-    assignment is then the mean over the classes :math:`M_i` that hold weight:
+    Labels of mixup, CutMix and label smoothing are class probabilities :math:`y_{ic}`. The
+    assignment is then the weighted mean over a set :math:`M_i` of classes:
 
     .. math::
         q_i = \frac{\sum_{c \in M_i} y_{ic} \, P_{h_1(z_i, c),\,\cdot}}
         {\sum_{c \in M_i} y_{ic}}
 
-    :math:`M_i` are the classes with labels above the uniform part that smoothing adds: above
-    :math:`\epsilon / C`, which is found as the smallest label where more than half of the classes
+    :math:`M_i` are the classes whose labels exceed the uniform part that smoothing adds,
+    :math:`\epsilon / C`. This part is the smallest label of a row if more than half of the classes
     share it. One-hot rows give exactly the assignment of the class. The extension to such labels is
     ours.
 
-    :meth:`fit` needs integer labels and reads the data two to four times: for the class statistics
-    of the discriminant analysis (in float64; class frequencies as priors, covariance within classes
-    with divisor :math:`N - C`, tolerance 1e-4); for the sample that k-means clusters, of 256 rows
-    for each sub-class and at least 2048 for each class (fewer with very many classes); for the
-    means :math:`\mu`; for the table. If the sample holds all rows, the last two use it. An empty
-    sub-class keeps its centre as its mean and decides for itself. Under ``torch.distributed`` all
-    ranks get the same result.
+    :meth:`fit` needs integer labels. It reads the data two to four times:
+
+    1. for the class statistics of the discriminant analysis (in float64; class frequencies as
+       priors, covariance within classes with divisor :math:`N - C`, tolerance 1e-4);
+    2. for the sample that k-means clusters: 256 rows for each sub-class and at least 2048 for each
+       class (fewer with very many classes);
+    3. for the means :math:`\mu`;
+    4. for the table.
+
+    If the sample holds all rows, the last two steps use the sample. An empty sub-class keeps its
+    centre as its mean, and its row of the table is one-hot at itself. Under ``torch.distributed``,
+    all ranks get the same result.
 
     Args:
-        subclasses: S, sub-classes of each class. Default 8, the authors'; 1 is allowed.
-        components: number of discriminant directions. There are at most C - 1, and at most D.
-            Default 60, the authors' for CIFAR-100, or all if there are fewer. Another number is cut
-            to those that exist, with a warning.
-        num_classes: C; default: the classes that ``attach_kd`` finds, or the largest label + 1.
-        ignore_index: label of positions that take part neither in the fit nor in the loss, such as
-            255 in segmentation masks; the loss is the mean over the others. Default: none.
+        subclasses: S, sub-classes of each class. Default 8, as in the authors' code; 1 is allowed.
+        components: number of discriminant directions, at most C - 1 and at most D. Default 60, the
+            authors' value for CIFAR-100, or all directions if there are fewer. If you pass a larger
+            number than there are directions, all are used, with a warning.
+        num_classes: C. Default: the number of classes that ``attach_kd`` finds, or the largest
+            label + 1.
+        ignore_index: label of positions that the fit and the loss ignore, such as 255 in
+            segmentation masks; the loss is the mean over the others. Default: none.
 
     Attributes:
         projection: A, ``[components, D]``, with ``z = features @ projection.T + shift``.
@@ -79,10 +85,10 @@ class DecisionTargets(TemplateTargets):
             ``subclasses * c`` to ``subclasses * c + subclasses - 1``.
         prototypes: :math:`\mu`, ``[K, components]``.
         decisions: P, ``[K, K]``, rows summing to 1.
-        counts: rows of the data in each sub-class, ``[C, subclasses]``, for reports.
+        counts: number of rows in each sub-class, ``[C, subclasses]``, for reports.
 
-    All are ``None`` before :meth:`fit`, float32 (float64 for float64 features) and on the features'
-    device.
+    All attributes are ``None`` before :meth:`fit`. Then they are float32 (float64 for float64
+    features) and on the features' device.
 
     Raises:
         ArgumentError: if an argument is too small.
@@ -90,10 +96,10 @@ class DecisionTargets(TemplateTargets):
 
     References:
         A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge Distillation Layer that Lets the Student
-        Decide", BMVC 2023. Checked against the authors' code, except for three faults of that code.
-        With one sub-class for each class, a position far from its centre can get sub-class 0. The
-        table leaves out the last rows unless their number is a multiple of 10000. An empty
-        sub-class shifts the indices of later ones.
+        Decide", BMVC 2023. The results were checked against the authors' code, except for three
+        errors of that code. With one sub-class for each class, a position far from its centre can
+        get sub-class 0. The table omits the last rows unless the number of rows is a multiple of
+        10000. An empty sub-class shifts the indices of later ones.
 
     Example:
         >>> import torch
@@ -143,7 +149,7 @@ class DecisionTargets(TemplateTargets):
 
     @property
     def num_classes(self) -> int | None:
-        """C; ``None`` before :meth:`fit` if the labels will tell it."""
+        """C; ``None`` if it was not given and :meth:`fit` has not run yet."""
         return self._num_classes
 
     @num_classes.setter
@@ -152,7 +158,7 @@ class DecisionTargets(TemplateTargets):
             check.count("num_classes", value, least=2)
         if self.fitted and value != self._num_classes:
             raise ArgumentError(
-                f"these targets are fitted to {self._num_classes} classes; make new "
+                f"these targets are fitted to {self._num_classes} classes; create new "
                 f"DecisionTargets(num_classes={value}) and fit them"
             )
         self._num_classes = value
@@ -166,7 +172,7 @@ class DecisionTargets(TemplateTargets):
     @property
     @override
     def num_features(self) -> int | None:
-        """D, what the projection reads; ``None`` before :meth:`fit`."""
+        """D, the width of the features; ``None`` before :meth:`fit`."""
         return None if self.projection is None else self.projection.shape[1]
 
     @override
@@ -182,28 +188,30 @@ class DecisionTargets(TemplateTargets):
     @override
     @torch.no_grad()
     def soft_assignment(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        r"""The teacher's decisions, given the sub-class of every position.
+        r"""The row of :attr:`decisions` for the sub-class of every position.
 
-        Computed outside autocast, in float64 if the features or the projection are float64, else in
-        float32.
+        It is computed outside autocast, in float64 if the features or the projection are float64,
+        else in float32.
 
         Args:
             features: ``[..., D]``, the channels last.
-            labels: integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]``
-                for features ``[B, H, W, D]``, where every position has its image's label; or masks
-                ``[B, H', W']``, which are brought to the grid by the nearest pixel.
-                Or floating-point probabilities with one axis more, such as ``[B, C]``. The cost
-                grows with the largest number of classes that hold weight in a row (2 after mixup);
-                finding them waits for the device once.
+            labels: one of
+
+                - integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]`` for
+                  features ``[B, H, W, D]``, where every position has the label of its image;
+                - masks ``[B, H', W']``, which are resized to the grid (nearest pixel);
+                - floating-point probabilities with one more axis, such as ``[B, C]``. The cost
+                  grows with the largest number of nonzero classes in a row (2 after mixup).
+                  Finding them synchronises with the device once.
 
         Returns:
-            ``[..., K]``, rows of :attr:`decisions` or their means, without gradient. A row for
-            features without finite distances begins with NaN; positions to be ignored have zeros.
+            ``[..., K]``, rows of :attr:`decisions` or their means, without gradient. If no distance
+            of a position is finite, its row begins with NaN. Ignored positions have zeros.
 
         Raises:
             NotFittedError: before :meth:`fit`.
-            ArgumentError: without labels, or if a label is negative or out of range (checked on the
-                CPU; an accelerator reports an indexing error).
+            ArgumentError: if there are no labels, or a label is negative or out of range (checked
+                on the CPU; an accelerator reports an indexing error).
             ArgumentTypeError: if labels are not a tensor of numbers.
             ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """
@@ -245,16 +253,16 @@ class DecisionTargets(TemplateTargets):
 
     @staticmethod
     def _kept(features: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-        """Where the labels are not ``ignored``, ``[...]``, and the labels there, ``[n]``."""
+        """Mask of the labels that are not ``ignored``, ``[...]``, and these labels, ``[n]``."""
         classes = hard_labels(features, labels).to(features.device)
         kept = classes != ignored
         return kept, classes[kept]
 
     @torch.no_grad()
     def _own(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Sub-class of each position ``[N]`` (or several with their shares, ``[N, m]``); the table.
+        """Sub-class of each position ``[N]`` (or several with shares ``[N, m]``), and the table.
 
-        All in the type to compute in.
+        All have the dtype of the computation.
         """
         projection, shift, centers = self.projection, self.shift, self.centers
         decisions = self.decisions

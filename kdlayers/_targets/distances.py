@@ -6,10 +6,10 @@ from torch import Tensor
 from kdlayers._utils.chunks import chunks
 
 _LANES = 32
-"""On a CPU the largest of many columns is found by maxima over this many interleaved parts first.
-These are vectorised; a maximum with its index takes longer than the product itself."""
+"""On a CPU, the largest of many columns is found via maxima over this many interleaved parts.
+These maxima are vectorised; a maximum with its index takes longer than the product itself."""
 SUMMED = 2**14
-"""Rows that are added up in their own precision before the sum is converted to float64."""
+"""Rows that are summed in their own precision before the sum is converted to float64."""
 
 
 def closeness(rows: Tensor, centers: Tensor) -> Tensor:
@@ -17,14 +17,14 @@ def closeness(rows: Tensor, centers: Tensor) -> Tensor:
 
     .. math:: x \cdot c_k - \tfrac12 \|c_k\|^2 = -\tfrac12 \|x - c_k\|^2 + \tfrac12 \|x\|^2
 
-    Rows and centres are taken relative to the mean of the centres, because a large common mean
-    would cost digits.
+    The mean of the centres is subtracted from rows and centres, because a large common mean would
+    cost precision.
     """
     return affine(*balanced(rows, centers))
 
 
 def balanced(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and centres less the centres' mean, and the bias with which `affine` is `closeness`."""
+    """Rows and centres minus the centres' mean, and the bias for which `affine` is `closeness`."""
     origin = centers.mean(dim=0)
     rows, centers = rows - origin, centers - origin
     return rows, centers, centers.square().sum(dim=1) * -0.5
@@ -38,7 +38,7 @@ def affine(rows: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
 
 
 class Search:
-    """Centres [K, D] laid out for finding the nearest one of each row; the first on ties.
+    """Finds the nearest of the centres [K, D] for each row; the first on ties.
 
     Args:
         centers: the centres.
@@ -55,7 +55,7 @@ class Search:
         self._matrix, self._bias = self._interleave(matrix, 0.0), self._interleave(bias, -torch.inf)
 
     def best(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest `closeness` and its index, for rows [n, D] less the origin: each [n]."""
+        """Largest `closeness` and its index, each [n], for rows [n, D] minus the origin."""
         parts = [self._best(rows[part]) for part in chunks(len(rows), self.size, rows.device)]
         return torch.cat([value for value, _ in parts]), torch.cat([index for _, index in parts])
 
@@ -70,7 +70,7 @@ class Search:
         return value, lane * self._depth + column.max(dim=1).indices
 
     def _interleave(self, values: Tensor, fill: float) -> Tensor:
-        """Puts centre ``lane * depth + step`` at row ``step * lanes + lane``."""
+        """Move centre ``lane * depth + step`` to row ``step * lanes + lane``."""
         if not self._depth:
             return values
         missing = self._depth * _LANES - self.size
@@ -82,8 +82,8 @@ class Search:
 def one_hot_of_largest(scores: Tensor) -> Tensor:
     """1 at the largest entry of each row ``[n, K]`` (the first on ties), else 0.
 
-    A row without a finite largest entry, as NaN or infinite features give, holds a NaN instead of
-    the 1, so that a loss computed from it is NaN too.
+    If the largest entry is not finite (NaN or infinite features), the row has a NaN instead of the
+    1, so that the loss is NaN too.
     """
     value, index = scores.max(dim=-1, keepdim=True)
     return torch.zeros_like(scores).scatter_(-1, index, value * 0 + 1)
@@ -98,15 +98,15 @@ def nearest_index(rows: Tensor, centers: Tensor) -> Tensor:
 def nearest(rows: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance to the nearest centre and its index, each [n]; the first on ties."""
     index = nearest_index(rows, centers)
-    # By subtraction, so that a row that equals its centre has distance 0.
+    # Computed by subtraction, so that a row equal to its centre has distance 0.
     pairs = zip(rows.split(SUMMED), index.split(SUMMED), strict=True)
     return torch.cat([(part - centers[i]).square().sum(dim=1) for part, i in pairs]), index
 
 
 def sums_by_index(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sums of the rows [n, D] of each index, in float64: [size, D]; the same at every run."""
+    """Sums of the rows [n, D] of each index, in float64: [size, D]. Deterministic."""
     sums = rows.new_zeros(size, rows.shape[1], dtype=torch.float64)
-    if rows.is_cuda:  # where index_add_ adds in any order, and index_put_ sorts first
+    if rows.is_cuda:  # index_add_ is nondeterministic there; index_put_ sorts first
         return sums.index_put_((index,), rows.double(), accumulate=True)
     for part, where in zip(rows.split(SUMMED), index.split(SUMMED), strict=True):
         sums += rows.new_zeros(size, rows.shape[1]).index_add_(0, where, part)
@@ -130,7 +130,7 @@ def _split_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _high_bits(values: Tensor) -> Tensor:
-    """The values with only the 10 bits of mantissa that TensorFloat-32 keeps."""
+    """The values truncated to the 10 bits of mantissa that TensorFloat-32 keeps."""
     return (values.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -139,16 +139,16 @@ def own_subclass(z: Tensor, labels: Tensor, centers: Tensor, subclasses: int) ->
 
     -1 if no distance is finite, as for NaN features.
     """
-    # Gathers the few centres of each row's class; a mask over all K distances would cost more.
+    # Gather the few centres of each row's class; a mask over all K distances would cost more.
     own = centers.reshape(-1, subclasses, centers.shape[1])[labels]
     least, index = (z.unsqueeze(1) - own).square().sum(dim=2).min(dim=1)
     return torch.where(least.isfinite(), labels * subclasses + index, -1)
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` ``[n]`` of a table ``[K, K]``; for the index -1 a row that begins with NaN."""
+    """Rows ``index`` ``[n]`` of a table ``[K, K]``; index -1 gives a row that begins with NaN."""
     rows = table.index_select(0, index.clamp(min=0))
-    rows[:, 0].masked_fill_(index < 0, torch.nan)  # one entry, as a whole row takes longer
+    rows[:, 0].masked_fill_(index < 0, torch.nan)  # only one entry: a whole row takes longer
     return rows
 
 

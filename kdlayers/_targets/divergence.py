@@ -1,8 +1,8 @@
-r"""KL divergence from soft assignments that are never kept, with its gradient, chunk by chunk.
+r"""Fused KL divergence from soft assignments, with its gradient, in chunks of rows.
 
-The gradient for the scores is softmax(a) - q. Both are known while the divergence is computed, so
-the gradient is computed then, and the backward pass only scales it. Where the scores are not kept
-either, it is propagated at once to the unit vectors and the templates.
+The soft assignments are never stored. The gradient for the scores is softmax(a) - q. The forward
+pass has both, so it also computes the gradient, and the backward pass only scales it. If the scores
+are not stored either, the gradient is propagated at once to the unit vectors and the templates.
 """
 
 from collections.abc import Callable
@@ -39,15 +39,15 @@ def codebook_divergence(
 
     Args:
         student: scores ``[N, K]``; with ``templates`` the unit vectors ``[N, C]``.
-        templates: ``[K, C]``; their products with the unit vectors are the scores.
-        features: the teacher's ``[N, D]``, float32 or better.
-        centers: ``[K, D]``, of the dtype of ``features``.
+        templates: ``[K, C]``; the scores are their products with the unit vectors.
+        features: the teacher's features ``[N, D]``, float32 or float64.
+        centers: ``[K, D]``, in the dtype of ``features``.
         sharpness: factor of the squared distances; ``None`` for one-hot assignments.
-        need_grad: whether to prepare the backward pass.
+        need_grad: whether to compute the gradients for the backward pass.
 
     Returns:
-        The mean over rows, and N times its gradients for ``student`` and ``templates``, which are
-        empty if nothing needs a gradient.
+        The mean over rows, and N times its gradients for ``student`` and ``templates``. Gradients
+        are empty tensors if nothing needs them.
     """
     with torch.autocast(student.device.type, enabled=False):
         features, centers, bias = balanced(features, centers)
@@ -61,7 +61,7 @@ def codebook_divergence(
                 return hot, hot.new_zeros(len(hot))
             shifted = logits.sub_(logits.amax(dim=1, keepdim=True))
             shares = shifted.softmax(dim=1)
-            # The largest share is exp(0) over the sum: its logarithm is the normaliser.
+            # The largest share is exp(0) / sum, so its logarithm is the log of the normaliser.
             return shares, shifted.mul_(shares).sum(dim=1) + shares.amax(dim=1).log()
 
         return _divergence(student, templates, assign, need_grad)
@@ -76,7 +76,7 @@ def decision_divergence(
     shares: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `codebook_divergence`, with rows of the decisions, or their means, as the assignment."""
+    """Like `codebook_divergence`; the assignment is a row of the decisions, or a mean of rows."""
     sums = decisions if shares is not None else torch.xlogy(decisions, decisions).sum(dim=1)
 
     def assign(part: slice) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def decision_divergence(
 
 @torch.library.custom_op("kdlayers::scale_gradient", mutates_args=())
 def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad * factor``, as an operator without a derivative: a second backward is an error."""
+    """``grad * factor`` as an operator without a derivative, so that double backward raises."""
     return (grad * factor).to(dtype, copy=True)
 
 
@@ -134,7 +134,7 @@ def needs_grad(student: Tensor, templates: Tensor | None) -> bool:
 
 
 def _fake(student: Tensor, templates: Tensor | None, *rest: Any) -> Three:
-    # rest[1] is what the assignment is made from: the centres or the decisions.
+    # rest[1] is the centres or the decisions.
     return rest[1].new_empty(()), *_empty_grads(student, templates, rest[-1])
 
 

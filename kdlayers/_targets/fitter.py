@@ -1,7 +1,7 @@
-"""Fitters: what learns from the teacher before training, in whole passes over the data.
+"""Fitters learn from the teacher before training, in passes over the data.
 
 Several fitters share a pass, so that the teacher runs once for each batch. `KDHandle.fit` and
-``targets.fit`` both drive fitters by `run_passes`.
+``targets.fit`` both run fitters with `run_passes`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +17,12 @@ class Fitter(Protocol):
     """Learns from the teacher's features in one or more passes over the same data."""
 
     stage: str
-    """What the current pass is for, in two or three words, for the progress display."""
+    """Name of the current pass in two or three words, for the progress bar."""
 
-    # A fitter that trains rather than counts may also have ``varied = True``: see `pass_seed`.
+    # A fitter that trains by gradient descent may also have ``varied = True``: see `pass_seed`.
 
     def update(self, teacher: Tensor, targets: Tensor | None) -> None:
-        """Take one batch: the teacher's tensor as the loss would get it, and the labels."""
+        """Take one batch: the teacher's tensor as the loss would receive it, and the labels."""
         ...
 
     def end_pass(self) -> bool:
@@ -34,11 +34,11 @@ def run_passes(
     fitters: Sequence[Fitter],
     batches: Callable[[Sequence[Fitter], int], Iterator[tuple[Sequence[Tensor], Tensor | None]]],
 ) -> int:
-    """Feed ``fitters`` until none needs another pass; returns the number of passes.
+    """Run passes until no fitter needs another one; returns the number of passes.
 
     ``batches(active, index)`` starts pass ``index`` and yields, for each batch, one teacher tensor
-    for each of the ``active`` fitters, and the labels. Under ``torch.inference_mode`` this runs
-    under ``torch.no_grad`` instead, because training will use what is learnt.
+    for each of the ``active`` fitters, and the labels. Inside ``torch.inference_mode`` this uses
+    ``torch.no_grad`` instead, because autograd cannot use inference tensors in training.
     """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
@@ -52,10 +52,10 @@ def run_passes(
                 fitter.update(tensor, targets)
         if not seen:
             raise FitError(
-                "fit() was given an empty loader: it gave no batch"
+                "fit() got an empty loader: it yielded no batch"
                 if passes == 0
-                else f"fit() needs pass {passes + 1} over the data, but the loader gave no batch "
-                "the second time, as a generator does; pass a DataLoader or a list of batches"
+                else f"fit() needs pass {passes + 1} over the data, but the loader yielded no "
+                "batch, as an exhausted generator does; pass a DataLoader or a list of batches"
             )
         passes += 1
         active = [fitter for fitter in active if fitter.end_pass()]
@@ -65,12 +65,12 @@ def run_passes(
 def pass_seed(seed: int, active: Sequence[Fitter], index: int) -> int:
     """Seed of the loader's shuffling and augmentation in pass ``index``.
 
-    Statistics that are computed in several passes need the same data in each, whereas training
-    wants different data. As fitters share passes, these vary once all active ones are ``varied``.
+    Statistics that take several passes need the same data in each pass, but training needs
+    different data. Fitters share passes, so the seed varies once all active ones are ``varied``.
     """
     return seed + index if all(getattr(f, "varied", False) for f in active) else seed
 
 
 def fit_rows(fitter: Fitter, batches: Iterable[tuple[Tensor, Tensor | None]]) -> int:
-    """Feed one fitter from ``batches`` of (features, labels); returns the number of passes."""
+    """Run one fitter on ``batches`` of (features, labels); returns the number of passes."""
     return run_passes([fitter], lambda _active, _index: (([f], y) for f, y in batches))

@@ -1,8 +1,8 @@
 """Random keys that depend only on a counter, and tags that depend only on a row's values.
 
-Random numbers from a generator would depend on the batch size and the device. A mixed counter gives
-the same number everywhere: splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
-Generators", OOPSLA 2014), in int64 arithmetic with overflow.
+Random numbers from a generator would depend on the batch size and the device. A hashed counter
+gives the same numbers everywhere: splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom
+Number Generators", OOPSLA 2014), in int64 arithmetic with overflow.
 """
 
 import torch
@@ -17,14 +17,14 @@ def _signed(value: int) -> int:
 
 
 def mix(values: Tensor) -> Tensor:
-    """A fixed bijection of int64 that looks random."""
+    """A fixed pseudorandom bijection of int64."""
     for shift, factor in _FACTORS:
         values = (values ^ _shift_right(values, shift)) * _signed(factor)
     return values ^ _shift_right(values, 31)
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Shift that fills with zeros; that of int64 fills with the sign."""
+    """Logical right shift; the shift of int64 is arithmetic."""
     return torch.bitwise_and(values >> bits, 2 ** (64 - bits) - 1)
 
 
@@ -43,9 +43,9 @@ def counter_keys(first: int, count: int, seed: int, device: torch.device) -> Ten
 
 
 def row_tags(rows: Tensor) -> Tensor:
-    """A number for each row [N, D] that depends only on its values: [N], equal for equal rows.
+    """A hash [N] of the values of each row [N, D]; equal rows have equal hashes.
 
-    The order by tags does not depend on which rank read the rows, or when.
+    The order by hashes does not depend on when a row was read, or on which rank.
     """
     bits = (rows + 0.0).contiguous()  # -0.0 becomes 0.0
     integers = bits.view(torch.int64 if rows.dtype == torch.float64 else torch.int32).long()

@@ -19,13 +19,13 @@ EXACT_LIMIT = 64
 """Up to this many centres Lloyd iterates over all rows until nothing changes."""
 ITERATIONS, EARLY_ITERATIONS = 300, 50
 TOLERANCE, WARM_TOLERANCE = 1e-3, 5e-3
-"""Iterations end when one lowers the inertia by less than this share of it; the second share is for
-parts of the rows or channels, which another stage follows."""
+"""Iterations end when one lowers the inertia by less than this share of it. The second share is for
+stages on a part of the rows or channels, which are followed by another stage."""
 SEED_ROWS, FIRST_ROWS, GROWTH = 16, 32, 4
-"""Rows for each centre that seeds are drawn from and that the first stage uses, and the factor by
-which the rows grow from stage to stage."""
+"""Rows for each centre to draw seeds from, rows for each centre in the first stage, and the factor
+by which the rows grow from stage to stage."""
 NARROW_WIDTH, NARROW_SHARE = 96, 0.9
-"""Wider rows are first clustered in the principal axes that hold this share of the variance."""
+"""Wider rows are first clustered on the principal axes that hold this share of the variance."""
 
 
 class Clustering(NamedTuple):
@@ -34,16 +34,16 @@ class Clustering(NamedTuple):
     centers: Tensor
     """[K, D]."""
     counts: Tensor
-    """Rows whose nearest centre it is, int64 [K]."""
+    """Number of rows assigned to each centre, int64 [K]."""
     inertia: Tensor
     """Mean squared distance of the rows to their centres, a float64 scalar."""
 
 
 def kmeans(rows: Tensor, k: int, seed: int) -> Clustering:
-    """Cluster rows [n, D], n >= ``k``, in random order; equal rows and seed give equal centres.
+    """Cluster rows [n, D] in random order, n >= ``k``; equal rows and seed give equal centres.
 
-    Many centres are seeded on the first rows and moved by Lloyd iterations over growing parts of
-    the rows, because the first iterations do not need all of them (nested mini-batches: Newling and
+    Many centres are seeded on the first rows. Then Lloyd iterations run on growing parts of the
+    rows, because the first iterations do not need all rows (nested mini-batches: Newling and
     Fleuret, NIPS 2016).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -70,9 +70,10 @@ def mean_centers(sums: Tensor, counts: Tensor, fallback: Tensor) -> Tensor:
 
 
 def principal_axes(rows: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Axes [D, d] by falling variance that hold ``share`` of it, and the mean of the rows.
+    """Principal axes [D, d] that hold ``share`` of the variance, and the mean of the rows.
 
-    The fewest of them, rounded up to a multiple of 16 or to all.
+    The axes are ordered by decreasing variance. Their number is the smallest possible, rounded up
+    to a multiple of 16 (at most D).
     """
     mean = rows.mean(dim=0)
     gram = rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -106,9 +107,9 @@ def _warm_narrow(rows: Tensor, centers: Tensor) -> Tensor:
 
 
 def _iterate(rows: Tensor, centers: Tensor, tolerance: float) -> Tensor:
-    """Move ``centers`` until no row changes its centre, or an iteration gains little.
+    """Lloyd iterations until no row changes its centre, or the inertia hardly falls.
 
-    A centre without rows moves to the row that is farthest from its own centre.
+    Centres without rows move to the rows that are farthest from their centres.
     """
     origin = rows.mean(dim=0)
     norms = sum(float((part - origin).double().square().sum()) for part in rows.split(SUMMED))
@@ -133,7 +134,7 @@ def _iterate(rows: Tensor, centers: Tensor, tolerance: float) -> Tensor:
 
 
 def _assign(rows: Tensor, centers: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Nearest centre of each row, sums of each centre's rows less the origin, summed closeness."""
+    """Nearest centre of each row, sums of each centre's rows minus the origin, summed closeness."""
     search = Search(centers, origin)
     sums = torch.zeros_like(centers, dtype=torch.float64)
     indices, total = [], torch.zeros((), dtype=torch.float64, device=rows.device)

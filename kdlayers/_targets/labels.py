@@ -1,4 +1,4 @@
-"""Labels of images or of positions: class indices, or probabilities as mixup makes them."""
+"""Labels of images or positions: class indices, or probabilities such as those of mixup."""
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,14 @@ def hard_labels(features: Tensor, labels: object) -> Tensor:
     """Class indices, int64, for every position [...] of features [..., D]; for fits.
 
     Raises:
-        ArgumentError: without labels.
-        ArgumentTypeError: if they are not integers, as those of mixup.
+        ArgumentError: if there are no labels.
+        ArgumentTypeError: if the labels are not integers, such as those of mixup.
         ShapeError: if their shape is not a leading part of ``[...]``.
     """
     if is_mixed(_checked(labels)):
         raise ArgumentTypeError(
-            f"DecisionTargets is fitted to integer class labels, got {_found(labels)}; give fit() "
-            "a loader without mixup, CutMix and label smoothing. The training batches may have them"
+            f"DecisionTargets is fitted to integer class labels, got {_found(labels)}; pass fit() "
+            "a loader without mixup, CutMix and label smoothing. Training batches may use them"
         )
     return _spread(features, labels)
 
@@ -28,14 +28,14 @@ def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor,
     """Classes and shares of every position [...] of features [..., D].
 
     Returns:
-        Class indices ``[...]`` and no shares; or class indices and shares ``[..., m]``, where
-        labels are probabilities of which some have several classes.
+        Class indices ``[...]`` and None; or, if the labels are probabilities of several classes,
+        class indices and shares ``[..., m]``.
 
     Raises:
-        ArgumentError: without labels, or with negative ones.
-        ArgumentTypeError: if they are not a tensor of numbers.
-        ShapeError: if their shape is not a leading part of ``[...]``, for probabilities with
-            ``classes`` as one axis more.
+        ArgumentError: if there are no labels, or negative ones.
+        ArgumentTypeError: if the labels are not a tensor of numbers.
+        ShapeError: if their shape is not a leading part of ``[...]``, followed by ``classes`` for
+            probabilities.
     """
     labels = _checked(labels)
     if not is_mixed(labels):
@@ -63,14 +63,14 @@ def _spread(features: Tensor, labels: object) -> Tensor:
     if list(labels.shape) != where[: labels.dim()]:
         raise ShapeError(
             "labels must be integer classes, one for each image or position, so their shape must "
-            f"be a leading part of {where}, got {_found(labels)}; give one-hot rows as "
+            f"be a leading part of {where}, got {_found(labels)}; pass one-hot rows as "
             "labels.float()"
         )
     return labels.long().reshape(labels.shape + (1,) * (len(where) - labels.dim())).expand(where)
 
 
 def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks ``[B, H, W]`` on the grid of the features, by the nearest pixel."""
+    """Resize masks ``[B, H, W]`` to the grid of the features (nearest pixel)."""
     if tuple(masks.shape[1:]) == size:
         return masks
     return F.interpolate(masks[:, None].double(), size, mode="nearest")[:, 0].long()
@@ -87,7 +87,7 @@ def _checked(labels: object) -> Tensor:
     if labels.is_complex() or labels.dtype == torch.bool:
         raise ArgumentTypeError(
             "DecisionTargets needs integer class labels or probabilities [batch, classes], got "
-            f"{_found(labels)}; give one-hot rows as labels.float()"
+            f"{_found(labels)}; pass one-hot rows as labels.float()"
         )
     return labels
 

@@ -1,4 +1,4 @@
-"""Linear discriminant analysis from counts, sums and products of the rows, which are not kept."""
+"""Linear discriminant analysis from counts, sums and products of rows; rows are not stored."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ _CANCELLED = 1e-13
 class Scatter:
     """Number, sum and products of the rows of each class, in float64.
 
-    Rows are taken relative to ``origin``, the median of the first block. It is near the data, so
-    that differences of the sums keep their digits, and equals the value of a constant column.
+    ``origin``, the median of the first block, is subtracted from the rows. It is near the data, so
+    that differences of the sums keep their precision, and equals the value of constant columns.
 
     Args:
-        classes: number of classes; ``None``: as many as the labels need.
+        classes: number of classes; ``None``: the largest label + 1.
     """
 
     def __init__(self, classes: int | None) -> None:
@@ -43,7 +43,7 @@ class Scatter:
         self.gram.addmm_(rows.T, rows)
 
     def reduce(self) -> None:
-        """Add up all ranks, relative to the first one's origin."""
+        """Sum over all ranks, relative to the origin of rank 0."""
         if self._empty:
             raise FitError("fit() got batches without a single row")
         classes = int(all_rows(self.counts.new_tensor([len(self.counts)])).max())
@@ -117,7 +117,7 @@ def _whitening(scatter: Scatter, means: Tensor, rows: Tensor, classes: int) -> T
     variance = within.diagonal()
     varies = variance > _CANCELLED * scatter.gram.diagonal()
     scale = torch.where(varies, variance / rows, torch.ones_like(variance)).sqrt()
-    # Columns that are constant within classes have no variance to whiten; they drop out below.
+    # Columns that are constant within classes have no variance to whiten; they are dropped below.
     inverse = varies / scale
     standard = within * inverse.outer(inverse) / (rows - classes)
     values, vectors = torch.linalg.eigh((standard + standard.T) / 2)

@@ -1,4 +1,4 @@
-"""Passes of `kd.fit` over the user's loader, each of which sees the same data."""
+"""Passes of `kd.fit` over the user's loader; every pass sees the same data."""
 
 import copy
 import random
@@ -20,18 +20,18 @@ from kdlayers._utils.warn import warn
 Source = tuple[Callable[[int], object], Callable[[], object]]
 """A random source: a function that seeds it, and one that restores its state."""
 DEPTH, MANY = 6, 64
-"""How deep generators are searched for, and in lists and dicts of how many items at most."""
+"""Maximum depth of the search for generators, and maximum length of searched lists and dicts."""
 
 
 class Passes:
-    """A loader that is read several times; a context that restores every random state at its end.
+    """Reads a loader several times. As a context manager it restores all random states at the end.
 
-    Before each pass it seeds torch, Python's `random`, NumPy, and the generators that the loader,
-    its samplers and its data set hold. Workers that persist keep random states of their own, so it
-    reads a copy of such a loader, whose workers start anew in each pass.
+    Before each pass it seeds torch, Python's `random`, NumPy, and the generators of the loader, its
+    samplers and its data set. Persistent workers keep their own random states, so it reads a copy
+    of such a loader, which starts its workers in each pass.
 
     Args:
-        loader: what gives the batches.
+        loader: the loader of the batches.
         devices: indices of the CUDA devices whose random state is kept.
     """
 
@@ -53,10 +53,10 @@ class Passes:
         self._stack.close()
 
     def batches(self, seed: int, title: str, *, progress: bool) -> Iterator[Any]:
-        """One pass from ``seed``, under a bar where tqdm is installed and this is a terminal.
+        """One pass with ``seed``, with a progress bar if tqdm is installed, on a terminal.
 
         Warns:
-            KDLayersWarning: if a pass from the same seed began with another batch.
+            KDLayersWarning: if a pass with the same seed began with another batch.
         """
         torch.manual_seed(seed)
         for reseed, _ in self._sources:
@@ -71,8 +71,8 @@ class Passes:
         if len(seen) == len(first) and all(map(_same, seen, first)):
             return
         warn(
-            "kd.fit read the loader again and got other data, though codebooks and decisions need "
-            "the same in every pass: the loader or its data set draws from a random source that "
+            "kd.fit read the loader again and got different data, but codebooks and decisions need "
+            "the same data in every pass: the loader or its data set uses a random source that "
             "kd.fit cannot seed; pass a loader without shuffling and augmentation"
         )
 
@@ -102,7 +102,7 @@ def _global_sources() -> list[Source]:
 
 
 def _held_sources(root: object) -> Iterator[Source]:
-    """Sources of the generators that ``root`` and the objects in its attributes hold."""
+    """The generators in ``root`` and in the objects of its attributes."""
     numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
     seen: set[int] = set()
     layer: list[Any] = [root]

@@ -1,4 +1,4 @@
-"""A bounded uniform sample of rows from a stream of any length, for one or many groups."""
+"""A bounded uniform sample of rows from a stream of any length, in one or several groups."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ from kdlayers._targets.hash import counter_keys, derive_seed, row_tags
 from kdlayers._utils.distributed import all_rows, all_sum, rank
 
 LARGEST_SAMPLE = 2**28
-"""A sample has at most this many numbers (1 GiB in float32), unless that is too few rows."""
+"""Maximum number of elements in a sample (1 GiB in float32), unless that gives too few rows."""
 LEAST_ROWS = 16
-"""Rows for each centre that it has in any case."""
+"""Minimum number of rows for each centre."""
 
 _LAST = 2**63 - 1
 
@@ -31,19 +31,19 @@ class Sample(NamedTuple):
     tags: Tensor
     """A number for each row that depends only on its values, [n]."""
     complete: bool
-    """Whether these are all rows that were added, on all ranks."""
+    """Whether the sample holds all rows that were added on all ranks."""
 
 
 class Reservoir:
-    """Keeps at most ``capacity`` rows of each group, every row with the same probability.
+    """Keeps at most ``capacity`` rows of each group; all rows have the same probability.
 
-    Each row gets a random key from its running index; a group keeps the rows with the smallest
+    Each row gets a random key from its running index. A group keeps the rows with the smallest
     keys (bottom-k sampling). The same rule merges the samples of several ranks into a uniform
     sample of the union. At most ``1.25 * capacity * groups`` rows and a block are in memory.
 
     Args:
-        capacity: rows kept of each group.
-        seed: seed of the keys, to which the rank is added.
+        capacity: maximum number of rows in each group.
+        seed: seed of the keys; it is combined with the rank.
         groups: number of groups, such as classes.
     """
 
@@ -64,7 +64,7 @@ class Reservoir:
     def add(
         self, rows: Tensor, groups: Tensor | None = None, *, content: Tensor | None = None
     ) -> None:
-        """Offer rows [n, D] of groups [n]; ``content`` [n, *] stands for them in the sort order."""
+        """Offer rows [n, D] of groups [n]; rows are sorted by ``content`` [n, *] if given."""
         if groups is None:
             groups = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         if not self.added:
@@ -91,7 +91,7 @@ class Reservoir:
     def merged(self) -> Sample:
         """The sample of all ranks together, the same on each."""
         keys, groups, tags, rows = self._settle()
-        # Keys first, so that only rows of the merged sample are sent.
+        # Exchange the keys first, so that only rows of the merged sample are sent.
         _, limits = self._smallest(all_rows(keys), all_rows(groups))
         mine = keys <= limits[groups]
         rows, groups, tags = (all_rows(part[mine]) for part in (rows, groups, tags))
@@ -119,6 +119,6 @@ class Reservoir:
 
 
 def _sorted_by(first: Tensor, second: Tensor) -> Tensor:
-    """Order by ``first``, then ``second``, then the present order."""
+    """Stable order by ``first``, then ``second``."""
     order = second.argsort(stable=True)
     return order[first[order].argsort(stable=True)]

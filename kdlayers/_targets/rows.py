@@ -1,4 +1,4 @@
-"""From the teacher's tensors of any shape to checked rows in blocks of one size."""
+"""Converts the teacher's tensors of any shape to checked rows in blocks of equal size."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from kdlayers.errors import FitError, ShapeError
 from kdlayers.functional._checks import work_dtype
 
 BLOCK = 4096
-"""Rows that a pass takes at a time, whatever the size of the batches."""
+"""Rows in a block, for any batch size."""
 
 
 class Pass(Protocol):
@@ -19,7 +19,7 @@ class Pass(Protocol):
 
     stage: str
     labelled: bool
-    """Whether it needs labels; if not, it gets zeros."""
+    """Whether the pass needs labels; if not, it gets zeros."""
 
     def take(self, rows: Tensor, labels: Tensor) -> None:
         """Take a block of rows [n, D] with labels [n]."""
@@ -31,10 +31,10 @@ class Pass(Protocol):
 
 
 class RowFitter:
-    """A `kdlayers._targets.fitter.Fitter` that checks batches and feeds passes with blocks of rows.
+    """A `kdlayers._targets.fitter.Fitter` that checks batches and passes on blocks of rows.
 
-    Blocks have `BLOCK` rows (the last one of a pass may have fewer) whatever the batches were. So
-    every matrix product is the same, and the result does not depend on the batch size.
+    All blocks have `BLOCK` rows for any batch size; only the last one of a pass may have fewer. So
+    all matrix products are the same, and the result does not depend on the batch size.
     """
 
     def __init__(self, first: Pass, ignore_index: int | None = None) -> None:
@@ -91,7 +91,7 @@ class RowFitter:
                 f"{self._like.shape[1]}; the channels must be the last axis of every batch"
             )
         rows = rows.to(self._like)
-        if rows.sum().isfinite():  # then all are; a sum can overflow although they are
+        if rows.sum().isfinite():  # then all are finite; the reverse is not true (overflow)
             return rows
         finite = rows.isfinite().all(dim=1)
         if not finite.all():
@@ -124,12 +124,12 @@ class Blocks:
             return []
         blocks = self.flush()
         rest = [] if len(blocks[-1][0]) == BLOCK else [blocks.pop()]
-        for part, part_labels in rest:  # clones, so that they do not keep the whole batch alive
+        for part, part_labels in rest:  # cloned, because a view would keep the whole batch alive
             self.push(part.clone(), part_labels.clone())
         return blocks
 
     def flush(self) -> list[tuple[Tensor, Tensor]]:
-        """All rows, of which the last block may not be full."""
+        """All remaining rows; the last block may not be full."""
         if not self._held:
             return []
         rows, labels = torch.cat(self._rows), torch.cat(self._labels)

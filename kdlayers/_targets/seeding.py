@@ -1,4 +1,4 @@
-"""k-means++ seeding: one by one for few centres, in rounds for many."""
+"""k-means++ seeding: one by one for few centres, in rounds for many centres."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from kdlayers._targets.distances import closeness, nearest
 
 GREEDY_LIMIT = 512
-"""Up to this many centres are seeded one by one, each the best of a few candidates; more are seeded
-in rounds."""
+"""Up to this many centres are seeded one by one, each as the best of a few candidates. More centres
+are seeded in rounds."""
 
 
 def seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Indices of ``k`` rows to start from."""
+    """Indices of ``k`` rows to use as initial centres."""
     choose = _greedy_seeds if k <= GREEDY_LIMIT else _rejection_seeds
     return choose(rows, k, generator)
 
@@ -21,8 +21,8 @@ def seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
 def _greedy_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Indices of ``k`` rows by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 5).
 
-    Each step draws 2 + ln k candidates in proportion to their squared distance to the chosen ones
-    and takes the one that leaves the smallest sum of squared distances.
+    Each step draws 2 + ln k candidates with probability proportional to the squared distance to the
+    chosen rows, and takes the one with the smallest resulting sum of squared distances.
     """
     moved = rows - rows.mean(dim=0)
     norms = moved.square().sum(dim=1, keepdim=True)
@@ -45,10 +45,10 @@ def _to_few(rows: Tensor, norms: Tensor, index: Tensor) -> Tensor:
 def _rejection_seeds(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Indices of ``k`` rows by k-means++, in rounds of one matrix product each.
 
-    As in k-means|| (Bahmani et al., VLDB 2012) a round draws many rows by their squared distances
-    at its start. A row is accepted with the ratio of its squared distance now, after the rows that
-    the round has accepted before it, to that at the start. This is exactly the distribution of
-    drawing rows one by one.
+    As in k-means|| (Bahmani et al., VLDB 2012), a round draws many rows with probability
+    proportional to their squared distances at its start. A row is accepted with probability d / d0.
+    Here d0 is its squared distance at the start of the round, and d the one to all rows chosen or
+    accepted so far. This is exactly the distribution of drawing rows one by one.
     """
     chosen = _draw(rows.new_ones(len(rows)), 1, generator)
     distances = nearest(rows, rows[chosen])[0]
@@ -69,7 +69,7 @@ def _accept(candidates: Tensor, distances: Tensor, generator: torch.Generator) -
     thresholds = torch.rand(len(start), generator=generator, dtype=torch.float64) * start
     accepted: list[int] = []
     for i, threshold in enumerate(thresholds.tolist()):
-        # The first is always accepted, also if all distances are 0 (fewer distinct rows than k).
+        # Always accept the first, even if all distances are 0 (fewer distinct rows than k).
         if not accepted or threshold < float(current[i]):
             accepted.append(i)
             current = torch.minimum(current, between[i])
@@ -77,7 +77,7 @@ def _accept(candidates: Tensor, distances: Tensor, generator: torch.Generator) -
 
 
 def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices [count] drawn in proportion to ``weights`` [n]; on the CPU, as devices differ."""
+    """Draw indices [count] in proportion to ``weights`` [n], on the CPU for equal results."""
     totals = weights.double().cpu().cumsum(dim=0)
     if not totals[-1] > 0:
         totals = torch.arange(1, len(weights) + 1, dtype=torch.float64)

@@ -41,7 +41,7 @@ class Coder(nn.Sequential):
                 layer.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name in nn.Sequential
-        """``[B, in, H, W]`` of any real type to ``[B, out, H, W]`` in the type of the weights."""
+        """Maps ``[B, in, H, W]`` of any real dtype to ``[B, out, H, W]`` in the weights' dtype."""
         maps = input.to(self.weight.dtype)
         for layer in self:
             maps = layer(maps)

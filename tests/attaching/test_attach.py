@@ -41,7 +41,7 @@ def attach(at, student=None, teacher=None, **kwargs):
         (["module._orig_mod.f*t"], ["first"]),
     ],
 )
-def test_ways_of_naming_points(at, points):
+def test_formats_of_at(at, points):
     student, _ = attach(at)
     assert list(slots(student)) == points
 
@@ -151,7 +151,7 @@ def test_models_that_cannot_be_attached(student, at, error, sentence):
         attach_kd(student, Net(6), at)
 
 
-def test_a_refused_student_is_as_it_was():
+def test_a_failed_attach_leaves_the_student_unchanged():
     student = Twice().eval()
     student.first.train()
     flags = [m.training for m in student.modules()]
@@ -209,7 +209,7 @@ def test_ambiguous_layout_is_refused_and_another_example_resolves_it():
     attach_kd(Gray(sizes), Net(), {"body": "last"}, example=wide)
 
 
-def test_images_of_other_sizes_tell_equal_axes_apart():
+def test_images_of_other_sizes_resolve_equal_axes():
     student = Gray()
     attach_kd(student, Net(), {"body": "last"}, example=IMAGES)
     assert slots(student)["body"].head.channel_dim == 1

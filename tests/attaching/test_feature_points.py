@@ -104,21 +104,21 @@ def test_class_token_to_class_token():
 
 
 @pytest.mark.parametrize("theirs", ["maps", "patches only", "vectors"])
-def test_class_tokens_that_nobody_has_are_an_error(theirs):
+def test_missing_class_tokens_are_an_error(theirs):
     make, tap = MODELS[theirs]
     loss = FeatureLoss(at=("last", tap), tokens="cls")
     with pytest.raises(ArgumentError, match=r"but neither 'last' of the student \(NCHW\) nor .*po"):
         attach_kd(Net(8, stride=2), make(), losses=[loss], example=IMAGES)
 
 
-def test_registers_without_a_class_token_are_no_class_token():
+def test_registers_are_not_used_as_a_class_token():
     teacher = vit(class_token=False, reg_tokens=4, global_pool="avg")
     loss = FeatureLoss(at=("last", "blocks.1"), tokens="cls")
     with pytest.raises(ArgumentError, match='use tokens="pooled"'):
         attach_kd(Net(8, stride=2), teacher, losses=[loss], example=IMAGES)
 
 
-def test_widths_that_need_a_projector_are_refused_before_training():
+def test_attach_raises_for_widths_that_need_a_projector():
     loss = FeatureLoss(at="last", projector=None)
     with pytest.raises(ShapeError, match=r'teacher\'s shape .* pass projector="linear"'):
         attach_kd(Net(4), Net(6), losses=[loss], example=IMAGES)
@@ -157,7 +157,7 @@ def test_two_teachers_weigh_alike_when_standardised():
     assert kd.terms["p1"] > 20 * kd.terms["p0"]
 
 
-def test_a_resumed_handle_goes_on_exactly():
+def test_a_resumed_handle_continues_exactly():
     def made():
         torch.manual_seed(0)
         student, teacher = Net(4), vit()

@@ -70,7 +70,7 @@ ATTACHING = [
     (attach({"wide": "last"}), LayoutError, "its first axis is not the batch"),
     (attach({"first": "first", "side": "last"}), AttachError, r"output of \['side'\]"),
     (attach(["last", "last"]), ArgumentError, r"\['last'\] more than once"),
-    (attach(["last", "last.1"]), AttachError, "two points stand for the same module"),
+    (attach(["last", "last.1"]), AttachError, "two points refer to the same module"),
     (attach([]), ArgumentError, r"nothing to attach: give at=\[module names\]"),
     (attach(()), ArgumentError, "nothing to attach"),
     (attach(3), ArgumentTypeError, "at must be names, a dict .* got int"),
@@ -191,7 +191,7 @@ def test_before_training(misuse, error, sentence):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_layers_of_an_earlier_handle_are_told():
+def test_attaching_over_kd_layers_of_an_earlier_handle():
     student, teacher = Net(), Net(6)
     earlier = attach_kd(student, teacher, "first", example=IMAGES)
     with pytest.warns(

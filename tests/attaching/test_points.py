@@ -42,7 +42,7 @@ def test_other_architectures(model, wanted, layout):
     assert not any("downsample" in name or name.endswith(".attn") for name in found)
 
 
-def test_norms_are_no_candidates_and_unrolled_tokens_are_refused():
+def test_norms_are_not_listed_and_unrolled_tokens_are_errors():
     assert names(timm.create_model("mnasnet_small"))[-1] == "blocks"
     model = timm.create_model("hiera_tiny_224")
     found = find_points(model)
@@ -61,7 +61,7 @@ def test_prints_as_a_table():
     assert text.splitlines()[-1].split() == ["layer4", "2x512x2x2", "NCHW"]
 
 
-def test_a_point_that_the_head_ignores_is_said_and_refused():
+def test_a_point_that_the_head_ignores_is_listed_and_is_an_error():
     model = timm.create_model("pit_ti_224", num_classes=3)
     found = {point.name: point for point in find_points(model)}
     ignored = [name for name, point in found.items() if "does not depend on" in point.remark]
@@ -76,7 +76,7 @@ def test_a_point_that_the_head_ignores_is_said_and_refused():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_point_that_is_changed_in_place_is_said(frozen):
+def test_a_point_that_is_changed_in_place_is_listed(frozen):
     found = find_points(models.densenet121().requires_grad_(not frozen), IMAGES)
     changed = {point.name for point in found if "changes the features in place" in point.remark}
     assert changed == {"features"}
@@ -84,7 +84,7 @@ def test_a_point_that_is_changed_in_place_is_said(frozen):
     assert found.left_out == {}
 
 
-def test_remarks_only_where_there_is_something_to_say():
+def test_the_remarks_column_appears_only_when_needed():
     for make in (models.resnet18, lambda: models.vit_b_16(image_size=64)):
         found = find_points(make(), IMAGES)
         assert {point.remark for point in found} == {""}

@@ -35,6 +35,6 @@ def test_the_classes_are_the_students_where_the_teacher_knows_others():
     assert loss > 0
 
 
-def test_templates_that_the_classes_do_not_divide():
+def test_number_of_templates_not_divisible_by_the_classes():
     with pytest.raises(ArgumentError, match="10 templates cannot be divided evenly among 7"):
         attach_kd(Net(classes=7), Net(classes=3), at=[KDPoint("first", num_templates=10), "last"])

@@ -45,7 +45,7 @@ class Adapter(nn.Module):
 @pytest.mark.parametrize("part", ["head", "value"])
 @pytest.mark.parametrize("tool", ["prune", "weight_norm", "parametrize"])
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_what_recomputes_a_weight_is_used_after_every_step(tool, part, mode):
+def test_parametrized_weights_are_recomputed_after_every_step(tool, part, mode):
     layer = KDLayer(4, 64, memory="low").eval()
     module = getattr(layer, part)
     if tool == "prune":
@@ -99,7 +99,7 @@ def test_an_adapter_round_head_or_value_is_called(train):
         fold(student)
 
 
-def test_pruned_layers_are_told_when_folding():
+def test_folding_pruned_layers_is_an_error():
     student = Net(4).eval()
     attach_kd(student, at=[KDPoint("last", num_templates=8)], example=IMAGES)
     layer = slots(student)["last"]
@@ -120,11 +120,11 @@ class ConvNet(nn.Module):
         return self.head(self.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
-def test_fusing_over_a_point_is_refused_in_words():
+def test_fusing_modules_at_a_point_raises_a_clear_error():
     student = ConvNet().eval()
     attach_kd(student, at=[KDPoint("relu", num_templates=8)], example=IMAGES)
     fused = torch.ao.quantization.fuse_modules(student, [["conv", "norm", "relu"]])
-    with pytest.raises(AttachError, match=r"'relu' is gone: .*fuse before attach_kd, or .*bake"):
+    with pytest.raises(AttachError, match=r"'relu' is missing: .*fuse before attach_kd, or .*bake"):
         fused(IMAGES)
     baked = bake(student)
     fused = torch.ao.quantization.fuse_modules(baked, [["conv", "norm"]])
@@ -160,7 +160,7 @@ def test_graphs_of_torch_fx(made):
     assert "__module__" in vars(plain.last[-1])
 
 
-def test_an_attribute_called_kd_is_told():
+def test_an_existing_attribute_kd_is_an_error():
     student = Net(4)
     student.last[-1].kd = "mine"
     with pytest.raises(AttachError, match="has an attribute 'kd' of its own"):

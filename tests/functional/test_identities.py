@@ -116,7 +116,7 @@ def test_the_other_term_never_moves_the_target_logit(batch):
 
 @given(batches())
 @quick
-def test_equal_logits_are_the_minimum_of_what_has_one(batch):
+def test_equal_logits_minimise_losses_with_a_minimum(batch):
     student, _, targets = batch
     teacher = student.clone()
     student.requires_grad_()

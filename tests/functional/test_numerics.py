@@ -78,7 +78,7 @@ def test_gradient_of_template_kl_is_the_difference_of_the_assignments():
     torch.testing.assert_close(scores.grad, (scores.softmax(-1).detach() - wanted) / 4)
 
 
-def test_two_classes_are_warned_of_where_the_term_vanishes():
+def test_warns_when_the_term_vanishes_with_two_classes():
     student, teacher = torch.randn(3, 2), torch.randn(3, 2)
     targets = torch.tensor([0, 1, 1])
     for function in (kdf.nckd, kdf.dkd):
@@ -181,7 +181,7 @@ def test_vmap_is_a_loop(call):
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_empty_batches_are_refused_in_words(call, reduction, monkeypatch):
+def test_empty_batches_raise_a_clear_error(call, reduction, monkeypatch):
     monkeypatch.setitem(globals(), "Y", Y[:0])
     with pytest.raises(ShapeError, match=r"got \[0, 5\]: .* skip empty batches"):
         call(torch.zeros(0, 5), torch.zeros(0, 5), reduction=reduction)

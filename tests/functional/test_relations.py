@@ -94,7 +94,7 @@ def test_equal_tensors_are_the_minimum(call, make):
 
 @given(scale=st.floats(0.1, 50), shift=st.floats(-20, 20), seed=st.integers(0, 999))
 @quick
-def test_what_does_not_count_changes_nothing(scale, shift, seed):
+def test_irrelevant_transformations_do_not_change_the_value(scale, shift, seed):
     student, teacher = pair(seed=seed)
     moved = scale * student + shift
     close = {"rtol": 1e-5, "atol": 1e-6}

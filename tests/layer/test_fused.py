@@ -216,7 +216,7 @@ def test_low_memory_makes_no_tensor_of_all_positions_and_templates(monkeypatch):
     assert largest_allocation(run) < 4 * n * k / 10
 
 
-def test_a_second_derivative_is_an_error_and_not_wrong():
+def test_a_second_derivative_is_an_error():
     layer = layer_of()
     x = torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
@@ -231,7 +231,7 @@ def test_a_second_derivative_is_an_error_and_not_wrong():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_operators_pass_torchs_own_checks(keep):
+def test_operators_pass_opcheck(keep):
     def leaf(*shape):
         return torch.randn(*shape, requires_grad=True)
 
@@ -326,7 +326,7 @@ def test_the_summary_says_which_path_is_taken():
     student = Net()
     kd = attach_kd(student, Net(), [KDPoint("last", targets=CodebookTargets(4))])
     assert "fused from 0 positions a batch, scores computed again" in kd.summary()
-    assert "training: torch's plain operations, or fused ones, which are faster" in kd.summary()
+    assert "training: plain torch operations, or fused operators, which are faster" in kd.summary()
     student.last[1].kd.norm = nn.SyncBatchNorm(4)
     assert "plain (SyncBatchNorm)" in kd.summary()
 

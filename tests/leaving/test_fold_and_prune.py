@@ -65,7 +65,7 @@ def firing(student, name):
     return seen[0]
 
 
-def test_pruning_what_never_fires_keeps_the_outputs():
+def test_pruning_templates_that_never_fire_keeps_the_outputs():
     student = trained().double()
     before = student(IMAGES.double())
     global_images = IMAGES.double()
@@ -101,7 +101,7 @@ def test_a_pruned_student_saves_loads_and_trains(tmp_path):
         assert torch.equal(layer.norm.bias.grad[-1], torch.zeros(()))
 
 
-def test_a_budget_removes_what_fires_rarely():
+def test_a_budget_removes_templates_that_rarely_fire():
     student = trained()
     share = firing(student, "first")
     between = share[share > 0].median().item()

@@ -82,7 +82,7 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_writers_do_not_mix(tmp_path):
+def test_concurrent_writers_do_not_mix_files(tmp_path):
     path = tmp_path / "student.pt"
     writers = [start(path, 1), start(path, 2)]
     try:
@@ -119,7 +119,7 @@ def test_a_refused_student_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_links_modes_and_devices_stay(tmp_path):
+def test_links_modes_and_devices_are_kept(tmp_path):
     path, link = tmp_path / "student.pt", tmp_path / "latest.pt"
     save_student(student(1.0), path)
     path.chmod(0o640)
@@ -132,7 +132,7 @@ def test_links_modes_and_devices_stay(tmp_path):
     assert not Path(os.devnull).is_file()
 
 
-def test_a_new_file_has_the_mode_that_others_have(tmp_path):
+def test_a_new_file_has_the_default_mode(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     with replacing(tmp_path / "new") as file:
         file.write(b"whole")

@@ -95,7 +95,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize("key", ["head.weight", "last.1.kd.head.weight", "last.1.kd.value.weight"])
-def test_strange_tensors_change_nothing(kind, key):
+def test_invalid_tensors_leave_the_model_unchanged(kind, key):
     content, _ = saved()
     content["state"][key] = STRANGE[kind](content["state"][key])
     # torch can write some of them and then not read them without code: refused too.
@@ -183,7 +183,7 @@ class Refusing(torch.nn.Module):
         super()._load_from_state_dict(*args)
 
 
-def test_a_model_that_refuses_its_state_is_left_as_it_was(monkeypatch):
+def test_a_model_that_fails_to_load_is_unchanged(monkeypatch):
     _, file = saved(Stubborn())
     model = Stubborn()
     before = picture(model)
@@ -209,7 +209,7 @@ def test_two_layers_at_one_module_are_refused():
     refused(Net(4), written(content), "two of its KD layers are at the same module|is damaged")
 
 
-def test_undoing_brings_back_attributes_tables_and_values():
+def test_undo_restores_attributes_tables_and_values():
     model = Net(4)
     before = picture(model)
     attributes = [dict(vars(module)) for module in model.modules()]
@@ -226,7 +226,7 @@ def test_undoing_brings_back_attributes_tables_and_values():
     assert [list(a) for a in attributes] == [list(vars(module)) for module in model.modules()]
 
 
-def test_checksums_tell_apart():
+def test_checksums_differ_for_different_states():
     base = torch.arange(6.0)
     trees = [
         base,

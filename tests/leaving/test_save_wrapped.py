@@ -63,7 +63,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_is_wrapped_round_a_student_is_left_out(wrapper, alone):
+def test_wrappers_around_a_student_are_not_saved(wrapper, alone):
     plain = student()
     expected = plain(IMAGES)
     wrapped = WRAPPERS[wrapper](plain)
@@ -138,7 +138,7 @@ def test_a_larger_model_is_saved_as_a_whole():
     assert torch.equal(load_student(Detector().eval(), again)(IMAGES), detector(IMAGES))
 
 
-def test_a_student_taken_apart_is_saved_by_the_names_it_has_now():
+def test_a_submodule_of_a_student_is_saved_by_its_own_names():
     model = student()
     features = nn.Sequential(nn.Sequential(model.stem, model.first), model.last)
     file = io.BytesIO()
@@ -148,7 +148,7 @@ def test_a_student_taken_apart_is_saved_by_the_names_it_has_now():
     assert torch.equal(load_student(fresh, file)(IMAGES), features(IMAGES))
 
 
-def test_what_is_not_a_module_is_refused():
+def test_saving_something_other_than_a_module_is_an_error():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
         save_student({}, io.BytesIO())
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):

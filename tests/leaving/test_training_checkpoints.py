@@ -48,7 +48,7 @@ def test_load_student_explains_a_checkpoint_of_torchvisions_references(tmp_path)
         load_student(Net(), tmp_path / "checkpoint.pth")
 
 
-def test_the_advice_leads_to_the_averaged_student(tmp_path):
+def test_the_advice_in_the_error_loads_the_averaged_student(tmp_path):
     averaged = timms(tmp_path / "model_best.pth.tar")
     model = Net()
     attach_kd(model, at=POINTS, example=IMAGES).detach()

@@ -57,7 +57,7 @@ def pair(seed=0, classes=6):
 
 @given(seed=st.integers(0, 9999))
 @settings(deadline=None)
-def test_at_step_0_without_the_adaptive_term_it_is_dkd(seed):
+def test_equals_dkd_at_step_0_without_the_adaptive_term(seed):
     student, teacher, targets = pair(seed)
     loss = AEKTLoss(gamma=0.0, beta=2.0)
     assert torch.equal(loss(student, teacher, targets), dkd(student, teacher, targets, beta=2.0))
@@ -71,7 +71,7 @@ def test_cross_entropy_on_the_students_logits_leaves_the_layer_alone():
     assert loss.fc.weight.grad is None
 
 
-def test_distillation_reaches_the_student_through_the_matrix_only():
+def test_distillation_gradients_reach_the_student_only_through_the_matrix():
     student, teacher, targets = (t.double() if t.is_floating_point() else t for t in pair())
     loss = AEKTLoss(fc_init="default")
     loss.build(student, teacher)
@@ -82,7 +82,7 @@ def test_distillation_reaches_the_student_through_the_matrix_only():
     torch.testing.assert_close(student.grad, mapped.grad @ loss.fc.weight)
 
 
-def test_relations_are_the_matrix_rows_over_the_students_logits():
+def test_relations_are_the_matrix_rows_for_the_students_logits():
     loss = AEKTLoss()
     with pytest.raises(NotFittedError, match="no matrix yet: attach_kd makes it, or the first"):
         loss.relations()

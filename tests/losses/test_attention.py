@@ -21,7 +21,7 @@ class TestAttentionTransfer(LossTester):
     shift_invariant = False
 
 
-def test_channels_may_differ_and_the_scale_does_not_count():
+def test_channels_may_differ_and_the_scale_does_not_matter():
     draw = torch.Generator().manual_seed(0)
     student = torch.randn(2, 3, 4, 4, generator=draw)
     teacher = torch.randn(2, 7, 4, 4, generator=draw)

@@ -85,7 +85,7 @@ def test_the_teachers_map_is_interpolated_to_the_students_size(size):
     torch.testing.assert_close(KDLoss()(student, flat), expected)
 
 
-def test_labels_of_another_size_say_which_pixels_count():
+def test_labels_of_another_size_select_the_pixels():
     student, teacher = maps(2, 3), maps(2, 3, seed=1)
     labels = torch.zeros(2, 4, 6, dtype=torch.long)
     labels[0, :2, 2:4] = 255  # one pixel of the map
@@ -97,7 +97,7 @@ def test_labels_of_another_size_say_which_pixels_count():
     torch.testing.assert_close(KDLoss()(student, teacher, labels), values.mean())
 
 
-def test_no_pixel_that_counts_gives_zero():
+def test_all_pixels_ignored_gives_zero():
     student = maps(2, 3).requires_grad_()
     value = KDLoss()(student, maps(2, 3, seed=1), torch.full((2, 2, 3), -100))
     value.backward()

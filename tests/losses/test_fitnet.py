@@ -34,13 +34,13 @@ def test_the_larger_grid_is_average_pooled():
     torch.testing.assert_close(value, loss(*small))
 
 
-def test_one_loss_belongs_to_one_point():
+def test_a_loss_cannot_be_used_at_two_points():
     loss = FitNetLoss()
     loss(torch.rand(2, 3, 2, 2), torch.rand(2, 5, 2, 2))
     with pytest.raises(ShapeError, match=r"maps 3 to 5 channels, got \[2, 4, 2, 2\] and"):
         loss(torch.rand(2, 4, 2, 2), torch.rand(2, 5, 2, 2))
 
 
-def test_tokens_are_refused_with_a_way_out():
+def test_tokens_are_errors_that_name_an_alternative():
     with pytest.raises(ShapeError, match=r"student must be feature maps .* got \[2, 16, 8\]; att"):
         FitNetLoss()(torch.rand(2, 16, 8), torch.rand(2, 8, 4, 4))

@@ -158,7 +158,7 @@ def test_the_split_takes_each_channel_once_and_is_saved():
     assert natural.explore_channels.tolist() == [2, 3, 4, 5]
 
 
-def test_use_before_fit_says_what_to_call():
+def test_use_before_fit_is_an_error():
     loss = InheritExploreLoss()
     assert not loss.fitted
     with pytest.raises(NotFittedError, match=r"call kd.fit\(loader\) before training; without"):
@@ -176,7 +176,7 @@ def test_the_attention_host_needs_no_fit_and_has_no_parameters():
     assert not list(loss.parameters())
 
 
-def test_maps_of_different_size_meet_on_the_smaller_grid():
+def test_maps_of_different_size_are_pooled_to_the_smaller_grid():
     loss = fitted().eval()
     small = F.avg_pool2d(maps(8, size=8), 2)
     assert torch.equal(loss(maps(6), maps(8, size=8)), loss(maps(6), small))
@@ -218,7 +218,7 @@ def test_the_stage_shows_pass_and_reconstruction_loss():
     assert not fitter.end_pass()
 
 
-def test_data_that_cannot_be_learnt_from_is_refused():
+def test_unusable_data_is_an_error():
     with pytest.raises(FitError, match="is nan: the teacher's features have NaN or infinity"):
         InheritExploreLoss(factor_channels=3).fit([(maps(8) * float("nan"), None)])
     with pytest.raises(FitError, match="every batch had one image with a 1x1 map"):

@@ -63,7 +63,7 @@ def plain_distance(x, y):
 
 
 @pytest.mark.parametrize(("reconstruction", "power"), [("l1", 1), ("l2", 2)])
-def test_the_auto_encoder_is_trained_as_written(reconstruction, power):
+def test_the_auto_encoder_is_trained_like_the_reference(reconstruction, power):
     teacher = network(TEACHER, seed=0).eval()
     with torch.no_grad():
         maps = [teacher[0](x) for x, _ in data()]
@@ -75,7 +75,7 @@ def test_the_auto_encoder_is_trained_as_written(reconstruction, power):
             torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-9)
 
 
-def test_the_student_trains_as_written_over_several_steps():
+def test_the_student_trains_like_the_reference_over_several_steps():
     teacher, student = network(TEACHER, seed=0).eval(), network(STUDENT, seed=1)
     with torch.no_grad():
         maps = [teacher[0](x) for x, _ in data()]

@@ -98,7 +98,7 @@ def test_widths_may_differ_where_relations_are_compared():
     [(DISTLoss(), 2), (RKDLoss(), 3), (SimilarityPreservingLoss(), 2)],
     ids=lambda value: type(value).__name__,
 )
-def test_too_few_samples_are_an_error_and_no_zero(loss, least):
+def test_too_few_samples_are_an_error_instead_of_zero(loss, least):
     few = torch.randn(least - 1, 5)
     with pytest.raises(ShapeError, match=f"a batch of {least} or more, got .* drop_last=True"):
         loss(few, few)
@@ -111,7 +111,7 @@ def test_the_larger_grid_is_average_pooled():
     torch.testing.assert_close(loss(student, teacher), loss(*small))
 
 
-def test_one_channelwise_loss_belongs_to_one_point():
+def test_a_channelwise_loss_cannot_be_used_at_two_points():
     loss = ChannelWiseLoss()
     loss(torch.rand(2, 3, 2, 2), torch.rand(2, 5, 2, 2))
     with pytest.raises(ShapeError, match=r"maps 3 to 5 channels, got \[2, 4, 2, 2\] and"):

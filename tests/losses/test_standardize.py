@@ -53,7 +53,7 @@ class TestStandardizedAEKT(LossTester):
 
 
 @pytest.mark.parametrize("make", [KDLoss, DKDLoss, AEKTLoss])
-def test_the_scale_of_either_side_does_not_count(make):
+def test_the_scale_of_student_and_teacher_does_not_matter(make):
     draw = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(4, 5, generator=draw) for _ in "ab")
     loss, labels = make(standardize=True), torch.tensor([0, 1, 2, 4])

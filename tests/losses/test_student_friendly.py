@@ -166,7 +166,7 @@ class Reverse(nn.Module):
         return -x
 
 
-def test_lost_agreement_is_warned_of_every_so_many_calls():
+def test_warns_about_lost_agreement_at_intervals():
     student, teacher, targets = pair()
     loss = StudentFriendlyKDLoss(simplifier=Reverse(), check_every=3)
     loss(student, teacher, targets)

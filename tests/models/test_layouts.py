@@ -46,7 +46,7 @@ def test_tokens_of_images_that_are_not_square():
     assert find((2, 141, 64), image=(160, 224)) == Layout("tokens", 1, (10, 14))
 
 
-def test_a_stated_prefix_comes_first():
+def test_a_declared_prefix_takes_precedence():
     # 1 + 4 x 4 tokens could also be 17; 4 registers and a class token leave 2 x 2 of 9 - 5.
     assert find((2, 9, 64), root=Root(num_prefix_tokens=5)).prefix == 5
     root = Root(cls_token=nn.Parameter(torch.zeros(1, 1, 64)))
@@ -56,7 +56,7 @@ def test_a_stated_prefix_comes_first():
         find((2, 9, 64))
 
 
-def test_equal_axes_are_told_apart_by_what_is_inside_or_stated():
+def test_inner_modules_or_declared_layouts_resolve_equal_axes():
     shape = (2, 8, 8, 8)
     assert find(shape, module=nn.Sequential(nn.Conv2d(3, 8, 1))).kind == "NCHW"
     assert find(shape, module=nn.LayerNorm(8)).kind == "NHWC"
@@ -65,7 +65,7 @@ def test_equal_axes_are_told_apart_by_what_is_inside_or_stated():
         find(shape)
 
 
-def test_proportions_are_no_proof_where_the_channels_are_as_many_as_the_rows():
+def test_aspect_ratio_is_ignored_when_channels_equal_rows():
     assert find((2, 48, 64, 128), image=(32, 64)).kind == "NCHW"
     assert find((2, 64, 128, 48), image=(32, 64)).kind == "NHWC"
     for shape in ((2, 64, 64, 128), (2, 64, 128, 64), (2, 64, 128, 128), (2, 64, 128, 256)):
@@ -76,7 +76,7 @@ def test_proportions_are_no_proof_where_the_channels_are_as_many_as_the_rows():
 @pytest.mark.parametrize(
     ("height", "width", "kind"), [(2, 3, "NCHW"), (1, 2, "NHWC"), (3, 2, None), (1, 3, None)]
 )
-def test_axes_that_grow_with_the_images_come_before_everything_else(height, width, kind):
+def test_measured_axes_take_precedence(height, width, kind):
     growth = Growth(height, width, (), ())
     module = nn.LayerNorm(8) if kind == "NCHW" else nn.Conv2d(3, 8, 1)
     if kind is None:
@@ -99,7 +99,7 @@ def test_the_prefix_is_the_one_that_agrees_with_larger_images():
 
 
 @pytest.mark.parametrize("image", [(8, 32), (32, 8), (64, 16), (16, 64), (16, 16), (24, 40)])
-def test_tokens_take_the_proportions_of_the_batch(image):
+def test_tokens_take_the_aspect_ratio_of_the_batch(image):
     rows, columns = image[0] // 4, image[1] // 4
     grid = torch.randn(2, rows, columns, 3)
     layout = find((2, 17, 3), image=(16, 16), root=Root(num_prefix_tokens=1))
@@ -108,7 +108,7 @@ def test_tokens_take_the_proportions_of_the_batch(image):
     assert torch.equal(layout.to_grid(layout.on_grid(tokens, image)), grid)
 
 
-def test_tokens_that_form_no_grid_of_the_batch_are_refused():
+def test_tokens_that_do_not_fit_the_batch_are_an_error():
     layout = find((2, 16, 3), image=(16, 16))
     with pytest.raises(ShapeError, match="18 tokens of images of 16 x 16 do not form a grid"):
         layout.to_grid(torch.zeros(2, 18, 3), (16, 16))
@@ -143,7 +143,7 @@ def test_all_layouts_give_the_same_grid(batch, height, width, channels, prefix):
     assert torch.equal(Layout("tokens", prefix, (height, width)).to_grid(tokens), grid)
 
 
-def test_tokens_of_another_resolution_keep_the_proportions():
+def test_tokens_of_another_resolution_keep_the_aspect_ratio():
     layout = Layout("tokens", 1, (14, 7))
     assert layout.to_grid(torch.zeros(1, 1 + 8 * 4, 3)).shape == (1, 8, 4, 3)
     with pytest.raises(ShapeError, match="33 tokens do not form a grid of the proportions 14:7"):

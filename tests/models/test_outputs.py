@@ -53,7 +53,7 @@ def test_by_name_then_by_shape(output):
         ([{"boxes": torch.zeros(300, 4), "scores": torch.zeros(300)}], "returns detections"),
     ],
 )
-def test_what_cannot_be_told(output, sentence):
+def test_ambiguous_outputs(output, sentence):
     assert re.search(sentence, why_unclear(output))
 
 
@@ -86,7 +86,7 @@ def test_the_loss_compares_logits(form):
     torch.testing.assert_close(loss, expected)
 
 
-def test_the_loss_asks_where_logits_are_unclear():
+def test_the_loss_asks_for_logits_if_they_are_ambiguous():
     form = lambda f, z: (f, z)  # noqa: E731
     for student, teacher, label in (
         (Talkative(form), Net(), "student"),
@@ -105,7 +105,7 @@ def test_the_loss_asks_where_logits_are_unclear():
     assert len(kd.layers["first"].head.weight) == 6  # the student's classes are clear
 
 
-def test_an_output_that_is_unclear_in_training_only():
+def test_an_output_that_is_ambiguous_only_in_training():
     student = Talkative(lambda f, z: z)
     kd = attach_kd(student, Net(6), losses=[KDLoss()], example=IMAGES)
     student.form = lambda f, z: (f, z)
@@ -130,7 +130,7 @@ class Detector(nn.Module):
         return [{"boxes": torch.zeros(300, 4), "scores": row} for row in scores]
 
 
-def test_a_whole_detector_is_pointed_to_its_backbone():
+def test_a_whole_detector_raises_an_error_that_names_the_backbone():
     point = KDPoint("backbone.last", "last", targets=CodebookTargets(4))
     with pytest.raises(LayoutError, match=r"is a detector: .*attach_kd\(student\.backbone"):
         attach_kd(Detector(), Net(6), [point], example=IMAGES)
@@ -141,6 +141,6 @@ def test_a_whole_detector_is_pointed_to_its_backbone():
     attach_kd(detector.backbone, Net(6), [point], example=IMAGES)
 
 
-def test_a_single_number_is_no_output():
+def test_a_scalar_output_is_an_error():
     with pytest.raises(Exception, match="returns a single number, such as a loss"):
         attach_kd(Talkative(lambda f, z: z.mean()), Net(), ["last"], example=IMAGES)

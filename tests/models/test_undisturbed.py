@@ -93,7 +93,7 @@ def test_observers_of_quantisation_are_not_calibrated():
     kd.remove()
 
 
-def test_the_layers_batch_norm_bears_no_mark():
+def test_the_layers_batch_norm_is_unmarked():
     student = Net(4)
     attach_kd(student, at=[KDPoint("last", num_templates=4)], example=torch.zeros(2, 3, 8, 8))
     norm = next(m for m in student.modules() if isinstance(m, nn.BatchNorm1d))

@@ -30,7 +30,7 @@ def test_layers_are_those_in_the_student_in_forward_order():
     assert kd.layers["first"].alpha == inside[0].alpha == 0.25
 
 
-def test_layers_outlive_detach_and_go_with_remove():
+def test_layers_survive_detach_but_not_remove():
     _, kd, *_ = attached()
     kd.detach()
     assert list(kd.layers) == ["first", "last"]
@@ -48,7 +48,7 @@ def test_layers_are_only_those_of_the_handle():
     assert (list(first.layers), list(second.layers)) == (["first"], ["last"])
 
 
-def test_added_parameters_are_those_the_plain_student_lacks():
+def test_added_parameters_are_those_missing_in_the_plain_student():
     plain = {name for name, _ in Net().named_parameters()}
     student, kd, *_ = attached()
     new = [p for name, p in student.named_parameters() if name not in plain]
@@ -63,7 +63,7 @@ def test_added_parameters_are_those_the_plain_student_lacks():
     assert len(kd.added_parameters()) == len(added) - 1
 
 
-def test_an_optimiser_made_before_trains_them_after_one_line():
+def test_an_existing_optimiser_trains_added_parameters():
     def sgd(student):
         return torch.optim.SGD(student.parameters(), lr=0.1)
 
@@ -80,7 +80,7 @@ def test_an_optimiser_made_before_trains_them_after_one_line():
     assert {id(p) for p in every} == {id(p) for p in [*student.parameters(), *kd.parameters()]}
 
 
-def test_no_decay_leaves_scales_and_norms_alone_without_gradients():
+def test_scales_and_norms_without_decay_do_not_change():
     def sgd(student):
         return torch.optim.SGD(student.parameters(), lr=0.1, weight_decay=0.5)
 
@@ -96,7 +96,7 @@ def test_no_decay_leaves_scales_and_norms_alone_without_gradients():
         torch.testing.assert_close(now.detach(), wanted)
 
 
-def test_the_warning_names_the_line():
+def test_the_warning_shows_the_line_to_add():
     def sgd(student):
         return torch.optim.SGD(student.parameters(), lr=0.1)
 

@@ -141,7 +141,7 @@ def test_compiled_losses_equal_eager_ones_in_one_graph(make, data):
         assert counter.frame_count == 1
 
 
-def test_a_loss_of_ones_own_inside_a_compiled_function():
+def test_a_custom_loss_inside_a_compiled_function():
     losses = [KDLoss(), DKDLoss(beta=1.0)]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -222,7 +222,7 @@ def test_compiled_kd_loss_equals_eager_and_never_compiles_again(part, weight):
     assert graphs[0] <= (2 if part == "kd.loss" else 4) + more
 
 
-def test_a_compiled_kd_loss_says_what_is_wrong_as_ever():
+def test_a_compiled_kd_loss_raises_the_usual_errors():
     from kdlayers.errors import CaptureError
 
     student, kd, _ = attached()

@@ -260,7 +260,7 @@ def fitted(methods, seed=3):
     return kd.state_dict()["losses"], len(runs.outputs)
 
 
-def test_fits_share_their_passes_and_learn_what_they_learn_alone():
+def test_fits_that_share_passes_equal_separate_fits():
     layers, for_layers = fitted([LETKD])
     coder, for_coder = fitted(["IE"])
     both, for_both = fitted([LETKD, "IE"])

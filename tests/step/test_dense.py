@@ -156,7 +156,7 @@ def test_losses_on_logits_of_an_auxiliary_classifier(make):
     torch.testing.assert_close(value, make()(logits, teacher(images), labels))
 
 
-def test_decisions_need_the_number_of_classes_and_say_so():
+def test_decisions_without_the_number_of_classes_are_an_error():
     images = torch.zeros(2, 3, 64, 64)
     with pytest.raises(ArgumentError, match=r"pass DecisionTargets\(num_classes=...\)"):
         attach_kd(lraspp(), lraspp(), ["backbone.12", "backbone.16"], example=images)

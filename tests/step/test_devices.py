@@ -79,7 +79,7 @@ def test_labels_and_images_may_stay_on_the_cpu_of_a_loader():
 
 
 @gpu
-def test_a_student_that_moves_after_attach_takes_the_losses_along():
+def test_losses_follow_a_student_that_moves_after_attach():
     student, teacher = Net(4), Net(6)
     kd = attach_kd(student, teacher, losses=[AEKTLoss(beta=1.0)], example=IMAGES)
     parameters = list(kd.parameters())
@@ -103,7 +103,7 @@ def test_a_step_can_be_repeated_from_a_fitted_state():
     torch.testing.assert_close(step("cpu", "cpu", 2, state)[0], first)
 
 
-def test_every_way_to_the_teacher_moves_the_inputs():
+def test_inputs_are_moved_to_the_teacher_in_every_call():
     """A dtype stands for the device: both are moved by the same call."""
     student, teacher = Net(4).train(), Abroad(6).double()
     twin = copy.deepcopy(teacher)
@@ -130,7 +130,7 @@ def test_every_way_to_the_teacher_moves_the_inputs():
 
 @gpu
 @pytest.mark.parametrize("memory", ["normal", "low"])
-def test_a_step_on_the_gpu_equals_the_cpu_and_waits_for_nothing(memory):
+def test_a_step_on_the_gpu_equals_the_cpu_without_synchronising(memory):
     def step(device):
         torch.manual_seed(0)
         student, teacher = Net(4).to(device).train(), Net(6).to(device)

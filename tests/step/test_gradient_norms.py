@@ -49,14 +49,14 @@ def test_norms_equal_those_of_separate_backwards():
         assert found[f"{name}.weighted"] == pytest.approx((0.5, 3.0)[loss] * expected, rel=1e-4)
 
 
-def test_the_norm_of_the_task_is_that_of_the_task():
+def test_the_norm_of_the_task_equals_that_of_its_loss():
     student, kd = attached(FeatureLoss(at="first"))
     value = F.cross_entropy(student(IMAGES), LABELS)
     found = kd.gradient_norms(task=value)["task"]
     assert found == pytest.approx(one_by_one(student, value), rel=1e-5)
 
 
-def test_the_weight_that_makes_a_term_as_strong_as_another():
+def test_norms_give_the_weight_that_balances_two_terms():
     student, kd = attached(KDLoss(), at=[KDPoint("last", targets=CodebookTargets(4))])
     kd.fit([(IMAGES, LABELS)])
     student(IMAGES)
@@ -68,7 +68,7 @@ def test_the_weight_that_makes_a_term_as_strong_as_another():
     assert norms["TemplateLoss.last.weighted"] == pytest.approx(norms["KDLoss"], rel=0.05)
 
 
-def test_a_step_after_it_is_a_step_as_before():
+def test_the_next_step_is_unaffected():
     student, kd = attached(KDLoss())
     student(IMAGES)
     kd.gradient_norms(LABELS)
@@ -81,11 +81,11 @@ def test_a_step_after_it_is_a_step_as_before():
         kd.loss(LABELS)
 
 
-def test_what_is_no_loss_is_refused():
+def test_a_task_that_is_not_a_scalar_with_gradient_is_an_error():
     student, kd = attached(KDLoss())
     for wrong in (torch.zeros(3, requires_grad=True), torch.tensor(1.0), 2.0):
         student(IMAGES)
-        with pytest.raises(ArgumentTypeError, match="task= takes the value of your own loss"):
+        with pytest.raises(ArgumentTypeError, match="task= must be the value of your own loss"):
             kd.gradient_norms(LABELS, task=wrong)
     student, kd = attached(KDLoss(name="task"))
     logits = student(IMAGES)
@@ -93,7 +93,7 @@ def test_what_is_no_loss_is_refused():
         kd.gradient_norms(LABELS, task=logits.sum())
 
 
-def test_terms_that_share_nothing_are_named():
+def test_terms_without_shared_parameters_are_an_error():
     student, kd = attached(KDLoss())
     student(IMAGES)
     other = torch.nn.Linear(2, 1)

@@ -147,7 +147,7 @@ def test_validation_between_forward_and_loss_changes_nothing():
     torch.testing.assert_close(kd.loss(LABELS).detach(), expected)
 
 
-def test_forward_that_fails_does_not_stick():
+def test_a_failed_forward_does_not_affect_the_next_step():
     student, _, kd = attached()
     with pytest.raises(RuntimeError):
         student(IMAGES[:, :2])
@@ -279,7 +279,7 @@ def test_captures_are_freed_by_loss():
     assert scores() is None
 
 
-def test_summary_tells_costs_and_state():
+def test_summary_shows_costs_and_state():
     student, _, kd = attached(fit=False)
     text = kd.summary()
     assert "last" in text
@@ -295,7 +295,7 @@ def test_summary_tells_costs_and_state():
     assert repr(kd) == kd.summary()
 
 
-def test_what_sits_in_the_model_says_what_it_is_and_the_layers_compute():
+def test_slots_are_labelled_and_layers_compute():
     student, _, kd = attached(alpha=0.5)
     held = student.last[1].kd
     images = torch.randn(2, 5, 4, 4)

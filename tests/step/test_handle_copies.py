@@ -49,7 +49,7 @@ def steps(student, kd, count=3):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("live", [False, True], ids=["", "with a forward recorded"])
-def test_a_copied_handle_trains_the_copied_student_and_no_other(copied, live):
+def test_a_copied_handle_trains_only_the_copied_student(copied, live):
     student, teacher, kd = attached()
     steps(student, kd, 1)
     if live:
@@ -75,7 +75,7 @@ def test_a_copied_handle_trains_the_copied_student_and_no_other(copied, live):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_the_handle_alone_takes_its_student_along(copied):
+def test_copying_the_handle_copies_its_student(copied):
     student, _, kd = attached()
     twin_kd = copied(kd)
     assert twin_kd.student is not student
@@ -83,7 +83,7 @@ def test_the_handle_alone_takes_its_student_along(copied):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_detached_handle_stays_detached(copied):
+def test_a_copy_of_a_detached_handle_is_detached(copied):
     student, _, kd = attached()
     kd.detach()
     twin, twin_kd = copied((student, kd))

@@ -62,7 +62,7 @@ def timm_ema(student):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, ema, timm_ema, pickled, saved_whole])
-def test_copies_run_their_own_layers_and_record_nothing(copied):
+def test_copies_run_their_own_layers_without_recording(copied):
     student, kd = attached()
     logits = student(IMAGES)  # captures are live while the copy is made
     twin = copied(student)
@@ -97,7 +97,7 @@ def test_functional_call_and_vmap():
     torch.testing.assert_close(both[1], student(IMAGES))
 
 
-def test_code_that_takes_a_sequential_apart_still_passes_the_layer():
+def test_iterating_over_a_sequential_still_runs_the_layer():
     student, _ = attached(resnet18(num_classes=3), "layer4")
     student.eval()
     x = torch.randn(2, 512, 4, 4)[:, :256]
@@ -111,7 +111,7 @@ def test_code_that_takes_a_sequential_apart_still_passes_the_layer():
     assert sum(".kd." in name for name, _ in trunk.named_parameters()) == 6
 
 
-def test_a_plain_checkpoint_loads_strictly_and_the_layers_keep_their_values():
+def test_a_plain_checkpoint_loads_strictly_and_keeps_the_layers():
     student, _ = attached()
     plain = Net(4).state_dict()
     before = {k: v.clone() for k, v in student.state_dict().items() if ".kd." in k}
@@ -305,7 +305,7 @@ def unguarded():
     return _dynamo.config.patch(skip_nnmodule_hook_guards=True)
 
 
-def test_an_unpickled_student_is_told_apart_too():
+def test_an_unpickled_student_does_not_share_graphs_with_plain_models():
     from torch import _dynamo
 
     student = Net()

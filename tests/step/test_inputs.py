@@ -59,13 +59,13 @@ def test_teach_with_other_images_is_noticed(way):
 
     teach(IMAGES)
     call(student, IMAGES.clone(), way)
-    with pytest.raises(StaleCaptureError, match="given different batches"):
+    with pytest.raises(StaleCaptureError, match="got different batches"):
         kd.loss(LABELS)
     images = IMAGES.clone()
     teach(images)
     images.add_(1)
     call(student, images, way)
-    with pytest.raises(StaleCaptureError, match="given different batches"):
+    with pytest.raises(StaleCaptureError, match="got different batches"):
         kd.loss(LABELS)
     teach(IMAGES)
     logits = call(student, IMAGES, way)
@@ -82,7 +82,7 @@ def plain_kd(logits, teacher, images):
 
 
 @pytest.mark.parametrize("way", ["positional", "keyword"])
-def test_the_transform_is_for_the_images_wherever_they_are(way):
+def test_the_transform_finds_the_images_in_any_argument(way):
     twice = nn.Upsample(scale_factor=2)
     student, teacher, kd = attached(teacher_transform=twice)
     logits = call(student, IMAGES, way)
@@ -157,7 +157,7 @@ def test_features_that_are_changed_in_training_only_are_recorded_before_the_chan
         kd.clear()  # `hint` called modules, not the student
 
 
-def test_a_change_that_begins_later_is_refused_once_and_then_recorded():
+def test_a_later_in_place_change_is_an_error_once():
     student, _, kd = attached(Pooled(), Net(6), [FitNetLoss(at="last")])
     student.factor = 1.0
     student.eval()
@@ -224,7 +224,7 @@ def test_logits_that_were_changed_are_refused(backend):
     torch._dynamo.reset()
 
 
-def test_the_real_case_of_dropout_in_place():
+def test_inplace_dropout_of_efficientnet():
     """timm's and torchvision's efficientnets drop in place what their pooling returns."""
     from torchvision.models import efficientnet_b0
 
@@ -244,7 +244,7 @@ def test_the_real_case_of_dropout_in_place():
     torch.testing.assert_close(found.detach(), (ours - theirs).square().mean())
 
 
-def test_the_loss_under_no_grad_is_refused_and_the_forward_is_kept():
+def test_the_loss_under_no_grad_is_an_error_that_keeps_the_forward():
     point = KDPoint("last", targets=CodebookTargets(num_templates=4))
     student, _, kd = attached(at=[point])
     kd.fit([(IMAGES, LABELS)], progress=False)
@@ -259,7 +259,7 @@ def test_logits_without_a_gradient_are_refused():
     student, _, kd = attached()
     with kd.batch(IMAGES):
         logits = student.forward(IMAGES)
-    with pytest.raises(CaptureError, match=r"logits have no gradient"):
+    with pytest.raises(CaptureError, match=r"logits do not require grad"):
         kd.loss(LABELS, logits=logits.detach())
 
 

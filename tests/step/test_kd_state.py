@@ -195,7 +195,7 @@ class Best(DistillLoss):
         return (student - teacher).square().mean() * self.scale.mean()
 
 
-def test_infinity_in_a_buffer_of_ones_own_is_kept():
+def test_infinity_in_a_buffer_of_a_custom_loss_is_kept():
     kd = attached(losses=[Best()])
     file = io.BytesIO()
     torch.save(kd.state_dict(), file)

@@ -115,7 +115,7 @@ def kd_hooks(model):
     ]
 
 
-def test_nothing_of_a_batch_lives_on_after_a_step(collect):
+def test_no_tensor_of_a_batch_survives_a_step(collect):
     student, teacher, kd = attached()
     watched = Watched(student, teacher)
     step(student, kd, batch()[0])
@@ -125,7 +125,7 @@ def test_nothing_of_a_batch_lives_on_after_a_step(collect):
     assert not any(value.requires_grad for value in kd.terms.values())
 
 
-def test_nothing_of_a_batch_lives_on_after_a_step_without_the_kd_loss(collect):
+def test_no_tensor_of_a_batch_survives_a_step_without_the_kd_loss(collect):
     student, teacher, kd = attached()
     watched = Watched(student, teacher)
     kd.teach(batch()[0])
@@ -135,7 +135,7 @@ def test_nothing_of_a_batch_lives_on_after_a_step_without_the_kd_loss(collect):
     assert watched.alive() == []
 
 
-def test_nothing_of_fit_lives_on(collect):
+def test_no_tensor_of_fit_survives(collect):
     student, teacher, kd = attached()
     watched = Watched(student, teacher)
     kd.fit([batch(seed=3)], refit=True)
@@ -181,7 +181,7 @@ def test_an_exception_inside_kd_batch_frees_its_activations(collect):
     step(student, kd, batch()[0])
 
 
-def test_an_exception_in_the_teachers_forward_frees_both_and_leaves_no_tap(collect):
+def test_an_exception_in_the_teachers_forward_frees_both_models(collect):
     student, teacher, kd = attached()
     watched = Watched(student, teacher)
     teacher.at = "end"
@@ -250,7 +250,7 @@ def test_remove_leaves_no_hook_and_no_layer():
     assert not any(m._forward_hooks_with_kwargs for m in student.modules())
 
 
-def test_a_dropped_handle_takes_everything_with_it(collect):
+def test_a_dropped_handle_frees_everything(collect):
     student, teacher, kd = attached()
     watched = Watched(student)
     logits = student(batch()[0])
@@ -265,7 +265,7 @@ def test_a_dropped_handle_takes_everything_with_it(collect):
     assert not any(m._forward_hooks_always_called for m in student.modules())
 
 
-def test_a_handle_whose_forward_failed_can_be_dropped():
+def test_a_handle_is_freed_after_a_failed_forward():
     student, teacher, kd = attached()
     student.at = "end"
     seen = weakref.ref(teacher)
@@ -277,7 +277,7 @@ def test_a_handle_whose_forward_failed_can_be_dropped():
     assert [type(hook) for hook in kd_hooks(student)] == [InsertLayer]
 
 
-def test_a_refused_attach_holds_nothing():
+def test_a_failed_attach_keeps_no_references():
     student, teacher = Net(4), Net(6)
     seen = weakref.ref(teacher)
     with pytest.raises(ValueError, match="reads teacher 1"):

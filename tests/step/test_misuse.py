@@ -225,19 +225,19 @@ TRAINING = [
     (forward_directly, CaptureError, r"not student\.forward\(x\)"),
     (after_backward, CaptureError, r"or backward\(\)"),
     (batch_changed, StaleCaptureError, "changed in place after the student's forward"),
-    (other_labels, StaleCaptureError, "labels of another batch"),
+    (other_labels, StaleCaptureError, "they belong to another batch"),
     (labels_as_list, ArgumentTypeError, "labels as a tensor, got list"),
     (no_labels, ArgumentError, r"call kd\.loss\(labels\)"),
     (mixed_labels_of_other_classes, ShapeError, r"read as probabilities \[batch, 3\]"),
     (labels_out_of_range, ArgumentError, "labels"),
     (reentrant_checkpoint, CaptureError, "use_reentrant=False"),
-    (other_batch_taught, StaleCaptureError, "were given different batches"),
+    (other_batch_taught, StaleCaptureError, "got different batches"),
     (logits_not_given, CaptureError, r"call kd\.loss\(y, logits=\.\.\.\)"),
-    (hook_gone, CaptureError, "the hooks were bypassed"),
+    (hook_gone, CaptureError, "its hooks did not run"),
     (attached_again, AttachError, r"call kd\.remove\(\) on the earlier handle"),
     (pruned_while_attached, AttachError, r"call kd\.detach\(\) before pruning"),
     (loaded_into_an_attached_one, AttachError, "has KD layers already"),
-    (state_of_something_else, CheckpointError, "not a state of a KDHandle"),
+    (state_of_something_else, CheckpointError, "expected the state of a KDHandle"),
     (empty_loader, FitError, "empty loader"),
     (closed_loader, FitError, "empty loader"),
     (one_shot_loader, FitError, "pass a DataLoader or a list of batches"),
@@ -261,7 +261,11 @@ TRAINING = [
         r"the teacher \(Net\) could not run on a batch of torch.float32 \[6, 1, 8, 8\]: .*"
         r"expected input.* to have 3 channels.*attach_kd\(\.\.\., teacher_transform=\.\.\.\)",
     ),
-    (logits_as_labels, ArgumentTypeError, r"takes the labels, .* shape \[6, 3\] with a gradient"),
+    (
+        logits_as_labels,
+        ArgumentTypeError,
+        r"takes the labels, .* shape \[6, 3\] that requires grad",
+    ),
     (unlabelled_loader, FitError, "learns from labels"),
     (nan_images, FitError, "NaN or infinite"),
     (class_without_images, FitError, "no sample of class 2"),
@@ -320,7 +324,7 @@ def test_the_teachers_own_error_is_kept():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_a_teacher_out_of_memory_says_so_itself():
+def test_out_of_memory_in_the_teacher_keeps_its_error():
     """What finds the largest batch by trying catches this error by its class."""
     student, teacher = Net().train(), Net(6)
     kd = attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
@@ -362,7 +366,7 @@ def test_the_dicts_of_hugging_face_need_nothing():
     assert list(ours) == list(theirs)
 
 
-def test_soft_labels_pass_where_no_loss_reads_them():
+def test_soft_labels_are_allowed_if_no_loss_reads_them():
     student, teacher = Net().train(), Net(6)
     points = [KDPoint("last", targets=CodebookTargets(4))]
     kd = attach_kd(student, teacher, points, losses=[KDLoss()], example=IMAGES)

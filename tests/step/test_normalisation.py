@@ -32,7 +32,7 @@ def normalised(images, statistics):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_images_are_those_that_torchvision_normalises_for_the_teacher(dtype):
+def test_images_equal_those_normalised_by_torchvision(dtype):
     images = pictures()
     mine = Renormalize(student=IMAGENET, teacher=HALF)(normalised(images, IMAGENET).to(dtype))
     assert mine.dtype == dtype
@@ -62,7 +62,7 @@ def test_the_images_given_are_kept_and_one_normalisation_changes_nothing():
     assert Renormalize(HALF, HALF, 32)(images) is images
 
 
-def test_numbers_tensors_copies_and_its_description():
+def test_accepted_numbers_copies_and_repr():
     images = pictures()
     change = Renormalize((0.5, 0.5), (torch.tensor([0.0]), [1.0]))
     torch.testing.assert_close(change(images), images * 0.5 + 0.5)
@@ -147,7 +147,7 @@ def test_auto_serves_each_of_several_teachers():
     torch.testing.assert_close(kd.terms["b"], two, rtol=1e-4, atol=1e-6)
 
 
-def test_different_statements_are_a_warning_unless_something_is_given():
+def test_warns_about_different_normalisations_without_a_transform():
     student, teacher = timm_pair()
     with pytest.warns(KDLayersWarning, match=r"mean \(0.5, .* mean \(0.485, .*=\"auto\"\) if"):
         attach_kd(student, teacher, losses=[KDLoss()]).remove()
@@ -156,7 +156,7 @@ def test_different_statements_are_a_warning_unless_something_is_given():
     attach_kd(student, teacher, losses=[KDLoss()]).remove()
 
 
-def test_auto_without_a_statement_and_other_words_are_refused():
+def test_auto_needs_a_pretrained_cfg():
     student, teacher = timm_pair()
     with pytest.raises(ArgumentError, match=re.escape("Net has none; pass teacher_transform=Ren")):
         attach_kd(student, Net(classes=5), losses=[KDLoss()], teacher_transform="auto")
@@ -188,17 +188,17 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
-def test_images_of_fit_that_are_normalised_otherwise_are_a_warning(kind):
+def test_warns_when_fit_images_are_normalised_differently(kind):
     student, kd = handle()
     images = pictures(48)
     kd.fit([(DIFFERENT[kind](images), None)], progress=False)
-    with pytest.warns(KDLayersWarning, match=r"not normalised alike: .* refit=True") as caught:
+    with pytest.warns(KDLayersWarning, match=r"normalised differently: .* refit=True") as caught:
         train(student, kd, normalised(pictures(48, seed=1), IMAGENET))
     assert len(caught) == 1
     assert "kd.fit and of the training batches" in str(caught[0].message)
 
 
-def test_augmentation_mixup_and_erasing_are_no_reason_to_warn():
+def test_augmentation_mixup_and_erasing_do_not_warn():
     student, kd = handle()
     kd.fit([(normalised(pictures(48), IMAGENET), None)], progress=False)
     images = normalised(pictures(48, seed=1), IMAGENET)
@@ -207,12 +207,12 @@ def test_augmentation_mixup_and_erasing_are_no_reason_to_warn():
     train(student, kd, mixed)
 
 
-def test_a_handful_of_images_says_nothing_and_refit_looks_again():
+def test_few_images_do_not_warn_and_refit_checks_again():
     student, kd = handle()
     kd.fit([(pictures(8), None)], progress=False)
     train(student, kd, normalised(pictures(48), IMAGENET))
     kd.fit([(pictures(48), None)], progress=False, refit=True)
-    with pytest.warns(KDLayersWarning, match="not normalised alike"):
+    with pytest.warns(KDLayersWarning, match="normalised differently"):
         train(student, kd, normalised(pictures(48), IMAGENET))
     kd.fit([(normalised(pictures(48), IMAGENET), None)], progress=False, refit=True)
     train(student, kd, normalised(pictures(48), IMAGENET))

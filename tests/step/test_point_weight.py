@@ -71,7 +71,7 @@ def test_terms_show_the_value_and_the_weighted_value():
         torch.testing.assert_close(kd.terms["total"], parts, rtol=1e-14, atol=0)
 
 
-def test_a_weight_of_zero_leaves_the_student_to_the_labels():
+def test_a_weight_of_zero_trains_with_labels_only():
     student, kd = attached(first=0.0, last=0)
     optimiser = torch.optim.SGD(student.parameters(), lr=0.1)
     plain, plain_kd = copy.deepcopy(student), attached(first=0.0, last=0)[1]
@@ -87,7 +87,7 @@ def test_a_weight_of_zero_leaves_the_student_to_the_labels():
         assert torch.equal(ours, theirs)
 
 
-def test_state_is_that_of_a_handle_without_weights_and_keeps_the_step():
+def test_weights_are_not_part_of_the_state():
     _, plain = attached()
     student, kd = attached(first=LinearWarmup(10), last=0.3)
     for _ in range(3):
@@ -131,6 +131,6 @@ def test_every_point_of_a_glob_has_the_weight_and_the_summary_shows_it():
         (None, ArgumentTypeError, "a number or a function of the step, got NoneType"),
     ],
 )
-def test_what_is_no_weight_is_refused(weight, error, sentence):
+def test_invalid_weights_are_errors(weight, error, sentence):
     with pytest.raises(error, match=sentence):
         KDPoint("last", weight=weight)

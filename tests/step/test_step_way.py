@@ -60,7 +60,7 @@ def profiled(monkeypatch):
     return of_student, of_loss
 
 
-def test_a_step_takes_one_short_way(profiled):
+def test_a_step_enters_few_files_and_functions(profiled):
     (student_files, student_functions), (loss_files, loss_functions) = profiled
     # kd.loss entered 30 files and 109 functions at first, and 25 and 78 before rare cases left.
     assert len(loss_files) <= 14
@@ -69,7 +69,7 @@ def test_a_step_takes_one_short_way(profiled):
     assert student_functions <= 30
 
 
-def test_the_architecture_page_names_every_file_on_the_way(profiled):
+def test_the_architecture_page_names_every_file_of_a_step(profiled):
     page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text("utf-8")
     way = page.split("## The rooms")[0]
     (student_files, _), (loss_files, _) = profiled

@@ -37,7 +37,7 @@ def eval_logits(model):
         return copy.deepcopy(model).eval()(IMAGES)
 
 
-def test_logits_are_averaged_with_weights_or_read_from_one_teacher():
+def test_logits_are_a_weighted_mean_or_those_of_one_teacher():
     student, teachers = Net(4), [Net(5), Net(6)]
     second = KDLoss(name="second", teacher_index=1)
     kd = attach_kd(
@@ -127,7 +127,7 @@ def mutual_reference(a, b, steps, lr, sequential):
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-def test_mutual_learning_equals_the_loop_written_out(sequential):
+def test_mutual_learning_equals_a_manual_loop(sequential):
     a, b = Net(4).train(), Net(5).train()
     plain = copy.deepcopy(a), copy.deepcopy(b)
     mutual_reference(*plain, 4, 0.1, sequential)
@@ -154,7 +154,7 @@ def test_mutual_learning_equals_the_loop_written_out(sequential):
             torch.testing.assert_close(mine, theirs, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_mutual_pairs_are_exchanged_and_a_refusal_leaves_both_alone():
+def test_mutual_pairs_and_unchanged_students_after_errors():
     a, b = Net(4), Net(4)
     kd_a, kd_b = attach_mutual(
         a, b, losses=[Gap(at=("first", "stem")), MutualLoss()], example=IMAGES
@@ -168,7 +168,7 @@ def test_mutual_pairs_are_exchanged_and_a_refusal_leaves_both_alone():
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_transform_lets_the_teacher_see_other_images():
+def test_a_transform_changes_the_teachers_images():
     student, teacher = Net(4), Net(6)
     twice = torch.nn.Upsample(scale_factor=2)
     kd = attach_kd(
@@ -208,13 +208,13 @@ def test_the_teacher_can_run_before_the_student():
     torch.testing.assert_close(before, after)
     kd.teach(IMAGES)
     student(IMAGES.clone())
-    with pytest.raises(StaleCaptureError, match="were given different batches"):
+    with pytest.raises(StaleCaptureError, match="got different batches"):
         kd.loss(LABELS)
     student(IMAGES)
     kd.loss(LABELS)
 
 
-def test_inherit_and_explore_between_peers_learns_the_peers_coder_along():
+def test_inherit_and_explore_between_peers_trains_the_peers_coder():
     a, b = Net(4), Net(6)
     losses = [MutualLoss(), InheritExploreLoss(factor_channels=2, at="last", coder="online")]
     kd_a, kd_b = attach_mutual(a, b, losses=losses, example=IMAGES)
@@ -263,7 +263,7 @@ class Deep(Net):
 
 
 @pytest.mark.parametrize(("losses", "ends"), [([], 0), ([KDLoss()], 1)])
-def test_the_teacher_runs_no_deeper_than_the_losses_read(losses, ends):
+def test_the_teacher_stops_after_the_last_module_that_is_read(losses, ends):
     student, teacher = Net(), Deep()
     kd = attach_kd(student, teacher, [KDPoint("last", targets=CodebookTargets(4))], losses=losses)
     images, labels = torch.randn(4, 3, 12, 12), torch.arange(4) % 3
@@ -283,7 +283,7 @@ def test_the_teacher_runs_no_deeper_than_the_losses_read(losses, ends):
     assert targets.soft_assignment(whole).shape[-1] == again.head.num_templates
 
 
-def test_a_teacher_that_is_compiled_or_a_peer_runs_to_its_end():
+def test_compiled_teachers_and_peers_run_completely():
     teacher = Deep()
     compiled = torch.compile(teacher, backend="eager")
     kd = attach_kd(Net(), compiled, [KDPoint("last", targets=CodebookTargets(4))])

@@ -58,12 +58,12 @@ def attached(*losses, at=()):
         ),
     ],
 )
-def test_a_name_that_another_value_has_is_refused(losses, sentence):
+def test_duplicate_names_are_errors(losses, sentence):
     with pytest.raises(ArgumentError, match=sentence):
         attached(*losses)
 
 
-def test_names_that_only_look_alike_are_allowed():
+def test_similar_names_are_allowed():
     points = [KDPoint(name, num_templates=3) for name in ("last", "last.0")]
     _, kd = attached(FitNetLoss(at="last"), FitNetLoss(at="last.0"), KDLoss(name="FitNetLoss"))
     assert [term.name for term in kd._terms] == [
@@ -84,7 +84,7 @@ class Unannounced(DistillLoss):
 
 
 @pytest.mark.parametrize("names", [("mine", "mine.size"), ("mine.size", "mine")])
-def test_a_metric_that_was_not_announced_is_refused_at_the_first_loss(names):
+def test_an_undeclared_metric_that_collides_is_an_error(names):
     losses = {"mine": Unannounced(name="mine"), "mine.size": KDLoss(name="mine.size")}
     student, kd = attached(*(losses[name] for name in names))
     student(IMAGES)
@@ -113,7 +113,7 @@ def test_a_metric_that_was_not_announced_is_refused_at_the_first_loss(names):
     ],
     ids=lambda loss: type(loss).__name__,
 )
-def test_losses_announce_the_metrics_they_give(loss):
+def test_losses_declare_their_metrics(loss):
     student, kd = attached(loss)
     student(IMAGES)
     kd.loss(LABELS)
@@ -182,7 +182,7 @@ def test_passes_of_an_auto_encoder_differ_and_are_reproducible():
     assert not set(other) & set(passes)
 
 
-def test_an_auto_encoder_shares_the_passes_of_a_codebook_and_then_varies():
+def test_an_auto_encoder_shares_passes_with_a_codebook():
     from kdlayers import CodebookTargets
 
     point = KDPoint("last", targets=CodebookTargets(4))

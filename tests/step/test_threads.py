@@ -49,7 +49,7 @@ def losses(student, kd, steps=8):
     return found
 
 
-def test_students_in_threads_have_the_losses_that_they_have_alone():
+def test_losses_in_threads_equal_those_without_threads():
     teacher = Slow(6).train()  # kd.loss runs it in eval mode and puts the mode back
     teacher.last.eval()
     frozen = Frozen(teacher)

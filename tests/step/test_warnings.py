@@ -124,7 +124,7 @@ def a_loss_of_ones_own():
         a_loss_of_ones_own,
     ],
 )
-def test_the_line_is_the_users(warned):
+def test_warnings_point_at_the_users_line(warned):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")  # also what torch.compile says of itself
         _, line = warned()
@@ -141,7 +141,7 @@ def attached(teacher, targets=None, at="last", losses=()):
     return student, attach_kd(student, teacher, points, losses=losses, example=IMAGES)
 
 
-def test_targets_that_know_another_teacher_are_told():
+def test_warns_when_targets_were_fitted_to_another_teacher():
     teacher, other, targets = Net(6), Net(6), CodebookTargets(4)
     attached(teacher, targets)[1].fit(LOADER)
     centers = targets.centers.clone()
@@ -159,7 +159,7 @@ def test_targets_that_know_another_teacher_are_told():
     kd.loss(LABELS).backward()
 
 
-def test_a_teacher_that_is_gone_was_another():
+def test_warns_when_the_earlier_teacher_was_deleted():
     targets = CodebookTargets(4)
     attached(Net(6), targets)[1].fit(LOADER)
     gc.collect()
@@ -167,21 +167,21 @@ def test_a_teacher_that_is_gone_was_another():
         attached(Net(6), targets)
 
 
-def test_targets_that_know_another_point_are_told():
+def test_warns_when_targets_were_fitted_to_another_point():
     teacher, targets = Net(6), CodebookTargets(4)
     attached(teacher, targets, "first")[1].fit(LOADER)
     with pytest.warns(KDLayersWarning, match="learnt from 'first' of this teacher in an earlier"):
         attached(teacher, targets)
 
 
-def test_a_loss_that_knows_another_teacher_is_told():
+def test_warns_when_a_loss_was_fitted_to_another_teacher():
     loss = InheritExploreLoss(factor_channels=2, at="last", epochs=1)
     attached(Net(6), losses=[loss])[1].fit(LOADER)
     with pytest.warns(KDLayersWarning, match=r"InheritExploreLoss.last keeps what it learnt"):
         attached(Net(6), losses=[loss])
 
 
-def test_what_is_meant_gives_no_warning():
+def test_intended_uses_do_not_warn():
     teacher, targets = Net(6), CodebookTargets(4)
     attached(teacher, targets)[1].fit(LOADER)
     for _ in range(2):  # several students of one teacher

@@ -263,7 +263,7 @@ def test_few_distinct_rows_warn():
         ([(torch.tensor(1.0), None)], ShapeError, r"must be \[\.\.\., D\]"),
     ],
 )
-def test_bad_data_are_errors_and_leave_the_targets_as_they_were(given, error, sentence):
+def test_bad_data_are_errors_and_leave_the_targets_unchanged(given, error, sentence):
     targets = CodebookTargets(9)
     with pytest.raises(error, match=sentence):
         targets.fit(given)
@@ -296,7 +296,7 @@ def test_an_empty_batch(sharpness):
 
 
 def test_a_generator_is_an_error_if_a_second_pass_is_needed(small_sample):
-    with pytest.raises(FitError, match="gave no batch the second time"):
+    with pytest.raises(FitError, match="yielded no batch, as an exhausted generator does"):
         CodebookTargets(2).fit((torch.randn(64, 2), None) for _ in range(3))
 
 

@@ -188,12 +188,12 @@ def test_grids_with_labels_of_any_leading_shape(shape, labelled):
 
 
 @pytest.mark.parametrize(("width", "found"), [(6, 3), (2, 2)], ids=["by classes", "by channels"])
-def test_the_default_takes_the_components_that_there_are(width, found):
+def test_the_default_uses_all_components_if_there_are_few(width, found):
     features, labels = data(width=width)
     assert DecisionTargets(2).fit([(features, labels)]).projection.shape == (found, width)
 
 
-def test_components_asked_for_are_cut_with_a_warning():
+def test_too_many_components_are_reduced_with_a_warning():
     features, labels = data()
     with pytest.warns(KDLayersWarning, match=r"components=9\) is cut to 3: 4 classes .* 6 have"):
         targets = DecisionTargets(2, components=9).fit([(features, labels)])
@@ -227,14 +227,14 @@ def test_soft_assignment_agrees_with_loops():
     torch.testing.assert_close(q.sum(1), torch.ones(100, dtype=torch.float64))
 
 
-def test_only_centres_of_the_own_class_count():
+def test_only_centres_of_the_own_class_are_compared():
     """Also with one sub-class a class, and a row farther from its own centre than any other."""
     z, labels = torch.tensor([[100.0], [100.0], [0.0]]), torch.tensor([1, 0, 2])
     centers = torch.tensor([[0.0], [-500.0], [100.0]])
     assert own_subclass(z, labels, centers, 1).tolist() == [1, 0, 2]
 
 
-def test_one_subclass_a_class():
+def test_one_subclass_for_each_class():
     features, labels = data()
     targets = DecisionTargets(1, components=2).fit([(features, labels)])
     z = features @ targets.projection.T + targets.shift
@@ -281,8 +281,8 @@ def test_compiles_without_graph_break():
             ShapeError,
             r"labels of dtype float32 .* shape is \[2\]; for class",
         ),
-        (torch.ones(2, 4).bool(), ArgumentTypeError, r"give one-hot rows as labels.float\(\)"),
-        (torch.ones(2, 4).long(), ShapeError, r"give one-hot rows as labels.float\(\)"),
+        (torch.ones(2, 4).bool(), ArgumentTypeError, r"pass one-hot rows as labels.float\(\)"),
+        (torch.ones(2, 4).long(), ShapeError, r"pass one-hot rows as labels.float\(\)"),
         (torch.ones(3).long(), ShapeError, r"a leading part of \[2, 3\], got"),
         (torch.tensor([0, 4]), ArgumentError, r"must lie in 0\.\.3 .* got labels from 0 to 4"),
         (torch.tensor([0, -1]), ArgumentError, "got labels from -1 to 0"),
@@ -316,7 +316,7 @@ def tiny(labels):
         ([], FitError, "empty loader"),
     ],
 )
-def test_bad_data_are_errors_and_leave_the_targets_as_they_were(given, error, sentence):
+def test_bad_data_are_errors_and_leave_the_targets_unchanged(given, error, sentence):
     targets = DecisionTargets(2, components=1)
     with pytest.raises(error, match=sentence):
         targets.fit(given)

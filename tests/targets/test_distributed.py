@@ -80,7 +80,7 @@ def test_ranks_agree_with_one_process_where_the_sample_holds_all_rows(ranks, alo
         torch.testing.assert_close(value, alone[ALL][kind][name], rtol=1e-4, atol=1e-5)
 
 
-def test_ranks_find_what_one_process_finds_where_rows_are_sampled(ranks, alone):
+def test_ranks_agree_with_one_process_where_rows_are_sampled(ranks, alone):
     together, single = ranks[0][MORE], alone[MORE]
     assert together["codebook"]["counts"].sum() == MORE
     assert together["decisions"]["counts"].sum() == MORE

@@ -55,7 +55,7 @@ def test_a_teacher_without_finite_numbers_is_not_hidden(kind, fused, value, monk
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_codebook_divergence_is_the_loss_written_out(
+def test_codebook_divergence_equals_the_unfused_loss(
     positions, channels, sharpness, entries, given_scores, seed
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +83,7 @@ def test_codebook_divergence_is_the_loss_written_out(
 
 
 @pytest.mark.parametrize("given_scores", [True, False])
-def test_decision_divergence_is_the_loss_written_out(given_scores, monkeypatch):
+def test_decision_divergence_equals_the_unfused_loss(given_scores, monkeypatch):
     monkeypatch.setitem(chunks._ENTRIES, "cpu", 30)
     _, targets, features, labels = assignments(torch.float64)
     units = torch.randn(200, 5, dtype=torch.float64, requires_grad=True)
@@ -144,7 +144,7 @@ def test_an_overridden_soft_assignment_is_honoured():
     torch.testing.assert_close(found, template_kl(units @ templates.T, wanted_assignment))
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_shapes_are_errors():
     codebook, decisions, features, labels = assignments(torch.float32)
     for targets, number in ((codebook, 12), (decisions, 8)):
         with pytest.raises(ShapeError, match=f"num_templates={number}"):

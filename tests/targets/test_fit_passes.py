@@ -144,9 +144,9 @@ def test_fit_is_the_same_for_the_same_seed(kind, two_passes):
     assert not torch.equal(first, learnt(loader_of(kind), seed=6))
 
 
-def test_data_that_change_all_the_same_are_warned_of(two_passes):
+def test_warns_when_passes_see_different_data(two_passes):
     loader = DataLoader(Augmented(hidden), batch_size=8)
-    with pytest.warns(KDLayersWarning, match="got other data"):
+    with pytest.warns(KDLayersWarning, match="got different data"):
         learnt(loader)
 
 

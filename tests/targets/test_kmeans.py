@@ -39,7 +39,7 @@ def test_nearest_agrees_with_subtraction(dtype, monkeypatch):
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([1, 100]))
-def test_search_by_lanes_is_exact_and_takes_the_first_of_equals(k, n, seed, values):
+def test_search_by_lanes_is_exact_and_takes_the_first_on_ties(k, n, seed, values):
     generator = torch.Generator().manual_seed(seed)
     # Small integers: every product is exact, and with 1 value there are ties everywhere.
     rows, centers = (
@@ -141,7 +141,7 @@ def mixed(n, width, rank):
 
 
 @pytest.mark.parametrize(("width", "rank"), [(24, 8), (192, 8), (192, 192)])
-def test_stages_end_where_scikit_learn_does(width, rank):
+def test_stages_reach_the_inertia_of_scikit_learn(width, rank):
     """Growing parts of the rows, in few axes first where those hold most of the variance."""
     rows = mixed(80 * 160, width, rank)
     ours = kmeans(rows, 80, seed=0)
@@ -284,7 +284,7 @@ def test_sample_does_not_depend_on_batches_and_is_bounded(sizes, capacity, group
     assert torch.equal(labels[two.rows.flatten().long()], two.groups)
 
 
-def test_complete_sample_has_an_order_of_its_own():
+def test_complete_sample_is_sorted_by_content():
     rows = torch.randn(200, 4)
     shuffled = rows[torch.randperm(200)]
     one = fill(Reservoir(300, 0), rows, [200]).merged()
@@ -328,7 +328,7 @@ def test_mixing_agrees_with_plain_integers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tags_tell_rows_apart_by_content(dtype):
+def test_tags_depend_on_the_content_of_rows(dtype):
     bits = (torch.arange(2**12).unsqueeze(1) >> torch.arange(12)) & 1
     tags = row_tags(bits.to(dtype))
     assert len(tags.unique()) == 2**12
@@ -352,7 +352,7 @@ def test_blocks_are_full_but_the_last(sizes):
 
 
 @pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # torch 2.9
-def test_precision_that_the_user_allows_is_seen_and_a_graph_is_careful_in_any_case():
+def test_tf32_flags_are_read_and_compiled_graphs_assume_tf32():
     def choose(x):
         return x + 1 if distances._tensor_float() else x - 1
 

@@ -131,7 +131,7 @@ def test_large_offsets_and_scales_cancel():
     agree((features + 1000.0) * scale, labels, tolerance=1e-5)
 
 
-def test_an_outlier_in_front_does_no_harm():
+def test_an_outlier_in_the_first_row_is_harmless():
     features, labels = data()
     features[0] += 1e6
     agree(features, labels, tolerance=1e-5)

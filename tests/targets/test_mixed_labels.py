@@ -75,7 +75,7 @@ def test_labels_of_many_classes_are_not_cut():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_labels_of_one_class_give_the_very_numbers_of_the_class(dtype, smoothing):
+def test_labels_of_one_class_equal_integer_labels(dtype, smoothing):
     targets, features, labels = targets_and_labels()
     rows = (one_hot(labels) * (1 - smoothing) + smoothing / CLASSES).to(dtype)
     expected = targets.soft_assignment(features, labels)
@@ -86,7 +86,7 @@ def test_labels_of_one_class_give_the_very_numbers_of_the_class(dtype, smoothing
     )
 
 
-def test_smoothing_leaves_the_mixture_as_it_is():
+def test_smoothing_does_not_change_the_mixture():
     targets, features, labels = targets_and_labels()
     plain = targets.soft_assignment(features, mixup(labels, 0.75))
     smoothed = targets.soft_assignment(features, mixup(labels, 0.75, smoothing=0.06))
@@ -109,7 +109,7 @@ def test_positions_of_a_map_have_their_images_labels():
 
 
 @pytest.mark.parametrize("given_scores", [True, False])
-def test_the_fused_divergence_is_the_loss_written_out(given_scores, monkeypatch):
+def test_the_fused_divergence_equals_the_unfused_loss(given_scores, monkeypatch):
     monkeypatch.setitem(chunks._ENTRIES, "cpu", 30)
     monkeypatch.setattr(chunks, "LEAST_SCORES", 1)
     targets, features, labels = targets_and_labels()
@@ -130,7 +130,7 @@ def test_the_fused_divergence_is_the_loss_written_out(given_scores, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_the_fused_operator_with_shares_passes_torchs_own_checks():
+def test_the_fused_operator_with_shares_passes_opcheck():
     student = torch.randn(6, 4, requires_grad=True)
     own, shares = torch.randint(4, (6, 2)), torch.rand(6, 2)
     table = torch.rand(4, 4).softmax(1)
@@ -184,7 +184,7 @@ def test_losses_on_logits_are_means_over_the_classes(name, seed, lam):
 
 @pytest.mark.parametrize("loss", [DKDLoss(), AEKTLoss(), AEKTLoss(form="ratio", gamma=0.1)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_one_hot_rows_give_the_very_losses_of_the_classes(loss, smoothing):
+def test_one_hot_rows_give_the_same_losses_as_integers(loss, smoothing):
     student, teacher = draw(4, CLASSES).requires_grad_(), 3 * draw(4, CLASSES, seed=1)
     labels = torch.tensor([0, 5, 2, 2])
     rows = one_hot(labels) * (1 - smoothing) + smoothing / CLASSES

@@ -19,7 +19,7 @@ def vectors_of_all_lengths():
     return vectors
 
 
-def test_units_are_those_of_torch():
+def test_unit_vectors_equal_those_of_torch():
     vectors = vectors_of_all_lengths()
     wanted = F.normalize(vectors, dim=-1, eps=1e-12)
     for grad in (True, False):
@@ -31,7 +31,7 @@ def test_units_are_those_of_torch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zeros_pass_no_gradient_on(dtype):
+def test_zero_vectors_get_zero_gradients(dtype):
     vectors = torch.zeros(3, 4, dtype=dtype)
     vectors[1] = torch.tensor([3.0, 4.0, 0.0, 0.0])
     vectors.requires_grad_()
@@ -90,7 +90,7 @@ def test_a_dead_half_of_the_channels_does_not_explode():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_lengths_of_half_precision_are_float32(dtype):
+def test_norms_of_half_precision_vectors_are_float32(dtype):
     vectors = torch.full((2, 300), 300.0, dtype=dtype)  # the squares overflow in float16
     found = inverse_norm(vectors)
     assert found.dtype == torch.float32

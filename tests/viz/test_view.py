@@ -176,7 +176,7 @@ def test_usage_counts_what_a_loop_counts(net, monkeypatch):
     assert usage.silent.tolist() == [k for k in range(7) if not fires[k]]
 
 
-def test_the_student_stays_as_it_was(net):
+def test_the_student_is_unchanged(net):
     images, _ = batch()
     net.train()
     net.head.eval()
@@ -230,7 +230,7 @@ def test_features_changed_in_place_later_are_those_of_the_layer():
 
 
 @pytest.mark.parametrize("width", [4, 2])
-def test_vectors_are_a_grid_of_one(width):
+def test_vectors_are_a_grid_of_one_position(width):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, width), KDLayer(width, 6))
     view = viz.layer_view(model, torch.randn(3, 3, 2, 2))
     assert view.before.shape == (3, 1, 1, width)
@@ -329,6 +329,6 @@ class Halves(nn.Module):
         return torch.cat(x.chunk(2, -1))
 
 
-def test_a_wrong_way_to_match_is_refused():
+def test_an_invalid_matching_mode_is_an_error():
     with pytest.raises(ArgumentError, match=r"by must be .* got 'best'"):
         viz.match_map(view_of(*torch.ones(2, 1, 2, 2, 3)), by="best")
