@@ -1,6 +1,7 @@
 """The examples are short, complete in themselves, and run; what they print is finite."""
 
 import ast
+import json
 import math
 import os
 import re
@@ -110,6 +111,34 @@ def test_own_loop_goes_on_where_it_stopped_and_exports(tmp_path):
     assert program(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
 
 
+def test_a_foundation_model_teaches_without_labels(tmp_path):
+    pytest.importorskip("timm")
+    lines = [json.loads(line) for line in run("label_free", tmp_path).splitlines()]
+    assert [line["model"] for line in lines] == ["teacher", "untrained", "distilled"]
+    for line in lines:
+        measures = ["k-NN", "linear"] + ["fine-tuned"] * (line["model"] != "teacher")
+        assert all(0 <= line[measure] <= 100 for measure in measures)
+
+
+def test_a_teacher_of_timm_by_its_name(tmp_path, monkeypatch, capsys):
+    """With random weights, as there is no network; the size and normalisation are its own."""
+    timm = pytest.importorskip("timm")
+    import label_free
+
+    asked, create = [], timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        asked.append((name, pretrained))
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(sys, "argv", ["label_free.py", "--quick", "--teacher", "test_vit"])
+    monkeypatch.chdir(tmp_path)
+    label_free.main()
+    assert asked[0] == ("test_vit", True)
+    assert '"distilled"' in capsys.readouterr().out
+
+
 def test_a_folder_of_ones_own_images(tmp_path):
     from torchvision.transforms.functional import to_pil_image
 
@@ -139,7 +168,7 @@ def test_they_are_short_and_complete(script):
 
 
 def test_there_are_not_too_many():
-    assert len(SCRIPTS) <= 12
+    assert len(SCRIPTS) <= 13
     assert len((EXAMPLES / "data.py").read_text("utf-8").splitlines()) <= 100
     assert [file.name for file in EXAMPLES.glob("_*")] in ([], ["__pycache__"])
 
