@@ -64,3 +64,13 @@ def pixels(student: Tensor, teacher: Tensor, _labels: Tensor, temperature: float
     ours = F.log_softmax(student / temperature, dim=1)
     theirs = F.softmax(teacher / temperature, dim=1)
     return F.kl_div(ours, theirs, reduction="none").sum(1).mean() * temperature**2
+
+
+def cosine(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
+    """One minus the cosine over the channels, averaged over positions."""
+    return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
+
+
+def mse(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
+    """The mean squared difference."""
+    return F.mse_loss(student, teacher)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 _LOGITS = ("out", "output", "out", "output")
+_PLACE = {"module_path": "out", "io": "output"}
+_BOTH = {
+    "input": {"is_from_teacher": False, **_PLACE},
+    "target": {"is_from_teacher": True, **_PLACE},
+}
 
 
 def torchdistill_losses() -> dict[str, Loss]:
@@ -23,6 +28,8 @@ def torchdistill_losses() -> dict[str, Loss]:
         "DIST": mid_level.DISTLoss(*_LOGITS),
         "RKD": mid_level.RKDLoss("out", "out", 25.0, 50.0, "mean"),
         "similarity-preserving": mid_level.SPKDLoss("out", "out", "batchmean"),
+        "KD on class maps": mid_level.KDLoss(*_LOGITS, 4.0, alpha=0.0),
+        "FeatureLoss, mse": mid_level.SimpleLossWrapper(nn.MSELoss(), _BOTH),
     }
     return {name: _in_our_order(loss) for name, loss in made.items()}
 

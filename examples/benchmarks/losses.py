@@ -32,6 +32,7 @@ from kdlayers import (
     ChannelWiseLoss,
     DISTLoss,
     DKDLoss,
+    FeatureLoss,
     KDLoss,
     MutualLoss,
     RKDLoss,
@@ -77,6 +78,18 @@ FEATURES: dict[str, tuple[Callable[[], nn.Module], Callable, tuple[int, ...], tu
     ),
     "channel-wise": (ChannelWiseLoss, relations.channelwise, (8, 21, 64, 64), (2, 3, 4, 4)),
     "KD on class maps": (OnEveryPixel, relations.pixels, (8, 21, 64, 64), (2, 3, 4, 4)),
+    "FeatureLoss, cosine": (
+        partial(FeatureLoss, projector=None),
+        relations.cosine,
+        (64, 128, 8, 8),
+        (4, 3, 2, 2),
+    ),
+    "FeatureLoss, mse": (
+        partial(FeatureLoss, projector=None, distance="mse"),
+        relations.mse,
+        (64, 128, 8, 8),
+        (4, 3, 2, 2),
+    ),
 }
 AGAIN = "none, once more"
 SHAPES = ((64, 100), (256, 1000))

@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.regnet import BlockParams, RegNet
-from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabV3
 from torchvision.models.segmentation.lraspp import LRASPP
 from torchvision.ops import box_iou
 
@@ -56,10 +56,12 @@ def shapes(count: int, seed: int) -> Shapes:
                 3: (y < 0.8) & (y > 2 * x.abs() - 1),
             }[kind]
             mask[inside] = kind
-            image = torch.where(inside, image + uniform(-0.35, 0.35, 3, 1, 1), image)
+            colour = uniform(0.1, 0.7, 3, 1, 1)
+            colour[kind - 1] += 0.3  # a hint: discs are redder, squares greener, triangles bluer
+            image = torch.where(inside, colour, image)
             # A later shape may cover an earlier one: its number tells them apart.
             boxes.append((len(images), kind, inside))
-        images.append(image + 0.12 * torch.randn(3, SIDE, SIDE, generator=draw))
+        images.append(image + 0.05 * torch.randn(3, SIDE, SIDE, generator=draw))
         masks.append(mask)
     return Shapes(torch.stack(images), torch.stack(masks), framed(boxes, count))
 
@@ -89,14 +91,15 @@ def segmenter(kind: str, widths: list[int], depth: int) -> nn.Module:
     names = {"lraspp": {"block2": "low", "block3": "high"}, "deeplab": {"block2": "out"}}
     body = IntermediateLayerGetter(trunk(widths, depth), names[kind])
     if kind == "lraspp":
-        return LRASPP(body, widths[1], widths[2], CLASSES, 64)
-    return DeepLabV3(body, DeepLabHead(widths[1], CLASSES, atrous_rates=(1, 2, 3)))
+        return LRASPP(body, widths[1], widths[2], CLASSES, 32)
+    head = ASPP(widths[1], (1, 2, 3), 32)
+    return DeepLabV3(body, nn.Sequential(head, nn.Conv2d(32, CLASSES, 1)))
 
 
 def detector(widths: list[int], depth: int) -> FasterRCNN:
     """A Faster R-CNN with a pyramid of three levels: strides 4, 8 and 16, and 32 by pooling."""
     names = {f"block{level}": str(level) for level in (1, 2, 3)}
-    pyramid = BackboneWithFPN(trunk(widths, depth), names, widths, 64)
+    pyramid = BackboneWithFPN(trunk(widths, depth), names, widths, 32)
     anchors = AnchorGenerator(((8,), (16,), (24,), (32,)), ((0.7, 1.0, 1.4),) * 4)
     fewer = {"rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_train": 60}
     fewer |= {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 40}
@@ -107,8 +110,8 @@ def detector(widths: list[int], depth: int) -> FasterRCNN:
         min_size=SIDE,
         max_size=SIDE,
         rpn_anchor_generator=anchors,
-        box_head=TwoMLPHead(64 * 7 * 7, 128),
-        box_predictor=FastRCNNPredictor(128, CLASSES),
+        box_head=TwoMLPHead(32 * 7 * 7, 64),
+        box_predictor=FastRCNNPredictor(64, CLASSES),
         image_mean=[0.5] * 3,
         image_std=[0.25] * 3,
         **fewer,

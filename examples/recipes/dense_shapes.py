@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from kdlayers import ChannelWiseLoss, DistillLoss, FeatureLoss, KDHandle, KDLoss, attach_kd
 
-SMALL, LARGE = ([16, 32, 64], 1), ([48, 96, 192], 2)  # widths and depth
-BATCH = 8
+SMALL, LARGE = ([16, 32, 48], 1), ([32, 64, 128], 1)  # widths and depth
+TEACHER_IMAGES, TEST_IMAGES, BATCH = 1000, 200, 8
 LEVELS = [f"fpn.layer_blocks.{level}" for level in range(3)]  # the finest first
 METHODS: dict[str, dict[str, Callable[[], list[DistillLoss]]]] = {
     "segmentation": {
@@ -44,14 +44,16 @@ def main() -> None:
     parser.add_argument("task", choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=64, help="of a student; default: 64")
-    parser.add_argument("--steps", type=int, default=150, help="of a student; default: 150")
-    parser.add_argument("--teacher-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200, help="of a student; default: 200")
+    parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     run = segment if args.task == "segmentation" else detect
-    test = shapes(200, seed=999)
+    test = shapes(TEST_IMAGES, seed=999)
     kinds = ("lraspp", "deeplab") if args.task == "segmentation" else ("Faster R-CNN",)
-    teacher, score = run(kinds[-1], LARGE, shapes(1000, 1000), test, args.teacher_steps, seed=0)
+    teacher, score = run(
+        kinds[-1], LARGE, shapes(TEACHER_IMAGES, seed=1000), test, args.teacher_steps, seed=0
+    )
     write(args, {"model": kinds[-1], "method": "teacher", "score": score})
     for seed in range(args.seeds):
         few = shapes(args.images, seed)
@@ -141,8 +143,8 @@ def train(
 ) -> None:
     """An ordinary loop over random batches, the same ones for every method."""
     draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([*model.parameters(), *(kd.parameters() if kd else [])], 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    optimizer = torch.optim.AdamW([*model.parameters(), *(kd.parameters() if kd else [])], 5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()

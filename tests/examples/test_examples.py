@@ -1,6 +1,7 @@
 """The examples are short, complete in themselves, and run; what they print is finite."""
 
 import ast
+import json
 import math
 import os
 import re
@@ -115,6 +116,34 @@ def test_a_second_call_trains_from_the_record_alone(tmp_path):
     assert re.findall(r"^(.*): \d+\.\d\d %$", first, re.M) == ["teacher", "recorded teacher"]
     assert second == first[first.index("epoch 0") :]  # the same student, without a teacher
     assert (tmp_path / "runs" / "recorded" / "record" / "record.json").exists()
+
+
+def test_a_foundation_model_teaches_without_labels(tmp_path):
+    pytest.importorskip("timm")
+    lines = [json.loads(line) for line in run("label_free", tmp_path).splitlines()]
+    assert [line["model"] for line in lines] == ["teacher", "untrained", "distilled"]
+    for line in lines:
+        measures = ["k-NN", "linear"] + ["fine-tuned"] * (line["model"] != "teacher")
+        assert all(0 <= line[measure] <= 100 for measure in measures)
+
+
+def test_a_teacher_of_timm_by_its_name(tmp_path, monkeypatch, capsys):
+    """With random weights, as there is no network; the size and normalisation are its own."""
+    timm = pytest.importorskip("timm")
+    import label_free
+
+    asked, create = [], timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        asked.append((name, pretrained))
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(sys, "argv", ["label_free.py", "--quick", "--teacher", "test_vit"])
+    monkeypatch.chdir(tmp_path)
+    label_free.main()
+    assert asked[0] == ("test_vit", True)
+    assert '"distilled"' in capsys.readouterr().out
 
 
 def test_a_folder_of_ones_own_images(tmp_path):
