@@ -11,7 +11,7 @@ from torchvision.models.convnext import CNBlockConfig
 from tests.attach_tester import CLASSES, AttachCase
 
 # Pairs of models that timm states other means and deviations for.
-pytestmark = pytest.mark.filterwarnings("ignore:the student .* states images:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the student .* expects images:UserWarning")
 
 
 def tv(name, **kwargs):

@@ -69,7 +69,7 @@ def unsealed(kd):
     "state", [{}, None, [], 3, "state", nn.Linear(1, 1), {"version": True}, {"version": None}]
 )
 def test_other_things_are_refused(fitted, state):
-    refused(fitted, state, r"not a state of a KDHandle of version 1 to 2 \(found")
+    refused(fitted, state, r"expected the state of a KDHandle, version 1 to 2, found")
 
 
 @pytest.mark.parametrize("step", [-1, 2.0, True, None, "3"])
@@ -166,7 +166,7 @@ def test_another_number_of_templates_is_refused(fitted):
 def test_another_teacher_width_is_refused(fitted):
     other = attached(teacher=5, losses=[])
     mine = attached(losses=[])
-    refused(mine, other.state_dict(), "for 5 channels of the teacher, which has 6 at 'first'")
+    refused(mine, other.state_dict(), "but the teacher has 6 at 'first'")
 
 
 def test_states_are_copies():
