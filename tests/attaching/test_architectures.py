@@ -1,6 +1,6 @@
-"""attach_kd on the architectures that people use, in pairs that differ in everything.
+"""attach_kd on common architectures, in pairs of very different models.
 
-Large families stand here in a small size, made by their own classes; the zoo has the usual sizes.
+Large families are tested in a small size, built from their own classes; the zoo has usual sizes.
 """
 
 import pytest

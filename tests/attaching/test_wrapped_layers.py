@@ -17,7 +17,7 @@ IMAGES, LABELS = batch()
 
 
 def reference(x, head, value, layer):
-    """The layer written out, with these matrices for its parameters."""
+    """A reference implementation of the layer with these matrices."""
     cosine = lambda u, m, s: s * F.normalize(u, dim=-1) @ F.normalize(m, dim=1).T  # noqa: E731
     scores = cosine(x.movedim(1, -1), head, layer.head.scale)
     norm = layer.norm

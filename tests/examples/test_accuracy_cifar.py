@@ -62,7 +62,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def bench(root, checkpoint, cache):
-    """Runs the benchmark; data, teacher and record are shared, threads are put back."""
+    """Runs the benchmark; shares data, teacher and record, and restores the number of threads."""
     threads = torch.get_num_threads()
 
     def run(out, *options):

@@ -48,7 +48,7 @@ def test_published_numbers_are_on_the_recipes_page(pairs):
 
 
 def attached(method, pair=None, classes=100):
-    """A student with what a method gives it, and the handle."""
+    """A student with a method attached, and the handle."""
     taps = Taps()
     pair = pair or Pair("resnet8", "resnet8", (taps, taps), lr=0.05, beta=2.0)
     student, teacher = network(pair.student, classes), network(pair.teacher, classes)
@@ -108,7 +108,7 @@ def test_weights_of_the_baselines():
 
 
 def test_teachers_larger_grid_is_averaged_two_by_two():
-    """As in the published cross-architecture pairs, before anything is learnt from the maps."""
+    """The published cross-architecture pairs, before training."""
     torch.manual_seed(0)
     taps = Taps()
     pair = Pair("wrn_10_1", "shufflenet_v1", (taps, taps), lr=0.01, beta=8.0)

@@ -1,4 +1,4 @@
-"""Damaged and foreign files: refused, and the model is as it was, so that another file loads."""
+"""Damaged and foreign files raise errors and leave the model unchanged, so another file loads."""
 
 import io
 import zipfile

@@ -24,7 +24,7 @@ class TestTemplate(LossTester):
 
 
 class OneHotTargets(nn.Module):
-    """Stands for fitted template targets: the largest channel is the template."""
+    """A substitute for fitted template targets: the largest channel is the template."""
 
     num_templates = 4
 

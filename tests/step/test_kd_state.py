@@ -1,4 +1,4 @@
-"""States of handles: damaged ones and those of other sizes are refused, as a whole."""
+"""States of handles: damaged states and other sizes raise errors and change nothing."""
 
 import copy
 import io
@@ -59,7 +59,7 @@ def refused(kd, state, sentence):
 
 
 def unsealed(kd):
-    """A state of version 1, which had no checksum to tell a change by."""
+    """A state of version 1, which had no checksum."""
     state = kd.state_dict()
     del state["checksum"]
     return {**state, "version": 1}

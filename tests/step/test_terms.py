@@ -1,4 +1,4 @@
-"""Keys of kd.terms: no value is logged under the name of another one."""
+"""Keys of kd.terms are unique."""
 
 import pytest
 import torch
