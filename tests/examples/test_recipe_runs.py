@@ -201,12 +201,12 @@ def test_imagenet_from_folders(tmp_path):
     [
         ([], "no ImageNet folder"),
         (["--root", "nowhere"], "there is no nowhere/train"),
-        (["--stand-in", "5", "--classes", "6"], "an image a class: 6, not 5"),
+        (["--stand-in", "5", "--classes", "6"], "an image per class: 6, not 5"),
         (
             ["--stand-in", "6", "--classes", "6", "--teacher-weights", "V9"],
             "V9 is neither a file nor a name of weights of resnet34; there are .'IMAGENET1K_V1'.",
         ),
-        (["--stand-in", "6", "--classes", "6"], "for 1000 classes, and the images have 6"),
+        (["--stand-in", "6", "--classes", "6"], "has 1000 classes, but the images have 6"),
     ],
 )
 def test_imagenet_says_what_is_missing(options, message, tmp_path):
