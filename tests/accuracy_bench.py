@@ -41,7 +41,7 @@ def image_root(tmp_path_factory):
 
 @pytest.fixture
 def bench(image_root, tmp_path_factory):
-    """Runs the benchmark on the tiny data; teachers are shared, threads are put back."""
+    """Runs the benchmark on the tiny data; shares teachers and restores the thread count."""
     accuracy = load("accuracy")
     cache = tmp_path_factory.getbasetemp() / "teachers"
     threads = torch.get_num_threads()

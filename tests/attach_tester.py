@@ -1,4 +1,4 @@
-"""Puts a student and a teacher through everything that attach_kd promises."""
+"""Tests everything that attach_kd promises, for a student and a teacher."""
 
 import copy
 from collections.abc import Callable
@@ -125,7 +125,7 @@ class Frozen:
 
 
 def task_loss(output: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits, or of every position of maps; of several outputs the sum."""
+    """Cross-entropy of logits, or of all positions of maps; the sum over several outputs."""
     parts = [t.flatten(2) if t.dim() > 2 else t for _, t in leaves(output)]
     each = [labels if t.dim() == 2 else labels[:, None].expand(-1, t.shape[2]) for t in parts]
     losses = [F.cross_entropy(t, y) for t, y in zip(parts, each, strict=True)]
@@ -139,7 +139,7 @@ def flat(output: Any) -> Tensor:
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """Eval-mode outputs, with every training flag put back."""
+    """Outputs in eval mode; restores all training flags."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

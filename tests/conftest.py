@@ -1,4 +1,4 @@
-"""What every test gets: one thread, a fixed seed, and no debris in the global random state."""
+"""Every test runs with one thread and a fixed seed, and must not change the global random state."""
 
 import os
 from pathlib import Path

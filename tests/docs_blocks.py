@@ -68,7 +68,7 @@ def names_of_a_user() -> dict[str, object]:
 
 
 def small_codebooks(monkeypatch, number=64) -> None:
-    """Pages leave the default of 4096 centres, which takes a minute to fit; 64 take no time."""
+    """Pages use the default of 4096 centres, which takes a minute to fit; replace it by 64."""
     assert CodebookTargets().num_templates == 4096
     monkeypatch.setattr(CodebookTargets.__init__, "__defaults__", (number,))
 

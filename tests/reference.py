@@ -1,4 +1,4 @@
-"""The method written out plainly, position by position, to compare the library with.
+"""A reference implementation of the method, position by position.
 
 Follows the published equations and nothing of the library: loops instead of convolutions,
 distances by subtraction, softmax by its definition.
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def unit(vector: Tensor) -> Tensor:
-    """The vector with length 1; zeros stay zeros."""
+    """The vector scaled to length 1; a zero vector maps to zero."""
     return vector / vector.norm() if bool((vector != 0).any()) else vector * 0
 
 

@@ -1,4 +1,4 @@
-"""The documentation names what exists, all of it, and its code runs."""
+"""The documentation covers all public names and no others, and its code runs."""
 
 import ast
 import inspect

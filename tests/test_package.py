@@ -1,4 +1,4 @@
-"""What a user gets by installing: three requirements, types, a light import, and nothing else."""
+"""The installed package: three requirements, types, a light import, and nothing else."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Types as users meet them: strict pyright on code that uses the package, and no unknown types.
+"""Types for users: strict pyright on code that uses the package, and no unknown types.
 
 Inside the package mypy and pyright are run by ``.ci/lint``.
 """

@@ -1,12 +1,12 @@
-"""Residual networks for small images, as the papers on distillation use them on CIFAR.
+"""Residual networks for small images, as used on CIFAR in papers on distillation.
 
 ``resnet8`` to ``resnet110`` (K. He et al., CVPR 2016) with 1x1 convolutions where a shortcut
 changes the shape, ``resnet8x4`` and ``resnet32x4`` (four times as wide), and wide ones such as
 ``wrn_40_2`` (S. Zagoruyko, N. Komodakis, BMVC 2016). All have three stages ``layer1`` to ``layer3``
-at full, half and quarter resolution, so that ``layer3.0`` is the first block of the last stage.
-``last`` gives the last feature map before pooling: that of ``layer3``, in wide networks after a
-batch norm and a ReLU. Where a stage has one block only (``resnet8``, ``resnet8x4``), points at
-``layer3.0`` and ``last`` lie back to back.
+at full, half and quarter resolution, so ``layer3.0`` is the first block of the last stage. ``last``
+returns the last feature map before pooling: that of ``layer3``, in wide networks after a batch norm
+and a ReLU. If stages have only one block (``resnet8``, ``resnet8x4``), nothing lies between the
+points ``layer3.0`` and ``last``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PreActivationBlock(nn.Module):
         """Features of the next block."""
         active = F.relu(self.bn1(x))
         y = F.relu(self.bn2(self.conv1(active)), inplace=True)
-        # The projection reads what the convolutions read, an identity the block's own input.
+        # A projection shortcut uses the normalised input; an identity shortcut the block's input.
         return self.conv2(y) + (x if self.shortcut is None else self.shortcut(active))
 
 
@@ -64,8 +64,8 @@ class CifarNet(nn.Module):
     """Stem, three stages, pooling and a linear classifier.
 
     Args:
-        block: makes a block from channels in, channels out and stride.
-        blocks: number of blocks a stage.
+        block: creates a block from input channels, output channels and stride.
+        blocks: number of blocks per stage.
         widths: channels of the stem and of the three stages.
         num_classes: outputs of the classifier.
         in_channels: channels of the images, 1 for grey ones.
@@ -104,23 +104,23 @@ class CifarNet(nn.Module):
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size, or halves it with stride 2."""
+    """A 3x3 convolution that keeps the size, or halves it if the stride is 2."""
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
 def stage(
     block: Callable[[int, int, int], nn.Module], blocks: int, inputs: int, outputs: int, stride: int
 ) -> nn.Sequential:
-    """``blocks`` blocks, of which the first changes channels and size."""
+    """``blocks`` blocks; the first one changes channels and size."""
     first = block(inputs, outputs, stride)
     return nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(blocks - 1)))
 
 
 def fold_batch_norm(model: CifarNet) -> CifarNet:
-    """A copy for inference: the batch norms of basic blocks and stem become part of convolutions.
+    """A copy for inference: folds the batch norms of basic blocks and stem into convolutions.
 
-    Features and logits stay the same but for rounding, and so do the names of the blocks. In wide
-    networks a batch norm comes before its convolution, and nothing is folded.
+    Features and logits stay the same up to rounding. The names of the blocks do not change. Wide
+    networks are not folded, because their batch norms come before the convolutions.
     """
     model = copy.deepcopy(model).eval()
     for block in (model, *model.layer1, *model.layer2, *model.layer3):
@@ -134,7 +134,7 @@ def fold_batch_norm(model: CifarNet) -> CifarNet:
 
 
 def initialise(module: nn.Module) -> None:
-    """He's initialisation for the convolutions; batch norms and the classifier keep PyTorch's."""
+    """He initialisation for convolutions; PyTorch's default for batch norms and classifier."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -150,12 +150,12 @@ def resnet(
     """A residual network of 6n + 2 layers with stages of 1, 2 and 4 times ``width`` channels.
 
     Args:
-        depth: 8, 14, 20, 32, 44, 56, 110: 6n + 2 for n blocks a stage.
+        depth: 8, 14, 20, 32, 44, 56, 110: 6n + 2 for n blocks per stage.
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
-        width: channels of the first stage, 16 in the papers. It need not be whole: the channels of
-            each stage are rounded, which lets a network meet a number of parameters.
-        stem: channels of the first convolution; default: as many as the first stage.
+        width: channels of the first stage, 16 in the papers. It may be fractional, to reach a given
+            number of parameters: the channels of each stage are rounded.
+        stem: channels of the first convolution; default: those of the first stage.
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
@@ -168,10 +168,10 @@ def resnet(
 def wide_resnet(
     depth: int, width: float, *, num_classes: int = 100, in_channels: int = 3
 ) -> CifarNet:
-    """A wide residual network, WRN-``depth``-``width``: 6n + 4 layers, 16 ``width`` channels first.
+    """A wide residual network, WRN-``depth``-``width``; its first stage has 16 ``width`` channels.
 
     Args:
-        depth: 10, 16, 22, 28, 40: 6n + 4 for n blocks a stage.
+        depth: 10, 16, 22, 28, 40: 6n + 4 for n blocks per stage.
         width: widening factor.
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
@@ -186,7 +186,7 @@ def wide_resnet(
 
 
 def make(name: str, **options: float) -> CifarNet:
-    """The network of a name: ``resnet20``, ``resnet8x4``, ``wrn_16_2``; options as above."""
+    """The network with a name such as ``resnet20``, ``resnet8x4`` or ``wrn_16_2``."""
     kind, _, numbers = name.partition("_")
     try:
         if kind == "wrn":

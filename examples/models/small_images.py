@@ -1,4 +1,4 @@
-"""Networks for 32x32 images whose blocks are not those of `cifar_resnet`.
+"""Networks for 32x32 images with other blocks than `cifar_resnet`.
 
 ``resnet50`` (K. He et al., CVPR 2016), ``shufflenet_v1`` (X. Zhang et al., CVPR 2018),
 ``shufflenet_v2`` (N. Ma et al., ECCV 2018) and ``mobilenet_v2_half`` (M. Sandler et al., CVPR
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 def conv_bn(
     inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, *, relu: bool
 ) -> nn.Sequential:
-    """A convolution that keeps the size but for its stride, a batch norm, and ReLU or nothing."""
+    """A padded convolution, a batch norm, and optionally a ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     parts = [conv, nn.BatchNorm2d(outputs), *([nn.ReLU()] if relu else [])]
     return nn.Sequential(*parts)
@@ -58,7 +58,7 @@ def conv_bn(
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions round a narrow middle, and a shortcut; ReLU after the sum."""
+    """A bottleneck of 1x1, 3x3 and 1x1 convolutions, and a shortcut; ReLU after the sum."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -97,14 +97,14 @@ def resnet50(num_classes: int = 100) -> Classifier:
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Channels of all groups in turn."""
+    """Interleave the channels of all groups."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class GroupedUnit(nn.Module):
     """ShuffleNet V1's block: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1.
 
-    With stride 2 the shortcut is a pooled input, put beside the result instead of added.
+    With stride 2, the pooled input is concatenated with the result instead of added.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
@@ -112,7 +112,7 @@ class GroupedUnit(nn.Module):
         made = outputs - inputs if stride == 2 else outputs
         middle = made // 4
         self.stride = stride
-        self.groups = 1 if inputs == 24 else groups  # the stem's channels are too few to group
+        self.groups = 1 if inputs == 24 else groups  # the stem has too few channels to group
         self.squeeze = conv_bn(inputs, middle, groups=self.groups, relu=True)
         self.depthwise = conv_bn(middle, middle, 3, stride, middle, relu=True)
         self.expand = conv_bn(middle, made, groups=groups, relu=False)
@@ -137,7 +137,7 @@ def shufflenet_v1(num_classes: int = 100) -> Classifier:
 
 
 class SplitUnit(nn.Module):
-    """ShuffleNet V2's block: half of the channels pass by, the other half are computed."""
+    """ShuffleNet V2's block: convolves half of the channels and keeps the other half."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class SplitUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """ShuffleNet V2's block between stages: both halves are computed, from all channels."""
+    """ShuffleNet V2's downsampling block: computes both halves from all channels."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def shufflenet_v2(num_classes: int = 100) -> Classifier:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to many channels, depthwise 3x3, 1x1 back to few, without an activation at the end."""
+    """An inverted residual: 1x1 expansion, depthwise 3x3, linear 1x1 projection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def mobilenet_v2_half(num_classes: int = 100) -> Classifier:
 
 
 def fan_out(model: Classifier) -> Classifier:
-    """He's initialisation by the number of outputs; depthwise kernels count all of theirs."""
+    """He initialisation by fan-out; for depthwise kernels it counts all output channels."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             outputs = module.out_channels * math.prod(module.kernel_size)

@@ -12,10 +12,10 @@ UNIT_STRIDES = ("features.0.0", "features.7.conv.1.0", "features.14.conv.1.0")
 
 
 def mobilenet_v2(num_classes: int = 10, in_channels: int = 3, width: float = 32.0) -> nn.Module:
-    """The network of torchvision with strides such that a quarter of the resolution is left.
+    """MobileNetV2 of torchvision with smaller strides: the last features have 1/4 resolution.
 
-    Three of its five strides become 1: of 28x28 images the last features have 7x7 positions. It has
-    no dropout, so that it trains without random numbers.
+    Three of its five strides become 1, so 28x28 images give last features of 7x7 positions. It has
+    no dropout, so training draws no random numbers.
 
     Args:
         num_classes: K, number of classes.
@@ -33,10 +33,10 @@ def mobilenet_v2(num_classes: int = 10, in_channels: int = 3, width: float = 32.
 
 
 def vgg(num_classes: int = 10, in_channels: int = 3, width: float = 16.0) -> VGG:
-    """The network of torchvision with three stages of two convolutions, and batch norm.
+    """VGG of torchvision with batch norm and three stages of two convolutions.
 
-    Of 28x28 images the last features, ``features.19``, have 7x7 positions; they are averaged over
-    these, and classified by one linear layer. It has no dropout, as `mobilenet_v2` here.
+    For 28x28 images, the last features, ``features.19``, have 7x7 positions. They are averaged and
+    classified by one linear layer. Like `mobilenet_v2` above, it has no dropout.
 
     Args:
         num_classes: K, number of classes.

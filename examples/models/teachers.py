@@ -1,4 +1,4 @@
-"""Teachers from files: the names of other implementations' weights, and clear words on misfits."""
+"""Loads teachers from files, renames the weights of other implementations, and explains errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Weights of the collection of teachers that most papers use (Y. Tian et al., ICLR 2020, "vanilla")
-# differ from ours in names alone. Each rule applies to the whole name, in this order.
+# The teachers that most papers use (Y. Tian et al., ICLR 2020, "vanilla") differ from ours only in
+# the names of the weights. Each rule applies to the whole name, in this order.
 RENAMED = {
     "resnet": [(r"\.downsample\.", ".shortcut.")],
     "wrn": [
@@ -23,11 +23,11 @@ RENAMED = {
 
 
 def load_teacher(model: nn.Module, name: str, path: Path, *, rename: bool = True) -> None:
-    """Fill ``model`` with the weights in ``path``.
+    """Load the weights in ``path`` into ``model``.
 
-    The file holds a state dict, or a dict with one under ``"model"`` or ``"state_dict"``; names may
-    be ours or (with ``rename``) those of the usual CIFAR teachers, with or without ``module.`` in
-    front.
+    The file holds a state dict, or a dict with one under ``"model"`` or ``"state_dict"``. Names are
+    ours or (with ``rename``) those of the usual CIFAR teachers, with or without the prefix
+    ``module.``.
 
     Raises:
         SystemExit: if the file cannot be read, or does not fit.
@@ -38,8 +38,8 @@ def load_teacher(model: nn.Module, name: str, path: Path, *, rename: bool = True
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SystemExit(
-            f"{path} cannot be read as a checkpoint of tensors and numbers alone, which is all "
-            f"that is read, for safety: {error}"
+            f"{path} cannot be read as a checkpoint of tensors and numbers; for safety, other "
+            f"files are not read: {error}"
         ) from None
     given, wanted = state_of(saved, path), model.state_dict()
     if rename and given.keys() != wanted.keys():
@@ -49,7 +49,7 @@ def load_teacher(model: nn.Module, name: str, path: Path, *, rename: bool = True
 
 
 def state_of(saved: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a file held."""
+    """The state dict in the content of a file."""
     for key in ("model", "state_dict"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
@@ -57,14 +57,14 @@ def state_of(saved: Any, path: Path) -> dict[str, Tensor]:
     if not tensors or not saved:
         keys = list(saved)[:5] if isinstance(saved, dict) else type(saved).__name__
         raise SystemExit(
-            f"{path} holds no state dict, neither plain nor under 'model' or 'state_dict': found "
+            f"{path} has no state dict, neither plain nor under 'model' or 'state_dict': found "
             f"{keys}"
         )
     return {name.removeprefix("module."): value for name, value in saved.items()}
 
 
 def renamed(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The state under our names."""
+    """The state with our names."""
     family = name if name in RENAMED else re.match("[a-z]*", name)[0]
     rules = RENAMED.get(family, [])
     found = {}
@@ -77,7 +77,7 @@ def renamed(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def check_fit(wanted: dict[str, Tensor], given: dict[str, Tensor], name: str, path: Path) -> None:
-    """Exit unless names and shapes agree, and say where they do not."""
+    """Exit with a list of differences unless names and shapes agree."""
     missing = sorted(wanted.keys() - given)
     unknown = sorted(given.keys() - wanted)
     shapes = [
@@ -95,4 +95,4 @@ def check_fit(wanted: dict[str, Tensor], given: dict[str, Tensor], name: str, pa
         if names
     ]
     if problems:
-        raise SystemExit(f"{path} is no {name}; {'; '.join(problems)}")
+        raise SystemExit(f"{path} does not fit {name}; {'; '.join(problems)}")

@@ -1,4 +1,4 @@
-"""The pairs of letKD's comparison on CIFAR-100, with their published settings and numbers."""
+"""The teacher-student pairs of letKD's CIFAR-100 table, with published settings and results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _pair(
     return Pair(teacher, student, taps, lr, beta, published=published(*numbers), **more)
 
 
-# beta is the DKD authors', for resnet110-resnet20 that of resnet110-resnet32.
+# beta is the DKD authors' value; resnet110-resnet20 uses that of resnet110-resnet32.
 # Published: teacher, labels, KD, FitNet, AT, DKD, QuEST, letKD-1, letKD-2.
 # fmt: off
 _ALL = (

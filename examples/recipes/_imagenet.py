@@ -1,4 +1,4 @@
-"""ImageNet for the recipe: pairs, images in parts for each process, torchvision's teachers."""
+"""ImageNet for the recipe: pairs, a shard of images for each process, torchvision's teachers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _RESNET = Taps("layer4.0", "layer4")
 _MOBILE = published(76.13, 68.87, 68.58, None, None, 72.05, 72.54, 73.78, 73.98)
-# KD's and DKD's settings are those of DKD's authors.
+# The settings of KD and DKD are those of DKD's authors.
 _SETTINGS = {"lr": 0.1, "temperature": 1.0, "kd_weight": 0.5, "warmup": 1}
 _ALL = (
     Pair(
@@ -57,7 +57,7 @@ def network(name: str, classes: int) -> nn.Module:
 
 
 def teacher_of(name: str, weights: str, classes: int) -> nn.Module:
-    """The teacher with torchvision's weights of a name, with those in a file, or ``random``."""
+    """The teacher with torchvision's weights of this name, weights from a file, or ``random``."""
     if weights == "random":
         return network(name, classes)
     if Path(weights).exists():
@@ -66,17 +66,19 @@ def teacher_of(name: str, weights: str, classes: int) -> nn.Module:
         return teacher
     known = [weight.name for weight in models.get_model_weights(name)]
     if weights not in known:
-        raise SystemExit(f"{weights} is no file, and no weights of {name}; there are {known}")
+        raise SystemExit(
+            f"{weights} is neither a file nor a name of weights of {name}; there are {known}"
+        )
     if classes != 1000:
         raise SystemExit(
-            f"{name} {weights} is for 1000 classes, and the images have {classes}: give "
-            "--teacher-weights a file"
+            f"{name} {weights} has 1000 classes, but the images have {classes}: pass a file to "
+            "--teacher-weights"
         )
     return models.get_model(name, weights=weights)
 
 
 class RandomImages(Dataset):
-    """Random pixels, every class equally often."""
+    """Random images, with the same number for each class."""
 
     def __init__(self, count: int, size: int, classes: int, transform: v2.Transform) -> None:
         self.count, self.size, self.classes = count, size, classes
@@ -93,7 +95,7 @@ class RandomImages(Dataset):
 
 
 def transforms(size: int) -> tuple[v2.Transform, v2.Transform]:
-    """For training, and for testing and ``kd.fit``."""
+    """The transform for training, and the one for testing and ``kd.fit``."""
     end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     start = [v2.ToImage(), v2.RGB()]
     augmented = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
@@ -103,12 +105,12 @@ def transforms(size: int) -> tuple[v2.Transform, v2.Transform]:
 
 
 def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset, int]:
-    """Training images augmented and plain, validation images, and the number of classes."""
+    """Augmented training images, plain training images, validation images, number of classes."""
     augmented, plain = transforms(args.size)
     if args.stand_in is not None:
         classes = args.classes
         if args.stand_in < classes:
-            raise SystemExit(f"--stand-in needs an image a class: {classes}, not {args.stand_in}")
+            raise SystemExit(f"--stand-in needs an image per class: {classes}, not {args.stand_in}")
         parts = [
             RandomImages(count, args.size, classes, transform)
             for count, transform in (
@@ -119,21 +121,21 @@ def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset, int]:
         ]
         return (*parts, classes)
     if args.root is None:
-        raise SystemExit("where is ImageNet? Give --root, a folder with train/CLASS and val/CLASS")
+        raise SystemExit("no ImageNet folder: pass --root, a folder with train/CLASS and val/CLASS")
     folders = [("train", augmented), ("train", plain), ("val", plain)]
     for name, _ in folders:
         if not (args.root / name).is_dir():
-            raise SystemExit(f"there is no {args.root / name}: one folder a class belongs there")
+            raise SystemExit(f"there is no {args.root / name}: it must have a folder per class")
     parts = [datasets.ImageFolder(args.root / name, transform) for name, transform in folders]
     if parts[0].classes != parts[2].classes:
-        raise SystemExit(f"{args.root}/train and {args.root}/val have not the same class folders")
+        raise SystemExit(f"{args.root}/train and {args.root}/val have different class folders")
     return (*parts, len(parts[0].classes))
 
 
 def shuffled(
     data: Dataset, batch: int, rank: int, world: int, args: argparse.Namespace
 ) -> DataLoader:
-    """This process's part of each epoch's random order, in full batches."""
+    """The shard of this process in each epoch's random order, in full batches."""
     sampler = DistributedSampler(data, world, rank, seed=args.seed, drop_last=True)
     return DataLoader(data, batch, sampler=sampler, drop_last=True, **_workers(args))
 
@@ -141,7 +143,7 @@ def shuffled(
 def in_order(
     data: Dataset, batch: int, rank: int, world: int, args: argparse.Namespace
 ) -> DataLoader:
-    """Every ``world``-th image: together the processes have each image once."""
+    """Every ``world``-th image, so that the shards of all processes cover each image once."""
     part = Subset(data, range(rank, len(data), world))
     return DataLoader(part, batch, **_workers(args))
 

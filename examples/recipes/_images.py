@@ -1,7 +1,7 @@
-"""CIFAR as tensors on the device: loaded once, cropped and flipped by the batch.
+"""CIFAR as tensors on the device: loaded once, cropped and flipped in batches.
 
-The images are few enough to stay on a GPU, where a batch is augmented in less time than one image
-takes in a worker process.
+All images fit on a GPU. Augmenting a batch there takes less time than augmenting one image in a
+worker process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PADDING = 4
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known about a data set: torchvision's class, classes, mean and deviation."""
+    """A data set: torchvision's class, number of classes, mean and standard deviation."""
 
     kind: type
     classes: int
@@ -27,7 +27,7 @@ class DataSet:
     std: tuple[float, float, float]
 
 
-# Means and deviations as in the code of letKD's and IE-KD's authors.
+# Means and standard deviations as in the code of letKD's and IE-KD's authors.
 DATA_SETS = {
     "cifar100": DataSet(datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "cifar10": DataSet(
@@ -52,15 +52,15 @@ class Images:
         return len(self.labels)
 
     def plain(self, size: int) -> PlainBatches:
-        """All images in their order, as they are."""
+        """All images in order, without augmentation."""
         return PlainBatches(self, size)
 
     def augmented(self, size: int) -> AugmentedBatches:
-        """Random order, crops and flips; the last batch is left out if it is not full."""
+        """Random order, crops and flips; an incomplete last batch is dropped."""
         return AugmentedBatches(self, size)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Bytes to floats around 0."""
+        """Normalise bytes to floats."""
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
@@ -68,7 +68,7 @@ class Images:
 
 @dataclass(frozen=True)
 class PlainBatches:
-    """Batches in order, iterable again and again."""
+    """Batches in order; can be iterated several times."""
 
     images: Images
     size: int
@@ -86,7 +86,7 @@ class PlainBatches:
 
 @dataclass(frozen=True)
 class AugmentedBatches:
-    """Batches of one epoch; what is random in it follows from torch's random state at its start."""
+    """Batches of one epoch; torch's random state at its start determines all randomness."""
 
     images: Images
     size: int
@@ -107,12 +107,12 @@ class AugmentedBatches:
 
 
 def cropped(pixels: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Crops of the original size out of images padded by reflection.
+    """Crops of the original size from images padded by reflection.
 
     Args:
         pixels: bytes ``[B, 3, H, W]``.
-        shifts: ``[2, B]``, where each crop starts in the padded image, from the top and the left.
-        flips: ``[B]``, whether a crop is mirrored.
+        shifts: ``[2, B]``, top and left coordinate of each crop in the padded image.
+        flips: ``[B]``, whether each crop is flipped.
     """
     count, _, height, width = pixels.shape
     columns = torch.arange(width, device=pixels.device).expand(count, width)
@@ -120,12 +120,12 @@ def cropped(pixels: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     rows = torch.arange(height, device=pixels.device) + shifts[0, :, None]
     image = torch.arange(count, device=pixels.device)[:, None, None]
     rows, columns = reflected(rows - PADDING, height), reflected(columns - PADDING, width)
-    # Indices on both sides of the channels' slice put the channels last.
+    # Advanced indices on both sides of the channels' slice move the channels to the end.
     return pixels[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def reflected(index: Tensor, size: int) -> Tensor:
-    """Positions outside ``0 .. size - 1`` mirrored at the edge pixel, which is not repeated."""
+    """Reflect positions outside ``0 .. size - 1`` at the edge pixel, which is not repeated."""
     inside = index.abs()
     return torch.where(inside < size, inside, 2 * (size - 1) - inside)
 
@@ -137,13 +137,13 @@ def load(
     known = DATA_SETS[name]
     if root is None:
         raise SystemExit(
-            f"where is {name}? Give --root FOLDER, with --download to fetch it there, or "
+            f"no folder for {name}: pass --root FOLDER, with --download to download it there, or "
             "--stand-in 1000 to run the script on random images"
         )
     try:
         parts = [known.kind(root, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:
-        hint = f"{known.kind.__name__} is not in {root}; --download fetches it"
+        hint = f"{known.kind.__name__} is not in {root}; pass --download to download it"
         raise SystemExit(f"{hint} ({error})") from None
     made = []
     for part in parts:
@@ -154,10 +154,12 @@ def load(
 
 
 def stand_in(name: str, count: int, device: torch.device) -> tuple[Images, Images]:
-    """Random images of the data set's shape, every class equally often: accuracy means nothing."""
+    """Random images of the data set's shape, balanced over the classes; accuracy is meaningless."""
     known = DATA_SETS[name]
     if count < known.classes:
-        raise SystemExit(f"--stand-in needs an image a class: {known.classes} or more, not {count}")
+        raise SystemExit(
+            f"--stand-in needs an image per class: {known.classes} or more, not {count}"
+        )
     draw = torch.Generator().manual_seed(0)
     made = []
     for size in (count, known.classes):

@@ -1,4 +1,4 @@
-"""The methods of letKD's comparison, with the settings in which a pair or a data set differ."""
+"""The methods of letKD's comparison, and the settings that depend on the pair or the data set."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ WITHOUT_TEACHER = ("labels", "layers")
 
 @dataclass(frozen=True)
 class Taps:
-    """Where the comparison taps a network.
+    """The modules of a network that the comparison reads.
 
     Attributes:
         first: the first block of the last stage, letKD-2's first point.
         last: the last feature map before pooling.
-        stages: what attention transfer compares; FitNet takes the second.
+        stages: the stages for attention transfer; FitNet uses the second one.
     """
 
     first: str = "layer3.0"
@@ -42,19 +42,19 @@ class Taps:
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher, a student, and what is set for the two.
+    """A teacher, a student, and the settings of the pair.
 
     Attributes:
         teacher: name of the teacher.
         student: name of the student.
-        taps: of the student, and of the teacher.
+        taps: those of the student and of the teacher.
         lr: initial learning rate.
         beta: weight of DKD's non-target term.
         alphas: value ratios of letKD's first and last layer.
         temperature: of KD and DKD.
-        kd_weight: of KD; the labels have the rest.
+        kd_weight: weight of KD; cross-entropy has the rest.
         warmup: epochs over which DKD is ramped up.
-        published: top-1 in % by method, as letKD's supplement prints them.
+        published: top-1 accuracy in % for each method, from letKD's supplement.
     """
 
     teacher: str
@@ -71,7 +71,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What letKD's layers and targets are made with; the defaults are the authors' on CIFAR-100."""
+    """Options of letKD's layers and targets; defaults are the authors' values for CIFAR-100."""
 
     num_templates: int = 4096
     temperature: float = 1.0
@@ -83,12 +83,12 @@ COLUMNS = ("teacher", "labels", "kd", "fitnet", "at", "dkd", "quest", "letkd-1",
 
 
 def published(*numbers: float | None) -> dict[str, float]:
-    """Numbers in the order of `COLUMNS`, with ``None`` where there is none."""
+    """Numbers in the order of `COLUMNS`; ``None`` for missing ones."""
     return {k: v for k, v in zip(COLUMNS, numbers, strict=True) if v is not None}
 
 
 def ce_weight(method: str, pair: Pair) -> float:
-    """KD shares 1 with the labels; the other methods are added to them."""
+    """Weight of the cross-entropy: 1 minus KD's weight for KD, 1 for the other methods."""
     return round(1.0 - pair.kd_weight, 6) if method == "kd" else 1.0
 
 
@@ -102,18 +102,18 @@ def attach(
     classes: int,
     sizes: Sizes,
 ) -> KDHandle | None:
-    """Give the student what the method needs; ``None`` where there is nothing to learn from.
+    """Attach the method to the student; ``None`` if the method needs no handle.
 
     Args:
-        method: one of `METHODS`. ``layers`` is the control of capacity: letKD-2's layers without
+        method: one of `METHODS`. ``layers`` is a control for capacity: letKD-2's layers without
             their supervision.
-        pair: the pair, which knows weights and points.
+        pair: the pair, with its weights and points.
         student: the student, without layers.
         teacher: the teacher; ``None`` for ``labels`` and ``layers``.
-        steps_per_epoch: for DKD's warm-up.
+        steps_per_epoch: number of steps, for DKD's warm-up.
         example: two images.
         classes: number of classes.
-        sizes: of layers and targets.
+        sizes: options of layers and targets.
     """
     if method == "labels":
         return None
@@ -131,7 +131,7 @@ def _points(method: str, pair: Pair, sizes: Sizes) -> list[KDPoint]:
     if method not in ("quest", "letkd-1", "letkd-2"):
         return []
     ours, theirs = pair.taps
-    # QuEST is letKD-1 whose layer adds nothing to the features.
+    # QuEST is letKD-1 with a layer that does not change the features.
     alpha = 0.0 if method == "quest" else pair.alphas[1]
     codebook = CodebookTargets(sizes.num_templates, sharpness=sizes.temperature)
     points = [KDPoint(ours.last, theirs.last, targets=codebook, alpha=alpha)]
@@ -147,7 +147,7 @@ def _losses(method: str, pair: Pair, steps_per_epoch: int) -> list[DistillLoss]:
     if method == "kd":
         return [KDLoss(temperature=pair.temperature, weight=pair.kd_weight)]
     if method == "dkd":
-        # min((epoch + 1) / warmup, 1), as its authors have it.
+        # min((epoch + 1) / warmup, 1), as in the authors' code.
         ramp = LinearWarmup(pair.warmup - 1, start=1 / pair.warmup, steps_per_epoch=steps_per_epoch)
         return [DKDLoss(alpha=1.0, beta=pair.beta, temperature=pair.temperature, weight=ramp)]
     if method == "fitnet":

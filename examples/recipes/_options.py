@@ -1,4 +1,4 @@
-"""What the CIFAR recipes share: their options, a teacher from a file or trained, one student."""
+"""Shared by the CIFAR recipes: options, a teacher (loaded or trained), training of a student."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ TEST_BATCH = 500
 
 
 class Options(argparse.ArgumentParser):
-    """A command line with the options of both recipes."""
+    """A parser with the options of both recipes."""
 
     def __init__(self, description: str | None, out: str, epochs: int) -> None:
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         add = self.add_argument
-        add("--root", type=Path, help="folder of the data set, as torchvision lays it out")
-        add("--download", action="store_true", help="let torchvision fetch the data set into ROOT")
+        add("--root", type=Path, help="folder of the data set, in torchvision's format")
+        add("--download", action="store_true", help="let torchvision download the data set to ROOT")
         add("--stand-in", type=int, metavar="N", help="N random images instead of the data set: "
             "shows that everything runs; accuracies mean nothing")  # fmt: skip
         add("--teacher-checkpoint", type=Path, metavar="FILE", help="weights of the teacher")
@@ -58,7 +58,7 @@ def images_of(name: str, args: argparse.Namespace) -> tuple[Images, Images]:
 
 
 def recipe_of(data: str, args: argparse.Namespace, fractions: tuple[float, ...]) -> Recipe:
-    """What teacher and students have in common."""
+    """The settings that teacher and students share."""
     return {
         "data": data if args.stand_in is None else f"{args.stand_in} random images",
         "seed": args.seed,
@@ -78,7 +78,7 @@ def find_teacher(
     images: tuple[Images, Images],
     args: argparse.Namespace,
 ) -> tuple[nn.Module, Recipe]:
-    """The teacher from a checkpoint, from ``--out``, or trained; and what is known about it."""
+    """The teacher, from a checkpoint, from ``--out``, or trained; and a record about it."""
     torch.manual_seed(0)
     teacher = make().to(args.device, memory_format=torch.channels_last)
     path = args.teacher_checkpoint
@@ -88,8 +88,8 @@ def find_teacher(
             train_teacher(teacher, name, recipe, images, path, args)
         elif not path.exists():
             raise SystemExit(
-                f"where is the teacher, {name}? Give --teacher-checkpoint FILE, or --train-teacher "
-                f"to train it by the same schedule and keep it in {path}"
+                f"no weights for the teacher {name}: pass --teacher-checkpoint FILE, or "
+                f"--train-teacher to train it with the same schedule and save it to {path}"
             )
     load_teacher(teacher, name, path)
     top1, _ = accuracy(teacher, images[1].plain(TEST_BATCH))
@@ -105,7 +105,7 @@ def train_teacher(
     path: Path,
     args: argparse.Namespace,
 ) -> None:
-    """Train the teacher with labels only, and keep it in ``path``; a stopped run goes on."""
+    """Train the teacher with labels only and save it to ``path``; resumes an interrupted run."""
     epochs = args.teacher_epochs
     own = {"epochs": epochs, "milestones": milestones(recipe["fractions"], epochs), "seed": 0}
     recipe = recipe | own | {"network": name, "method": "labels", "ce_weight": 1.0}
@@ -125,9 +125,9 @@ def train_student(
     *,
     fit_on: Any = None,
 ) -> Training:
-    """Train a student that has its layers, from the start or a checkpoint.
+    """Train an attached student, from the start or from a checkpoint.
 
-    ``fit_on`` are the batches that ``kd.fit`` reads; default: the training images as they are.
+    ``fit_on`` are the batches for ``kd.fit``; default: the training images without augmentation.
     """
     name = "-".join(str(recipe[key]) for key in ("pair", "method", "seed"))
     forward = torch.compile(student) if args.compile else None
@@ -145,7 +145,7 @@ def train_student(
 
 
 def run(training: Training, images: tuple[Images, Images], args: argparse.Namespace) -> None:
-    """All epochs on the augmented images."""
+    """Train for all epochs on the augmented images."""
     train, test = images
     if len(train) < training.recipe["batch_size"]:
         raise SystemExit(

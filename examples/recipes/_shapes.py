@@ -1,4 +1,4 @@
-"""Synthetic shapes to segment and to detect, small networks for both, and what is measured."""
+"""Synthetic shapes for segmentation and detection, small networks, and metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shapes:
 
 
 def shapes(count: int, seed: int) -> Shapes:
-    """``count`` images of one to three discs, squares and triangles on a noisy ground."""
+    """``count`` images of one to three discs, squares and triangles on a noisy background."""
     draw = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *size: int) -> Tensor:
@@ -59,7 +59,7 @@ def shapes(count: int, seed: int) -> Shapes:
             colour = uniform(0.1, 0.7, 3, 1, 1)
             colour[kind - 1] += 0.3  # a hint: discs are redder, squares greener, triangles bluer
             image = torch.where(inside, colour, image)
-            # A later shape may cover an earlier one: its number tells them apart.
+            # A later shape may cover an earlier one, so each shape has its own number.
             boxes.append((len(images), kind, inside))
         images.append(image + 0.05 * torch.randn(3, SIDE, SIDE, generator=draw))
         masks.append(mask)
@@ -67,7 +67,7 @@ def shapes(count: int, seed: int) -> Shapes:
 
 
 def framed(found: list[tuple[int, int, Tensor]], count: int) -> list[Boxes]:
-    """The boxes round the shapes of every image, whether covered by others or not."""
+    """The boxes of all shapes in each image, including covered parts."""
     frames: list[tuple[list[Tensor], list[int]]] = [([], []) for _ in range(count)]
     for image, kind, inside in found:
         y, x = torch.where(inside)

@@ -1,4 +1,4 @@
-"""Training loop of the recipes: SGD by the epoch, checkpoints, the accuracy of the last epoch."""
+"""Training loop of the recipes: SGD, a checkpoint after each epoch, accuracy of the last epoch."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ Recipe = dict[str, Any]
 
 
 class Training:
-    """A student on its way through a recipe, from the first epoch or from a checkpoint.
+    """The training of a student, from the first epoch or from a checkpoint.
 
     Args:
         student: the network, with its KD layers attached.
         kd: its handle; ``None`` trains with labels only.
-        recipe: what decides the result, as JSON could hold it: ``seed``, ``epochs``, ``lr``,
-            ``milestones``, ``weight_decay``, ``ce_weight``, ``amp``, and whatever else.
-        checkpoint: file written after every epoch; a run goes on from it where it exists.
-        forward: what is called on images; default: the student. For wrappers and compiled ones.
-        compiled: whether ``kd.loss`` is compiled too.
+        recipe: all settings that affect the result, as JSON values: ``seed``, ``epochs``, ``lr``,
+            ``milestones``, ``weight_decay``, ``ce_weight``, ``amp``, and any others.
+        checkpoint: file written after every epoch; if it exists, training resumes from it.
+        forward: the callable to run on images, such as a wrapper of the student or a compiled one;
+            default: the student.
+        compiled: whether to compile ``kd.loss`` too.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Training:
             self._resume()
 
     def fit(self, batches: Batches) -> None:
-        """Learn what the losses need of the teacher, unless a checkpoint brought it."""
+        """Call ``kd.fit``, unless the checkpoint had a fitted state."""
         if self.kd is None or self.fit_seconds:
             return
         start = time.perf_counter()
@@ -74,7 +75,7 @@ class Training:
         self._save()
 
     def run(self, batches: Batches, test: Callable[[], tuple[float, float]], every: int) -> None:
-        """The epochs that are left; ``test`` gives accuracies to print after some of them."""
+        """Run the remaining epochs; ``test`` returns accuracies to print after some of them."""
         while self.epoch < self.recipe["epochs"]:
             start = time.perf_counter()
             lr = self._set_lr()
@@ -92,8 +93,8 @@ class Training:
             say(line)
 
     def _one_epoch(self, batches: Batches) -> float:
-        """Train on all batches; the mean loss."""
-        # Shuffling and augmentation follow from this, so that a resumed run sees the same images.
+        """Train on all batches; returns the mean loss."""
+        # This seeds shuffling and augmentation, so that a resumed run sees the same images.
         torch.manual_seed(1_000_003 * self.recipe["seed"] + self.epoch + 7919 * rank())
         sampler = getattr(batches, "sampler", None)
         if isinstance(sampler, DistributedSampler):
@@ -112,17 +113,17 @@ class Training:
             self.optimizer.step()
             total, count = total + loss.detach(), count + 1
         if not count:
-            raise SystemExit("there are fewer images than a batch has: lower --batch-size")
+            raise SystemExit("there are fewer images than the batch size: lower --batch-size")
         return (total / count).item()
 
     def _terms(self) -> dict[str, float]:
-        """What the losses said of the last batch, before their weights."""
+        """The unweighted values of the losses on the last batch."""
         terms = {} if self.kd is None else self.kd.terms
         plain = {k: v for k, v in terms.items() if k != "total" and not k.endswith(".weighted")}
         return {name: value.item() for name, value in plain.items()}
 
     def _set_lr(self) -> float:
-        """The rate of this epoch: a tenth after each milestone."""
+        """The learning rate of this epoch, divided by 10 after each milestone."""
         passed = sum(milestone <= self.epoch for milestone in self.recipe["milestones"])
         lr = self.recipe["lr"] * 0.1**passed
         for group in self.optimizer.param_groups:
@@ -142,7 +143,7 @@ class Training:
             "recipe": self.recipe,
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        # A run that is stopped while it writes keeps the checkpoint before.
+        # A run that is interrupted while writing keeps the previous checkpoint.
         fresh = self.checkpoint.with_suffix(".new")
         torch.save(state, fresh)
         fresh.replace(self.checkpoint)
@@ -154,8 +155,8 @@ class Training:
         if keys:
             said = ", ".join(f"{k} {theirs.get(k)!r}, now {ours.get(k)!r}" for k in keys)
             raise SystemExit(
-                f"{self.checkpoint} is of another recipe ({said}); choose another --out, or delete "
-                "the file to start anew"
+                f"{self.checkpoint} has another recipe ({said}); choose another --out, or delete "
+                "the file to start again"
             )
         self.student.load_state_dict(saved["model"])
         if self.kd is not None:
@@ -167,15 +168,15 @@ class Training:
 
 
 def autocast(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
-    """Products in bfloat16, whose range needs no scaling of the loss."""
+    """Autocast to bfloat16, which needs no loss scaling."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Percentages of images whose class has the largest logit, and one of the five largest.
+    """Top-1 and top-5 accuracy in %.
 
-    Of the images of all ranks together; in evaluation mode and full precision.
+    They are computed over the images of all ranks, in eval mode and full precision.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -192,12 +193,12 @@ def accuracy(model: nn.Module, batches: Batches) -> tuple[float, float]:
 
 
 def milestones(fractions: Iterable[float], epochs: int) -> list[int]:
-    """Epochs at these parts of the whole run."""
+    """Epochs at these fractions of the run."""
     return [round(fraction * epochs) for fraction in fractions]
 
 
 def digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that stand for a network's weights."""
+    """A hash of a network's weights, twelve hexadecimal digits."""
     sums = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         sums.update(name.encode())
@@ -220,13 +221,13 @@ def flat(recipe: Recipe, prefix: str = "") -> Recipe:
 
 
 def finish(training: Training, test: Batches, published: Recipe, *, take_out: bool = False) -> None:
-    """Let go of the teacher, test what is left, save it, and report one line of JSON.
+    """Detach the teacher, test and save the student, and print the result as one line of JSON.
 
     Args:
-        training: at its end.
+        training: the finished training.
         test: batches to test on.
-        published: the numbers to compare with.
-        take_out: whether the layers go too, as they add nothing.
+        published: the published results.
+        take_out: whether to remove the layers too, because they do not change the features.
     """
     if training.kd is not None:
         (training.kd.remove if take_out else training.kd.detach)()
@@ -254,7 +255,7 @@ def finish(training: Training, test: Batches, published: Recipe, *, take_out: bo
 
 
 def save(student: nn.Module, path: Path) -> None:
-    """With its layers by `save_student`; without any, as a plain checkpoint."""
+    """Save a student with KD layers by `save_student`, others as a plain checkpoint."""
     if any(".kd." in name for name, _ in student.named_parameters()):
         save_student(student, path)
     else:
@@ -267,16 +268,16 @@ def device_name(device: torch.device) -> str:
 
 
 def rank() -> int:
-    """This process's number, 0 where there is one process."""
+    """The rank of this process; 0 if there is only one process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes."""
+    """Whether this process prints and writes files."""
     return rank() == 0
 
 
 def say(text: str) -> None:
-    """Print, once."""
+    """Print on one process only."""
     if is_first():
         print(text, flush=True)

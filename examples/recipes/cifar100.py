@@ -1,7 +1,7 @@
-"""letKD and its rivals on CIFAR-100, by the published protocol, for every published pair.
+"""letKD and the methods it is compared with on CIFAR-100, by the published protocol.
 
-One command trains one student and ends with one line of JSON, which has the accuracy of the last
-epoch. A stopped run goes on where it was when it is started again.
+One command trains one student of a published pair. Its last line is JSON with the accuracy of the
+last epoch. If a run is interrupted, the same command resumes it.
 
     python examples/recipes/cifar100.py --root data --download --train-teacher
         --pair resnet56-resnet20 --method letkd-2
@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-# Idle threads sleep instead of spinning, which matters where a machine has other work too.
+# Idle threads sleep instead of spinning, which matters on a machine with other jobs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
 
@@ -27,7 +27,11 @@ from _options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, tr
 from _train import Recipe, finish, parameters, say
 from torch import nn
 
-FRACTIONS = (150 / 240, 180 / 240, 210 / 240)  # of the epochs, where the rate falls
+FRACTIONS = (
+    150 / 240,
+    180 / 240,
+    210 / 240,
+)  # fractions of the run where the rate falls
 TEACHER_LR = 0.05
 
 
@@ -64,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 def teacher_of(
     pair: Pair, recipe: Recipe, images: tuple[Images, Images], args: argparse.Namespace
 ) -> tuple[nn.Module, Recipe]:
-    """The pair's teacher; its accuracy is printed beside the published one."""
+    """The teacher of the pair; prints its accuracy and the published one."""
     name = pair.teacher
     found = find_teacher(lambda: network(name), name, recipe, images, args)
     say(f"the published teacher has {pair.published['teacher']} %")

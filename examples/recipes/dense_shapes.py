@@ -1,10 +1,11 @@
-"""Segmentation and detection on synthetic shapes: with a teacher, against labels only.
+"""Segmentation and detection on synthetic shapes: distillation compared with labels only.
 
     python examples/recipes/dense_shapes.py segmentation    # ten minutes on one core
     python examples/recipes/dense_shapes.py detection
 
-The teacher learns from 1,000 images. Every student learns from 64 others, new ones for each seed,
-with the same steps and starting weights whatever the method. One line of JSON a run.
+The teacher is trained on 1,000 images. Each student is trained on 64 other images, which differ for
+each seed. All methods use the same number of steps and the same initial weights. Each run prints
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ METHODS: dict[str, dict[str, Callable[[], list[DistillLoss]]]] = {
 
 
 def main() -> None:
-    """Train the teacher, and then every method with every seed."""
+    """Train the teacher, then a student for each method and seed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("task", choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
@@ -84,7 +85,7 @@ def segment(
     teacher: nn.Module | None = None,
     losses: Sequence[DistillLoss] = (),
 ) -> tuple[nn.Module, float]:
-    """Train a segmentation model; the model and its mean IoU."""
+    """Train a segmentation model; returns the model and its mean IoU."""
     torch.manual_seed(seed)
     model = segmenter(kind, *size)
     kd = None
@@ -113,7 +114,7 @@ def detect(
     teacher: nn.Module | None = None,
     losses: Sequence[DistillLoss] = (),
 ) -> tuple[nn.Module, float]:
-    """Train a detector, whose backbone learns from the teacher's; the model and its AP."""
+    """Train a detector; its backbone learns from the teacher's. Returns the model and its AP."""
     torch.manual_seed(seed)
     model = detector(*size)
     kd = None
@@ -141,7 +142,7 @@ def train(
     steps: int,
     seed: int,
 ) -> None:
-    """An ordinary loop over random batches, the same ones for every method."""
+    """A training loop over random batches, which are the same for all methods."""
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([*model.parameters(), *(kd.parameters() if kd else [])], 5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)

@@ -1,8 +1,8 @@
-"""IE-KD on CIFAR-10, ResNet-56 to ResNet-20, by the recipe of the authors' code.
+"""IE-KD on CIFAR-10, ResNet-56 to ResNet-20, with the settings of the authors' code.
 
     python examples/recipes/iekd_cifar10.py --root data --download --train-teacher
 
-The published figures, known second hand only: error 7.78 % alone, 6.53 % with IE-KD.
+Published results (from a secondary source): error 7.78 % with labels only, 6.53 % with IE-KD.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-# Idle threads sleep instead of spinning, which matters where a machine has other work too.
+# Idle threads sleep instead of spinning, which matters on a machine with other jobs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
 
@@ -23,7 +23,7 @@ from models.cifar_resnet import make
 
 from kdlayers import InheritExploreLoss, KDLoss, attach_kd
 
-FRACTIONS = (80 / 160, 120 / 160)  # of the epochs, where the rate falls
+FRACTIONS = (80 / 160, 120 / 160)  # fractions of the run at which the learning rate falls
 BATCH = 128
 TEACHER, STUDENT = "resnet56", "resnet20"
 PUBLISHED = {"labels": 100 - 7.78, "iekd": 100 - 6.53}
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         "fit_epochs": args.fit_epochs,
         "teacher": facts,
     }
-    # The auto-encoder is trained on augmented images, drawn anew in each of its epochs.
+    # The auto-encoder is trained on augmented images, which differ in each epoch.
     fit_on = images[0].augmented(BATCH)
     training = train_student(student, kd, recipe, images, args, fit_on=fit_on)
     finish(training, images[1].plain(TEST_BATCH), {args.method: PUBLISHED.get(args.method)})

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 4 examples/recipes/imagenet.py --root imagenet --amp --compile
 
-Published are 100 epochs and the learning rate: 0.1, a tenth of it after 30, 60 and 90. Batch size,
-weight decay, templates, temperature and sub-classes on ImageNet are not: the defaults are ours.
-One command trains one student and ends with one line of JSON; a stopped run goes on.
+The paper trains for 100 epochs with a learning rate of 0.1, divided by 10 after 30, 60 and 90. It
+does not give batch size, weight decay, templates, temperature and sub-classes for ImageNet; the
+defaults are ours. One command trains one student. Its last line is JSON. If a run is interrupted,
+the same command resumes it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ METHODS = ("labels", "kd", "dkd", "layers", "quest", "letkd-1", "letkd-2")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """One of the processes, or the only one."""
+    """Run one process."""
     args = parse(arguments)
     device = start(args)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     tests = in_order(validation, each, rank(), world, args)
     pair, teacher, facts = PAIRS[args.pair], None, {}
     if args.method not in WITHOUT_TEACHER:
-        torch.manual_seed(0)  # the same on every rank where they are random
+        torch.manual_seed(0)  # random weights are the same on all ranks
         teacher = teacher_of(pair.teacher, args.teacher_weights, classes)
         teacher = teacher.to(device, memory_format=torch.channels_last)
         top1, _ = accuracy(teacher, tests)
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Join the other processes where torchrun started several; the device of this one."""
+    """Initialise the process group if torchrun started several processes; returns the device."""
     torch.backends.cudnn.benchmark = True
     if "RANK" not in os.environ:
         return torch.device(args.device)
@@ -111,7 +112,7 @@ def start(args: argparse.Namespace) -> torch.device:
 
 
 def wrapped(student: nn.Module, device: torch.device, args: argparse.Namespace) -> nn.Module:
-    """What is called in training: the student, in DDP and compiled as wanted."""
+    """The student as called in training: optionally in DDP and compiled."""
     model = student
     if dist.is_initialized():
         model = DistributedDataParallel(

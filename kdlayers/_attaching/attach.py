@@ -254,7 +254,7 @@ def _check_layers(
     if plain is None or not torch.allclose(plain, traced.logits, rtol=1e-4, atol=1e-6):
         raise AttachError(
             "the student's output changed although the KD layers were switched off: its eval-mode "
-            f"forward is random, or it runs all children of a module round {list(names)}; choose "
+            f"forward is random, or it runs all children of a parent of {list(names)}; choose "
             "other points, find_points(model) lists them"
         )
     _check_reach(student, example, {name: layers[name] for name in names})
@@ -333,7 +333,7 @@ def _one(name: str, traced: Trace, advice: str = "") -> str:
 def _record_hooks(
     student: nn.Module, terms: Sequence[Term], traced: Trace, tape: Tape, undo: ExitStack
 ) -> None:
-    """Hooks that only recording needs; they go when the handle goes."""
+    """Hooks that are only needed for recording; they are removed with the handle."""
     if not terms:
         return
     undo.callback(drop_recording, student, tape)

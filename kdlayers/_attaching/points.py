@@ -165,7 +165,7 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
 
 
 def _reason(error: LayoutError, name: str) -> str:
-    """What the error says about ``name``, without its advice to call find_points."""
+    """The error message about ``name``, without the advice to call find_points."""
     said = re.sub(r"(; choose another point)?[;,] find_points\(model\) lists .*", "", str(error))
     return said.replace(repr(name), "this module")
 

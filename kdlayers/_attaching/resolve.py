@@ -1,4 +1,4 @@
-"""From what the user wrote as ``at`` to points with names, targets and numbers of templates."""
+"""Converts the user's ``at`` to points with names, targets and numbers of templates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -61,7 +61,7 @@ def _items(at: At) -> list[KDPoint]:
 
 
 def _named(point: KDPoint, student: Trace, teacher: Trace | None) -> list[KDPoint]:
-    """The point with full names; one for every name that a glob stands for."""
+    """The point with full names; one point for each name that matches a glob."""
     found = match(point.student, student.names, student.model, "student")
     if len(found) > 1 and (point.targets is not None or point.teacher is not None):
         raise ArgumentError(

@@ -62,7 +62,7 @@ class CosineProjection(nn.Module):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the factors of matrix products with ``x``: autocast's, where it is on."""
+    """Dtype of the factors of matrix products with ``x``: autocast's dtype if it is enabled."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -85,7 +85,7 @@ class TemplateHead(CosineProjection):
 
     Raises:
         ArgumentError: if a size is below 1, the scale is not positive, or ``channel_dim`` is 0.
-        ArgumentTypeError: if a size is no integer or the scale no number.
+        ArgumentTypeError: if a size is not an integer or the scale is not a number.
         ShapeError: in ``forward``, if the channels are not ``in_channels``.
 
     Source: Gorgun, Gurbuz, Alatan, "Knowledge Distillation Layer that Lets the Student Decide",
@@ -122,7 +122,7 @@ class TemplateHead(CosineProjection):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores with K in the place of C: ``[B, C, H, W]`` gives ``[B, K, H, W]``."""
+        """Scores with K instead of C: ``[B, C, H, W]`` becomes ``[B, K, H, W]``."""
         return self.project(self.channels_last(x)).movedim(-1, self.channel_dim)
 
     def channels_last(self, x: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ class LayerParts(nn.Module):
 
 
 class KDLayer(LayerParts):
-    r"""Learnable KD layer: what its templates recognise is added to the features.
+    r"""Learnable KD layer: adds what its templates recognise to the features.
 
     .. math::
         a &= \operatorname{cos}(x; W, s_t) \qquad&
@@ -342,7 +342,7 @@ class KDLayer(LayerParts):
     Raises:
         ArgumentError: if a size is below 1, ``alpha`` is negative, ``channel_dim`` is 0 or
             ``memory`` unknown.
-        ArgumentTypeError: if a size is no integer or ``alpha`` no number.
+        ArgumentTypeError: if a size is not an integer or ``alpha`` is not a number.
         ShapeError: in ``forward``, if the channels are not ``in_channels``.
 
     Source: Gorgun, Gurbuz, Alatan, BMVC 2023; values and gradients follow the authors' code.

@@ -188,7 +188,7 @@ def recognise_frozen(units: Tensor, matching: Tensor, threshold: Tensor, values:
         for part in chunks(len(units), len(matching), units.device):
             assigned = torch.addmm(bias, units[part], matching.T).relu_()
             rows = torch.mm(assigned, values.T, out=value[part])
-            rows.mul_(inverse_norm(assigned))  # 0 * 1e12 where nothing was recognised
+            rows.mul_(inverse_norm(assigned))  # 0 * 1e12 if nothing was recognised
     return value
 
 

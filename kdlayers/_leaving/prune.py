@@ -102,7 +102,7 @@ def _firing_shares(
 
     With ``together`` the data of all processes count.
     """
-    # For every template where it fires, and last the positions and the scores that are not finite.
+    # Firing counts for each template, then the numbers of positions and of nonfinite scores.
     counts = {
         name: torch.zeros(slot.head.num_templates + 2, dtype=torch.long)
         for name, slot in layers.items()

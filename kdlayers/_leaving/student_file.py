@@ -49,7 +49,7 @@ class SavedStudent:
 
 
 def pack(layers: list[LayerDescription], state: dict[str, Any]) -> dict[str, Any]:
-    """What goes into the file: names, numbers, plain tensors, and checksums of all of them.
+    """The content of the file: names, numbers, plain tensors, and checksums of all of them.
 
     Raises:
         CheckpointError: if something could not be read back.
@@ -138,7 +138,7 @@ def _description_sum(content: dict[str, Any]) -> str:
 
 
 def _with_versions(state: Any, versions: Any) -> OrderedDict[str, Any]:
-    """The state as ``state_dict()`` gives it, with the version of every module that has one."""
+    """The result of ``state_dict()``, with the version of every module that has one."""
     ordered: OrderedDict[str, Any] = OrderedDict(state)
     numbers = {str(name): v for name, v in versions.items() if isinstance(v, int)}
     metadata = OrderedDict((name, {"version": v}) for name, v in numbers.items())
@@ -193,7 +193,7 @@ def _portable(key: str, value: Any) -> Any:
 def _portable_tensor(key: str, value: Tensor) -> Tensor:
     value = value.detach()
     if type(value).__name__ == "DTensor":
-        value = value.full_tensor()  # type: ignore[attr-defined]  # all processes give their parts
+        value = value.full_tensor()  # type: ignore[attr-defined]  # all processes contribute
     value = value.cpu()
     why = None if value.is_quantized else why_not_plain(value)
     if type(value) is not Tensor:

@@ -1,4 +1,4 @@
-"""The input of a dry run: the user's example, or images made from what the model states."""
+"""The input of a dry run: the user's example, or images for the model's configuration."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     channels come from the first convolution.
 
     Raises:
-        ArgumentError: if ``example`` is no tensor or tuple, or no first convolution is found.
+        ArgumentError: if ``example`` is not a tensor or tuple, or no first convolution is found.
     """
     if is_detector(model):
         return (_of_detector(model, example),)

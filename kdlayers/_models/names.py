@@ -18,7 +18,7 @@ def match(
 ) -> list[str]:
     """The ``names`` that match ``pattern``, a name or a glob, in their order.
 
-    ``advice`` is what the error says besides, where the caller knows what was meant.
+    ``advice`` is added to the error message.
 
     Raises:
         NoMatchError: if there is none.
@@ -73,7 +73,7 @@ def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str
 
 
 def _stages(names: Collection[str]) -> list[str]:
-    """Names near the top, where there are such of modules whose parts have parts: of stages."""
+    """Names near the top of the model; if there are stages (nested modules), only theirs."""
     top = [name for name in names if "." not in name]
     below = [name for name in names if name.count(".") < 2]
     holders = {name.rsplit(".", 2)[0] for name in names if name.count(".") > 1}

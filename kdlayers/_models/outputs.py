@@ -12,7 +12,7 @@ NAMES = ("logits", "out", "prediction", "predictions", "pred", "preds", "output"
 
 
 def main_output(output: Any) -> Tensor | None:
-    """The logits, or where they are unclear the first tensor; None if there is no tensor."""
+    """The logits, or the first tensor if they are ambiguous; None if there is no tensor."""
     return _found(output) if why_unclear(output) is None else first_tensor(output)
 
 

@@ -21,7 +21,7 @@ IMAGES = 2
 class Growth:
     """Which axis of an output grows with the height of the images, and which with the width.
 
-    An axis is None where the output does not grow, or where several axes do.
+    An axis is None if no axis of the output grows, or if several do.
     """
 
     height: int | None

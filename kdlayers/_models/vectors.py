@@ -38,7 +38,7 @@ def vectors(
 ) -> tuple[Vectors, Vectors]:
     """Readers of the student's and the teacher's vectors.
 
-    With ``tokens="cls"`` a model without a class token gives the mean over its positions.
+    With ``tokens="cls"``, the mean over positions is used for a model without a class token.
 
     Raises:
         ArgumentError: if class tokens are asked for, and neither point has one.
@@ -60,5 +60,5 @@ def has_class_token(model: nn.Module, layout: Layout) -> bool:
     """Whether the first token of ``layout`` is a class token, and no register."""
     if layout.kind != "tokens" or layout.prefix == 0:
         return False
-    stated = getattr(model, "has_class_token", None)  # timm's statement, where there are registers
+    stated = getattr(model, "has_class_token", None)  # timm's attribute, for models with registers
     return bool(stated) if stated is not None else getattr(model, "cls_token", True) is not None

@@ -22,7 +22,7 @@ class _Digest(Protocol):
 def checksum(tree: Any) -> str:
     """SHA-256 of names, numbers and tensors in dicts, lists and tuples, as 64 hex digits.
 
-    Equal trees give equal digits on every device and in every order of a dict's keys. A tensor
+    Equal trees have equal checksums on all devices and for any order of dict keys. A tensor
     counts with its dtype, its shape and its bytes, and any other object with its type alone.
 
     Raises:

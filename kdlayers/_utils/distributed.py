@@ -54,7 +54,7 @@ def everywhere(value: T) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Call ``work`` on every rank, and go on when all have done so; an error of one stops all.
+    """Call ``work`` on every rank and wait for all; an error on one rank raises on all ranks.
 
     Raises:
         RecordError: on the ranks that did not fail, if another did.

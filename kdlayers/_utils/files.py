@@ -76,7 +76,7 @@ class _Watched:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the new name last through a power failure, where folders can be opened."""
+    """Make the new name survive a power failure, on systems where folders can be opened."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""A progress bar by tqdm, on a terminal and where tqdm is installed."""
+"""A progress bar by tqdm, if tqdm is installed and the output is a terminal."""
 
 import sys
 from collections.abc import Iterable

@@ -48,7 +48,7 @@ def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-# The number of the backward pass that this runs in, -1 outside; where torch cannot tell, always -1.
+# The number of the current backward pass; -1 outside, or if torch does not report it.
 current_backward: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 

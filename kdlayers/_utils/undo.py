@@ -33,7 +33,7 @@ def all_or_nothing(*roots: nn.Module) -> Generator[None, None, None]:
 
 
 def _copies(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every attribute with a shallow copy of it, where it is a table such as that of hooks."""
+    """All attributes; tables such as those of hooks with a shallow copy."""
     return {
         name: (value, value.copy() if type(value) in (dict, OrderedDict, set) else None)
         for name, value in vars(module).items()

@@ -19,7 +19,7 @@ def resized(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def counted(targets: Tensor, student: Tensor, ignore_index: int) -> Tensor:
-    """``[B, H, W]``: where the labels of the pixels are not ``ignore_index``, at the map's size.
+    """Mask ``[B, H, W]`` of labels that are not ``ignore_index``, at the size of the map.
 
     Raises:
         ShapeError: if ``targets`` are not labels of pixels.
@@ -40,5 +40,5 @@ def counted(targets: Tensor, student: Tensor, ignore_index: int) -> Tensor:
 
 
 def mean_where(values: Tensor, counts: Tensor) -> Tensor:
-    """The mean of ``values`` where ``counts`` holds; 0 if it holds nowhere."""
+    """The mean of ``values`` where ``counts`` is True; 0 if it is False everywhere."""
     return torch.where(counts, values, 0.0).sum() / counts.sum().clamp_min(1)

@@ -72,7 +72,7 @@ class KDLoss(LogitLoss):
             super().build(student, teacher)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The divergence for logits ``[B, K]``, or maps whose labels say which pixels count."""
+        """The divergence for logits ``[B, K]``, or for maps, whose labels mark ignored pixels."""
         if not check.is_map(student):
             return self._divergence(student, teacher, "mean")
         check.class_maps(student, teacher, sized=False)

@@ -1,6 +1,6 @@
-"""attach_kd on the architectures that people use, in pairs that differ in everything.
+"""attach_kd on common architectures, in pairs of very different models.
 
-Large families stand here in a small size, made by their own classes; the zoo has the usual sizes.
+Large families are tested in a small size, built from their own classes; the zoo has usual sizes.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from torchvision.models.convnext import CNBlockConfig
 from tests.attach_tester import CLASSES, AttachCase
 
 # Pairs of models that timm states other means and deviations for.
-pytestmark = pytest.mark.filterwarnings("ignore:the student .* states images:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the student .* expects images:UserWarning")
 
 
 def tv(name, **kwargs):

@@ -1,4 +1,4 @@
-"""What attach_kd accepts as points, and what it refuses."""
+"""Points that attach_kd accepts, and those for which it raises an error."""
 
 import copy
 

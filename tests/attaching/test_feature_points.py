@@ -1,4 +1,4 @@
-"""FeatureLoss by attach_kd: maps, tokens and vectors, class tokens, in every direction."""
+"""FeatureLoss in attach_kd: all pairs of maps, tokens, vectors and class tokens."""
 
 import copy
 from functools import partial

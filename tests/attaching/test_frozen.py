@@ -1,4 +1,4 @@
-"""What is frozen, cast or seeded round attach, and what it leaves in torch.compile's settings."""
+"""Freezing, casting and seeding before and after attach, and the settings of torch.compile."""
 
 import copy
 import gc

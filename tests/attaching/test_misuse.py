@@ -1,4 +1,4 @@
-"""Wrong ways of attaching: each says so, and leaves both models as they were."""
+"""Wrong calls of attach_kd raise errors and leave both models unchanged."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The numbers of templates and classes that attach_kd works out for each point."""
+"""The numbers of templates and classes that attach_kd infers for each point."""
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ IMAGES, LABELS = batch()
 
 
 def reference(x, head, value, layer):
-    """The layer written out, with these matrices for its parameters."""
+    """A reference implementation of the layer with these matrices."""
     cosine = lambda u, m, s: s * F.normalize(u, dim=-1) @ F.normalize(m, dim=1).T  # noqa: E731
     scores = cosine(x.movedim(1, -1), head, layer.head.scale)
     norm = layer.norm
@@ -45,7 +45,7 @@ class Adapter(nn.Module):
 @pytest.mark.parametrize("part", ["head", "value"])
 @pytest.mark.parametrize("tool", ["prune", "weight_norm", "parametrize"])
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_parametrized_weights_are_recomputed_after_every_step(tool, part, mode):
+def test_recomputed_weights_are_used_after_every_step(tool, part, mode):
     layer = KDLayer(4, 64, memory="low").eval()
     module = getattr(layer, part)
     if tool == "prune":
@@ -163,6 +163,6 @@ def test_graphs_of_torch_fx(made):
 def test_an_existing_attribute_kd_is_an_error():
     student = Net(4)
     student.last[-1].kd = "mine"
-    with pytest.raises(AttachError, match="has an attribute 'kd' of its own"):
+    with pytest.raises(AttachError, match="already has an attribute 'kd'"):
         attach_kd(student, at=[KDPoint("last", num_templates=8)], example=IMAGES)
     assert student.last[-1].kd == "mine"

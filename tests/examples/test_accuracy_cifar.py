@@ -62,7 +62,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def bench(root, checkpoint, cache):
-    """Runs the benchmark; data, teacher and record are shared, threads are put back."""
+    """Runs the benchmark; shares data, teacher and record, and restores the number of threads."""
     threads = torch.get_num_threads()
 
     def run(out, *options):
@@ -150,7 +150,7 @@ def test_a_teacher_is_tested_once_and_held_to_its_claim(root, checkpoint, tmp_pa
     teachers.given_teacher(checkpoint, "resnet8", splits, tmp_path, found + 0.4)
     with pytest.raises(SystemExit, match=r"not 72\.63 % as --teacher-accuracy says"):
         teachers.given_teacher(checkpoint, "resnet8", splits, tmp_path, 72.63)
-    with pytest.raises(SystemExit, match="is no resnet14"):
+    with pytest.raises(SystemExit, match="does not fit resnet14"):
         teachers.given_teacher(checkpoint, "resnet14", splits, tmp_path, None)
 
 

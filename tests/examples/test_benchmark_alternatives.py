@@ -1,4 +1,4 @@
-"""What the benchmarks compare the library with computes the same as the library."""
+"""The alternatives in the benchmarks compute the same values as the library."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The benchmark of the fit runs in small, and saves what it found."""
+"""The benchmark of the fit runs on a small problem and saves its results."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The benchmarks run, what they save is complete, and their statistics are right."""
+"""The benchmarks run, their output files are complete, and their statistics are right."""
 
 import json
 import os

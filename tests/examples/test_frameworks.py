@@ -1,4 +1,4 @@
-"""The framework examples run, resume where they stopped, and put no teacher into any file."""
+"""The framework examples run, resume, and never save the teacher."""
 
 import importlib.util
 import os
@@ -80,7 +80,7 @@ def check_files(out, *files):
 
 
 def check_moved(out, kd_state):
-    """Training has changed every parameter of the KD layers and the loss's own layer."""
+    """Training changes all parameters of the KD layers and of the loss."""
     state, fresh = weights(out), KDLayer(4, 4)
     for end in ("head.scale", "norm.weight", "norm.bias", "value.scale"):
         initial = fresh.get_parameter(end).detach().flatten()[0]
@@ -147,7 +147,7 @@ def test_trainer_goes_on_where_it_stopped(tmp_path):
 
 
 def check_targets(before, after):
-    """What was learnt from the teacher is kept; the loss's own layer has gone on."""
+    """The fitted targets are unchanged; the parameters of the loss are trained."""
     for name, state in before["losses"].items():
         for key, value in state.items():
             assert torch.equal(value, after["losses"][name][key]) != (name == "AEKTLoss"), key

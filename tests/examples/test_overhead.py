@@ -1,4 +1,4 @@
-"""What the library adds to a step: counts are those of the calls made, both steps do the same."""
+"""The overhead of a step: counts match the calls, and both steps compute the same."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The quickstart runs end to end, and its table tells the truth about its numbers."""
+"""The quickstart runs end to end, and the numbers in its table are right."""
 
 import math
 import os

@@ -88,13 +88,13 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
     ]
     for ours, same in zip(*(state["model"].values() for state in states), strict=True):
         assert torch.equal(ours, same)
-    with pytest.raises(SystemExit, match=r"of another recipe .sizes.temperature 1.0, now 2.0."):
+    with pytest.raises(SystemExit, match=r"has another recipe .sizes.temperature 1.0, now 2.0."):
         run(cifar100, tmp_path / "parts", *options, "--temperature", "2")
 
 
 def test_the_script_trains_its_teacher(tiny, tmp_path, capsys):
     options = [*tiny[:2], "--batch-size", "50", "--method", "kd", "--teacher-epochs", "1"]
-    with pytest.raises(SystemExit, match=r"where is the teacher, resnet8.*--train-teacher"):
+    with pytest.raises(SystemExit, match=r"no weights for the teacher resnet8.*--train-teacher"):
         run(cifar100, tmp_path, *options)
     run(cifar100, tmp_path, *options, "--train-teacher", "--test-every", "1")
     assert "epoch 1 of 1: loss" in capsys.readouterr().out
@@ -199,14 +199,14 @@ def test_imagenet_from_folders(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "where is ImageNet"),
+        ([], "no ImageNet folder"),
         (["--root", "nowhere"], "there is no nowhere/train"),
-        (["--stand-in", "5", "--classes", "6"], "an image a class: 6, not 5"),
+        (["--stand-in", "5", "--classes", "6"], "an image per class: 6, not 5"),
         (
             ["--stand-in", "6", "--classes", "6", "--teacher-weights", "V9"],
-            "V9 is no file, and no weights of resnet34; there are .'IMAGENET1K_V1'.",
+            "V9 is neither a file nor a name of weights of resnet34; there are .'IMAGENET1K_V1'.",
         ),
-        (["--stand-in", "6", "--classes", "6"], "for 1000 classes, and the images have 6"),
+        (["--stand-in", "6", "--classes", "6"], "has 1000 classes, but the images have 6"),
     ],
 )
 def test_imagenet_says_what_is_missing(options, message, tmp_path):

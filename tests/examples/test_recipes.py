@@ -48,7 +48,7 @@ def test_published_numbers_are_on_the_recipes_page(pairs):
 
 
 def attached(method, pair=None, classes=100):
-    """A student with what a method gives it, and the handle."""
+    """A student with a method attached, and the handle."""
     taps = Taps()
     pair = pair or Pair("resnet8", "resnet8", (taps, taps), lr=0.05, beta=2.0)
     student, teacher = network(pair.student, classes), network(pair.teacher, classes)
@@ -108,7 +108,7 @@ def test_weights_of_the_baselines():
 
 
 def test_teachers_larger_grid_is_averaged_two_by_two():
-    """As in the published cross-architecture pairs, before anything is learnt from the maps."""
+    """The published cross-architecture pairs, before training."""
     torch.manual_seed(0)
     taps = Taps()
     pair = Pair("wrn_10_1", "shufflenet_v1", (taps, taps), lr=0.01, beta=8.0)
@@ -123,9 +123,9 @@ def test_teachers_larger_grid_is_averaged_two_by_two():
             teacher.eval()(x)
         for name, maps in found.items():
             rows[name].append((F.avg_pool2d(maps, 2, 2).movedim(1, -1), y))
-    with pytest.warns(match="components=8.* is cut to 3"):
+    with pytest.warns(match="components=8.* is reduced to 3"):
         kd.fit(batches, progress=False)
-    with pytest.warns(match="components=8.* is cut to 3"):
+    with pytest.warns(match="components=8.* is reduced to 3"):
         decisions = DecisionTargets(2, components=8).fit(rows["first"])
     codebook = CodebookTargets(32).fit(rows["last"])
     state = kd.state_dict()["losses"]
@@ -177,7 +177,7 @@ def test_plain_batches_are_normalised_in_order():
 
 
 def test_data_sets_must_be_named():
-    with pytest.raises(SystemExit, match=r"where is cifar100.*--stand-in"):
+    with pytest.raises(SystemExit, match=r"no folder for cifar100.*--stand-in"):
         cifar100.main([])
 
 
@@ -209,12 +209,12 @@ def test_usual_teachers_load(tmp_path, name, known, key):
 def test_teachers_that_do_not_fit_say_where(tmp_path):
     path = tmp_path / "teacher.pth"
     torch.save({"model": theirs("resnet14")[1]}, path)
-    with pytest.raises(SystemExit, match=r"is no resnet20; \d+ missing: layer1.2.bn1.bias, .*"):
+    with pytest.raises(SystemExit, match=r"fit resnet20; \d+ missing: layer1.2.bn1.bias, .*"):
         load_teacher(network("resnet20"), "resnet20", path)
     with pytest.raises(SystemExit, match=r"fc.weight is \[100, 64\] and should be \[10, 64\]"):
         load_teacher(network("resnet14", 10), "resnet14", path)
     torch.save({"net": {}, "acc": 1.0}, path)
-    with pytest.raises(SystemExit, match=r"holds no state dict.*found .'net', 'acc'"):
+    with pytest.raises(SystemExit, match=r"has no state dict.*found .'net', 'acc'"):
         load_teacher(network("resnet14"), "resnet14", path)
     torch.save(network("resnet8"), path)
     with pytest.raises(SystemExit, match="cannot be read as a checkpoint of tensors"):

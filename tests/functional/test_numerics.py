@@ -1,4 +1,4 @@
-"""Float types, autocast, compilers, and the sentences of wrong arguments."""
+"""Dtypes, autocast, compilers, and the messages for wrong arguments."""
 
 import pytest
 import torch

@@ -117,7 +117,7 @@ def test_probabilities_that_are_a_linear_function_of_the_teachers_cost_nothing()
 
 
 def test_close_samples_keep_their_digits_in_float32():
-    """Far from the origin, where differences of squared norms would have lost them."""
+    """Far from the origin, where differences of squared norms lose precision."""
     student, teacher = pair(8, 16, spread=0.1)
     exact = [f(student, teacher) for f in (kdf.rkd_distance, kdf.rkd_angle)]
     narrow = (student + 64).float(), teacher.float()

@@ -1,4 +1,4 @@
-"""The fused path against the layer and the loss written out, in every way it can run."""
+"""The fused path against unfused implementations of the layer and the loss."""
 
 import copy
 

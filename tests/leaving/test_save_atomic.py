@@ -1,4 +1,4 @@
-"""Saving: whatever happens, the file is the old one or the new one as a whole."""
+"""Saving is atomic: the file is always the complete old one or the complete new one."""
 
 import io
 import os
@@ -22,7 +22,7 @@ IMAGES, _ = batch()
 
 
 def student(value=None):
-    """A student all of whose weights are ``value``."""
+    """A student whose weights are all ``value``."""
     model = Net(4)
     attach_kd(model, at=[KDPoint("last", num_templates=5)], example=IMAGES)
     if value is not None:

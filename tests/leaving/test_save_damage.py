@@ -1,4 +1,4 @@
-"""Damaged and foreign files: refused, and the model is as it was, so that another file loads."""
+"""Damaged and foreign files raise errors and leave the model unchanged, so another file loads."""
 
 import io
 import zipfile
@@ -188,7 +188,7 @@ def test_a_model_that_fails_to_load_is_unchanged(monkeypatch):
     model = Stubborn()
     before = picture(model)
     monkeypatch.setattr(Refusing, "refuses", True)
-    with pytest.raises(CheckpointError, match="did not take the file's weights: 'not today'"):
+    with pytest.raises(CheckpointError, match="failed to load the file's weights: 'not today'"):
         load_student(model, file)
     assert same(before, picture(model))
     monkeypatch.setattr(Refusing, "refuses", False)

@@ -1,4 +1,4 @@
-"""Checkpoints of training scripts, and how the averaged or the best student is taken from them."""
+"""Checkpoints of training scripts, and loading the averaged or the best student from them."""
 
 import argparse
 import copy

@@ -60,7 +60,7 @@ class LossTester:
         return type(self).make()
 
     def ready(self, student, teacher):
-        """As fresh, with parameters that are not at their special initial values."""
+        """Like fresh, with parameters that differ from their special initial values."""
         loss = self.fresh(student, teacher)
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The formulas once more, by loops over Python numbers."""
+"""The formulas as loops over Python numbers."""
 
 from math import exp, log
 

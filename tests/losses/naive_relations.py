@@ -1,4 +1,4 @@
-"""The formulas of relations, correlations and channels, by loops over Python numbers."""
+"""The formulas of relations, correlations and channels as loops over Python numbers."""
 
 from .naive import divergence, mean, softmax, unit
 

@@ -1,4 +1,4 @@
-"""KDLoss on class maps [B, K, H, W]: every pixel, one size, and the labels that do not count."""
+"""KDLoss on class maps [B, K, H, W]: pixels, sizes, and ignored labels."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ class TestKDOnClassMaps(LossTester):
     kind = "maps"
 
     def inputs(self, *args, **kwargs):
-        """With labels of pixels, some of which do not count."""
+        """With labels of pixels, some of which are ignored."""
         student, teacher, _ = super().inputs(*args, **kwargs)
         draw = torch.Generator().manual_seed(7)
         labels = torch.randint(3, (len(student), *student.shape[2:]), generator=draw)

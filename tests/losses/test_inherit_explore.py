@@ -10,7 +10,7 @@ from .loss_tester import LossTester
 
 
 def coder(state, prefix, maps, training):
-    """A coder once more, from its state: three times conv, batch norm, leaky ReLU."""
+    """A reference coder built from its state: three times conv, batch norm, leaky ReLU."""
     maps = F.leaky_relu(maps, 0.1)
     for layer in (1, 4, 7):
         conv, norm = f"{prefix}.{layer}", f"{prefix}.{layer + 1}"

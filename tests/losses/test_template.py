@@ -24,7 +24,7 @@ class TestTemplate(LossTester):
 
 
 class OneHotTargets(nn.Module):
-    """Stands for fitted template targets: the largest channel is the template."""
+    """A substitute for fitted template targets: the largest channel is the template."""
 
     num_templates = 4
 
@@ -72,7 +72,7 @@ def test_without_targets_there_is_nothing_to_fit():
 
 
 def test_the_number_of_templates_must_agree():
-    with pytest.raises(ShapeError, match="scores 5 templates, but the targets have 4; make the"):
+    with pytest.raises(ShapeError, match="has 5 templates, but the targets have 4; create the"):
         TemplateLoss(template_targets=OneHotTargets())(torch.zeros(2, 5), torch.zeros(2, 7))
     with pytest.raises(ArgumentTypeError, match=r"must be CodebookTargets.* got Linear"):
         TemplateLoss(template_targets=nn.Linear(2, 2))

@@ -118,7 +118,7 @@ def test_tokens_that_do_not_fit_the_batch_are_an_error():
     ("shape", "sentence"),
     [
         ((2, 3, 4, 5, 6), "kdlayers reads maps"),
-        ((2, 23, 64), "23 tokens of 'tap' form no grid"),
+        ((2, 23, 64), "23 tokens of 'tap' do not form a grid"),
         ((2, 3, 4, 5), "unclear which axis"),
     ],
 )
@@ -146,7 +146,7 @@ def test_all_layouts_give_the_same_grid(batch, height, width, channels, prefix):
 def test_tokens_of_another_resolution_keep_the_aspect_ratio():
     layout = Layout("tokens", 1, (14, 7))
     assert layout.to_grid(torch.zeros(1, 1 + 8 * 4, 3)).shape == (1, 8, 4, 3)
-    with pytest.raises(ShapeError, match="33 tokens do not form a grid of the proportions 14:7"):
+    with pytest.raises(ShapeError, match="33 tokens do not form a grid with the aspect ratio 14:7"):
         layout.to_grid(torch.zeros(1, 34, 3))
 
 

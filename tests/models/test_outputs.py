@@ -1,4 +1,4 @@
-"""Which tensor of a model's output the losses take for the logits."""
+"""Which tensor of a model's output the losses use as the logits."""
 
 import re
 from collections import OrderedDict, namedtuple
@@ -58,7 +58,7 @@ def test_ambiguous_outputs(output, sentence):
 
 
 class Talkative(Net):
-    """Returns more than its logits, in the way that ``form`` makes of features and logits."""
+    """Returns more than its logits; ``form`` builds the output from features and logits."""
 
     def __init__(self, form, channels=4):
         super().__init__(channels)

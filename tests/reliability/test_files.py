@@ -1,4 +1,4 @@
-"""A few hundred damaged files; ``python -m tests.reliability --files 5000`` tries more."""
+"""Tests a few hundred damaged files; ``python -m tests.reliability --files 5000`` tests more."""
 
 import random
 

@@ -53,7 +53,7 @@ def vit():
 
 @cache
 def trained():
-    """A teacher that has an opinion: with even logits, some gradients are too small to see."""
+    """A teacher with distinct logits; with equal logits, some gradients would be too small."""
     torch.manual_seed(9)
     teacher = Net(12, stride=2)
     optimiser = torch.optim.Adam(teacher.parameters(), lr=0.003)
@@ -181,7 +181,7 @@ def test_every_pair_trains_together(architecture, pair):
 
 
 def check_exported(student, kd, plain, methods):
-    """Nothing but KD layers is left in the student, and without layers nothing at all."""
+    """Only KD layers remain in the student; without layers nothing remains."""
     train_only = {p.data_ptr() for p in kd.parameters()}
     kd.detach()
     state = student.state_dict()
@@ -212,7 +212,7 @@ def test_all_of_them_train_together():
 
 
 class Tap:
-    """What a module gives to the next one, and how often it ran."""
+    """The output of a module, and how often it ran."""
 
     def __init__(self, module):
         self.outputs = []

@@ -231,7 +231,7 @@ def test_a_backbone_inside_a_detector_that_runs_as_a_whole(tmp_path):
 
 
 def test_the_teacher_of_a_detector_sees_the_normalised_padded_batch():
-    """The loss is that of both backbones on what the detector makes of the pictures."""
+    """The loss equals that of both backbones on the images that the detector prepares."""
     student, _, kd = attached_detector()
     student(PICTURES, BOXES)
     inside = kd.loss().detach()

@@ -104,7 +104,7 @@ def test_a_step_can_be_repeated_from_a_fitted_state():
 
 
 def test_inputs_are_moved_to_the_teacher_in_every_call():
-    """A dtype stands for the device: both are moved by the same call."""
+    """A dtype is used instead of a device, because the same call converts both."""
     student, teacher = Net(4).train(), Abroad(6).double()
     twin = copy.deepcopy(teacher)
     kd = attach_kd(

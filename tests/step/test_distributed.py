@@ -1,4 +1,4 @@
-"""Two processes on one machine: gradients, train-only parameters and fits stay in step."""
+"""Two processes on one machine: gradients, train-only parameters and fits are synchronised."""
 
 import os
 import socket

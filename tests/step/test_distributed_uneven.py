@@ -1,4 +1,4 @@
-"""Ranks that differ: no KD loss in a step, uneven batches, processes that disconnect."""
+"""Ranks that differ: a step without KD loss, uneven batches, a destroyed process group."""
 
 import os
 import tempfile
@@ -125,7 +125,7 @@ def test_training_continues_after_the_process_group_is_destroyed():
 
 
 def late(rank, port, folder):
-    """Attached before the processes connect, with other values; the first step has no KD loss."""
+    """Attached before the process group exists, with other values; no KD loss in the first step."""
     torch.manual_seed(rank)
     student, teacher = Net(4), Net(6)
     point = KDPoint("last", targets=CodebookTargets(num_templates=4))

@@ -1,4 +1,4 @@
-"""The life of a handle in a training loop, and every way of using it wrongly that it notices."""
+"""A handle in a training loop, and all kinds of misuse that it detects."""
 
 import copy
 import gc

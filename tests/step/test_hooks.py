@@ -1,4 +1,4 @@
-"""Copies, compilation, checkpointing, autocast: the layer stays put and is never skipped."""
+"""The layer runs under copies, compilation, checkpointing and autocast."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Images that come as keywords or inside containers, and what is changed in place meanwhile."""
+"""Images passed as keywords or inside containers, and in-place changes."""
 
 import copy
 
@@ -98,7 +98,7 @@ def test_a_transform_without_images_is_refused():
 
 @WAYS
 def test_the_teacher_gets_its_own_dtype(way):
-    """A dtype stands for the device: both are moved by the same call."""
+    """A dtype is used instead of a device, because the same call converts both."""
     student, teacher, kd = attached(teacher=Named(6).double())
     logits = call(student, IMAGES, way)
     expected = plain_kd(logits.double(), teacher, IMAGES.double())

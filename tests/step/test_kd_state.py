@@ -1,4 +1,4 @@
-"""States of handles: damaged ones and those of other sizes are refused, as a whole."""
+"""States of handles: damaged states and other sizes raise errors and change nothing."""
 
 import copy
 import io
@@ -59,7 +59,7 @@ def refused(kd, state, sentence):
 
 
 def unsealed(kd):
-    """A state of version 1, which had no checksum to tell a change by."""
+    """A state of version 1, which had no checksum."""
     state = kd.state_dict()
     del state["checksum"]
     return {**state, "version": 1}
@@ -69,7 +69,7 @@ def unsealed(kd):
     "state", [{}, None, [], 3, "state", nn.Linear(1, 1), {"version": True}, {"version": None}]
 )
 def test_other_things_are_refused(fitted, state):
-    refused(fitted, state, r"not a state of a KDHandle of version 1 to 2 \(found")
+    refused(fitted, state, r"expected the state of a KDHandle, version 1 to 2, found")
 
 
 @pytest.mark.parametrize("step", [-1, 2.0, True, None, "3"])
@@ -166,7 +166,7 @@ def test_another_number_of_templates_is_refused(fitted):
 def test_another_teacher_width_is_refused(fitted):
     other = attached(teacher=5, losses=[])
     mine = attached(losses=[])
-    refused(mine, other.state_dict(), "for 5 channels of the teacher, which has 6 at 'first'")
+    refused(mine, other.state_dict(), "but the teacher has 6 at 'first'")
 
 
 def test_states_are_copies():

@@ -1,4 +1,4 @@
-"""No hook, tape or tensor stays behind: after loss, exceptions, detach, remove, or the handle."""
+"""No hook, tape or tensor leaks after loss, exceptions, detach, remove, or deletion."""
 
 import gc
 import weakref
@@ -26,7 +26,7 @@ LABELS = batch()[1]
 
 
 class Failing(Net):
-    """Fails where told: nowhere, in its head (at the end of a forward), or in a module before."""
+    """Raises an error where asked: nowhere, in its head, or in an earlier module."""
 
     at = None
 
@@ -91,7 +91,7 @@ class Watched:
 
 @pytest.fixture(params=["reference counts", "collector"])
 def collect(request):
-    """Without the collector nothing may hang in cycles, which would free memory late."""
+    """Runs without the garbage collector: reference cycles would free memory late."""
     gc.collect()
     if request.param == "reference counts":
         gc.disable()

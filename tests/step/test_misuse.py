@@ -1,4 +1,4 @@
-"""Wrong ways of training: each says so, changes nothing, and the next step works."""
+"""Wrong calls in training raise errors and change nothing, and the next step works."""
 
 import copy
 
@@ -325,7 +325,7 @@ def test_the_teachers_own_error_is_kept():
 
 
 def test_out_of_memory_in_the_teacher_keeps_its_error():
-    """What finds the largest batch by trying catches this error by its class."""
+    """Tools that search the largest batch size catch this error by its class."""
     student, teacher = Net().train(), Net(6)
     kd = attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
 

@@ -1,4 +1,4 @@
-"""Student and teacher that want different images; `fit` on images normalised otherwise."""
+"""Student and teacher with different normalisations; `fit` on images normalised differently."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Several views or batches a step: every usual order of forwards and losses, against plain sums."""
+"""Several views or batches per step: all orders of forwards and losses, against plain sums."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How much of the library a training step enters: files and functions, counted by the profiler."""
+"""The number of files and functions that a training step enters, counted by the profiler."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A whole training step against the method written out plainly, in float64."""
+"""A whole training step against a reference implementation, in float64."""
 
 import torch
 import torch.nn.functional as F

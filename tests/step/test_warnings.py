@@ -1,4 +1,4 @@
-"""Warnings point at the user's line; targets that know an earlier teacher are told."""
+"""Warnings point at the user's line; targets fitted to an earlier teacher cause a warning."""
 
 import copy
 import gc

@@ -329,9 +329,7 @@ def test_before_fit():
     assert targets.centers is None
     assert targets.state_dict() == {}
     assert "4096, sharpness=1.0, fitted=False" in repr(targets)
-    with pytest.raises(
-        NotFittedError, match=r"CodebookTargets has not learnt .* kd\.fit\(loader\)"
-    ):
+    with pytest.raises(NotFittedError, match=r"CodebookTargets is not fitted .* kd\.fit\(loader\)"):
         targets.soft_assignment(torch.randn(2, 3))
 
 

@@ -195,7 +195,7 @@ def test_the_default_uses_all_components_if_there_are_few(width, found):
 
 def test_too_many_components_are_reduced_with_a_warning():
     features, labels = data()
-    with pytest.warns(KDLayersWarning, match=r"components=9\) is cut to 3: 4 classes .* 6 have"):
+    with pytest.warns(KDLayersWarning, match=r"components=9\) is reduced to 3: 4 .* 6 have"):
         targets = DecisionTargets(2, components=9).fit([(features, labels)])
     assert targets.projection.shape == (3, 6)
 
@@ -210,7 +210,7 @@ def test_number_of_classes_is_inferred_or_given():
     given_later.num_classes = 4
     assert given_later.num_templates == 12
     assert torch.equal(given_later.fit([(features, labels)]).decisions, inferred.decisions)
-    with pytest.raises(ArgumentError, match="are fitted to 4 classes; make new"):
+    with pytest.raises(ArgumentError, match="are fitted to 4 classes; create new"):
         given_later.num_classes = 5
 
 
@@ -306,7 +306,7 @@ def tiny(labels):
     ("given", "error", "sentence"),
     [
         (tiny([0, 0, 2, 2, 5, 5]), FitError, "no sample of classes 1, 3, 4 of the 6 classes 0..5"),
-        (tiny([0, 0, 1, 2, 2]), FitError, r"class 1 has fewer positions than the 2 .* fewest: 1\)"),
+        (tiny([0, 0, 1, 2, 2]), FitError, r"positions of class 1 for 2 .* classes: 1\)"),
         (tiny([0, 0, -1]), FitError, "labels must be 0 or more, got labels from -1 to 0"),
         ([(torch.randn(4, 3), None)], FitError, "fit.. got batches without them"),
         ([(torch.randn(4, 3), torch.zeros(3).long())], ShapeError, "a leading part of"),
@@ -362,7 +362,7 @@ def test_before_fit():
     assert not targets.fitted
     assert targets.state_dict() == {}
     assert "8, components=60, num_classes=None, fitted=False" in repr(targets)
-    with pytest.raises(NotFittedError, match="DecisionTargets has not learnt"):
+    with pytest.raises(NotFittedError, match="DecisionTargets is not fitted"):
         targets.soft_assignment(torch.randn(2, 3), torch.tensor([0, 1]))
 
 

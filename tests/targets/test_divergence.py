@@ -144,7 +144,7 @@ def test_an_overridden_soft_assignment_is_honoured():
     torch.testing.assert_close(found, template_kl(units @ templates.T, wanted_assignment))
 
 
-def test_mismatched_shapes_are_errors():
+def test_invalid_arguments_are_errors():
     codebook, decisions, features, labels = assignments(torch.float32)
     for targets, number in ((codebook, 12), (decisions, 8)):
         with pytest.raises(ShapeError, match=f"num_templates={number}"):

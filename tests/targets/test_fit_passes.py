@@ -1,4 +1,4 @@
-"""`kd.fit` reads the loader several times: each pass sees the same data, whatever draws them."""
+"""`kd.fit` reads the loader several times; each pass sees the same data for any random source."""
 
 import random
 import sys

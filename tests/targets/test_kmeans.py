@@ -1,4 +1,4 @@
-"""k-means, the sample it runs on, and the numbers both draw from."""
+"""k-means, its sample, and its random numbers."""
 
 import math
 
@@ -142,7 +142,7 @@ def mixed(n, width, rank):
 
 @pytest.mark.parametrize(("width", "rank"), [(24, 8), (192, 8), (192, 192)])
 def test_stages_reach_the_inertia_of_scikit_learn(width, rank):
-    """Growing parts of the rows, in few axes first where those hold most of the variance."""
+    """Growing parts of the rows, first on few axes if these hold most of the variance."""
     rows = mixed(80 * 160, width, rank)
     ours = kmeans(rows, 80, seed=0)
     theirs = KMeans(80, n_init=1, random_state=0, max_iter=100).fit(rows.numpy())

@@ -138,7 +138,7 @@ def test_the_fused_operator_with_shares_passes_opcheck():
 
 
 def test_the_number_of_classes_taken_is_that_with_weight(monkeypatch):
-    """Cost: one look-up of centres for each class that holds weight, whatever C is."""
+    """Cost: one look-up of centres for each class with weight, for any C."""
     from kdlayers._targets import decisions
 
     calls = []

@@ -37,7 +37,7 @@ Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 class Net(nn.Module):
-    """A model of the user's own, whose type load_student keeps."""
+    """A custom model, whose type load_student keeps."""
 
     def classes(self) -> int:
         """Something that plain modules do not have."""
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 class LogitMSE(DistillLoss):
-    """A loss of the user's own."""
+    """A custom loss."""
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean squared difference."""
@@ -115,7 +115,7 @@ def bare(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
 
 
 def errors(student: nn.Module) -> str:
-    """Every exception is a KDLayersError."""
+    """All exceptions are KDLayersErrors."""
     try:
         attach_kd(student, at=[KDPoint("layer9", num_templates=8)])
     except NoMatchError as error:

@@ -1,4 +1,4 @@
-"""The small parts: trees of tensors, names."""
+"""Trees of tensors, and names of modules."""
 
 from collections import OrderedDict, namedtuple
 
