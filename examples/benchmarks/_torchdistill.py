@@ -29,7 +29,7 @@ def torchdistill_losses() -> dict[str, Loss]:
         "RKD": mid_level.RKDLoss("out", "out", 25.0, 50.0, "mean"),
         "similarity-preserving": mid_level.SPKDLoss("out", "out", "batchmean"),
         "KD on class maps": mid_level.KDLoss(*_LOGITS, 4.0, alpha=0.0),
-        "FeatureLoss, mse": mid_level.SimpleLossWrapper(nn.MSELoss(), _BOTH),
+        "FeatureLoss, mse": mid_level.SimpleLossWrapper(nn.MSELoss(), **_BOTH),
     }
     return {name: _in_our_order(loss) for name, loss in made.items()}
 
