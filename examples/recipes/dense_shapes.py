@@ -33,8 +33,8 @@ METHODS: dict[str, dict[str, Callable[[], list[DistillLoss]]]] = {
     },
     "detection": {
         "labels only": list,
-        "the finest level": lambda: [FeatureLoss(at=LEVELS[0])],
-        "every level": lambda: [FeatureLoss(at=level) for level in LEVELS],
+        "the finest level": lambda: [FeatureLoss(at=LEVELS[0], distance="mse")],
+        "every level": lambda: [FeatureLoss(at=level, distance="mse") for level in LEVELS],
     },
 }
 

@@ -20,5 +20,7 @@ def feature_distance(
         return 1 - cosine(student, teacher, channel_dim).mean()
     if distance == "smooth_l1":
         return F.smooth_l1_loss(student, teacher.to(student.dtype))
-    # Not F.mse_loss, whose backward on torch 2.9 refuses a teacher in float64.
+    if student.dtype == teacher.dtype:
+        return F.mse_loss(student, teacher)
+    # Without F.mse_loss, whose backward on torch 2.9 refuses a teacher in float64.
     return (student - teacher).square().mean()
