@@ -33,6 +33,7 @@ def cells(page, start):
     ("start", "task", "models"),
     [
         ("mean IoU, %", "segmentation", ["lraspp", "deeplab"]),
+        ("AP at IoU 0.5, %", "detection", ["Faster R-CNN"]),
     ],
 )
 def test_the_tables_of_dense_prediction(start, task, models):
