@@ -144,7 +144,7 @@ IMAGENET += ["--teacher-weights", "random", "--device", "cpu"]
     ("pair", "method"),
     [
         ("resnet34-resnet18", "letkd-2"),
-        ("resnet50-mobilenet_v1", "letkd-2"),
+        pytest.param("resnet50-mobilenet_v1", "letkd-2", marks=pytest.mark.release),
         ("resnet50-mobilenet_v2", "quest"),
     ],
 )

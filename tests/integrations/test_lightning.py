@@ -57,6 +57,7 @@ def run(tmp_path, epochs, resume=None, callbacks=()):
     return module
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_exactly(tmp_path):
     whole = run(tmp_path, 2)
     run(tmp_path, 1)
@@ -70,6 +71,7 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     assert torch.equal(loaded.model(IMAGES), resumed.eval().model(IMAGES))
 
 
+@pytest.mark.slow
 def test_averaging_leaves_the_teacher_alone(tmp_path):
     callbacks = pytest.importorskip("lightning.pytorch.callbacks")
     if not hasattr(callbacks, "EMAWeightAveraging"):

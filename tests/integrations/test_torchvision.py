@@ -104,6 +104,7 @@ def run(name, args):
 SCRIPTS = {"classification": classification, "segmentation": segmentation, "detection": detection}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_resumed_run_goes_on_exactly(name, tmp_path):
     make = SCRIPTS[name]

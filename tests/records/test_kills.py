@@ -18,6 +18,8 @@ from kdlayers.errors import RecordError
 from tests.records.data import FlipAndCrop, Squares
 from tests.records.test_files import contents, plan_for, run, write
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(kdlayers.__file__).parent
 WRITING = [str(ROOT / "_records" / n) for n in ("write.py", "folder.py", "files.py", "views.py")]
 REPLACING = [str(ROOT / "_utils" / "files.py")]

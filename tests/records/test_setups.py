@@ -25,6 +25,8 @@ from tests.records.data import FlipAndCrop, Squares
 from tests.records.test_files import contents
 from tests.records.test_training import EXAMPLE, Net
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"views": 2, "dtype": "float32", "batch_size": 8}
 
 

@@ -266,8 +266,10 @@ def small_vit():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("net", "at", "pixels"),
-    [(lambda: Net(4), "last", 8), (small_vit, "blocks.1", 32)],
-    ids=["conv", "vit"],
+    [
+        pytest.param(lambda: Net(4), "last", 8, id="conv"),
+        pytest.param(small_vit, "blocks.1", 32, id="vit", marks=pytest.mark.release),
+    ],
 )
 def test_inductor_trains_and_evaluates_as_eager(net, at, pixels):
     images = batch(pixels=pixels)[0]
@@ -298,7 +300,13 @@ def trained(net=lambda: Net(4), at="last", images=IMAGES):
 @compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("make", [bake, lambda student: student], ids=["baked", "with hooks"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(bake, id="baked", marks=pytest.mark.release),
+        pytest.param(lambda student: student, id="with hooks"),
+    ],
+)
 def test_aot_inductor(make, tmp_path):
     student = trained()
     exported = torch.export.export(make(student), (IMAGES,))

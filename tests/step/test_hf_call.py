@@ -1,7 +1,5 @@
 """Hugging Face's call, ``model(pixel_values=x, labels=y)``, with teachers of every origin."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -82,11 +80,9 @@ def test_what_a_teacher_is_called_with():
     assert set(kwargs) == {"other"}
 
 
-def test_the_documented_trainer_keeps_label_smoothing(tmp_path, monkeypatch):
+def test_the_documented_trainer_keeps_label_smoothing(tmp_path):
     pytest.importorskip("accelerate")
-    pytest.importorskip("mlxtend")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    from hf_trainer import KDTrainer
+    from kdlayers.integrations.transformers import KDTrainer
 
     student = hugging_face().train()
     kd = attach_kd(student, Net(6), losses=[KDLoss()], example=IMAGES)

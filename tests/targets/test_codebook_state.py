@@ -52,7 +52,7 @@ def test_unfitted_state_into_fitted_targets_is_an_error():
     [
         ({"centers": torch.randn(5)}, r"must be a float tensor \[templates, channels\]"),
         ({"centers": torch.ones(5, 3).long()}, "must be a float tensor"),
-        ({"counts": torch.ones(4)}, r"counts has shape \[4\], but the other tensors need \[5\]"),
+        ({"counts": torch.ones(4)}, r"counts has shape \[4\], but the other tensors require \[5\]"),
         ({"centers": torch.full((5, 3), math.nan)}, "centers has NaN or infinite values"),
         ({"counts": None}, "is incomplete: it has centers, inertia, but not counts"),
         ({"inertia": "much"}, "inertia is a str, not a tensor"),

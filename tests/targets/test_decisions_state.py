@@ -14,7 +14,7 @@ from tests.targets.test_decisions import data, fitted
     ("change", "sentence"),
     [
         ({"projection": torch.randn(2)}, r"must be \[components, channels\]"),
-        ({"shift": torch.randn(3)}, r"shift has shape \[3\], but the other tensors need \[2\]"),
+        ({"shift": torch.randn(3)}, r"shift has shape \[3\], but the other tensors require \[2\]"),
         ({"centers": torch.randn(11, 2)}, r"centers has shape \[11, 2\]"),
         ({"prototypes": torch.randn(12, 3)}, r"prototypes has shape \[12, 3\]"),
         ({"decisions": torch.eye(11)}, r"decisions has shape \[11, 11\]"),
