@@ -159,7 +159,7 @@ def test_losses(reports):
     report = reports("losses")
     check_numbers(report)
     *alone, step = report["times_ms"].values()
-    assert [set(times) >= {"kdlayers", "textbook"} for times in alone] == [True] * (10 + 4)
+    assert [set(times) >= {"kdlayers", "textbook"} for times in alone] == [True] * (10 + 6)
     assert len(step) == 1 + 10 + 1  # the step without a loss, each loss, and the first once more
     check_ratio(report, "DKD, logits 8x10", "kdlayers", "textbook")
 
