@@ -1,6 +1,7 @@
 """Small networks for tests that look inside."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,3 +57,16 @@ def batch(size: int = 6, classes: int = 3, pixels: int = 8, seed: int = 0) -> tu
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, 3, pixels, pixels, generator=generator)
     return images, torch.arange(size) % classes
+
+
+def losses_of_steps(student, kd, images: Tensor, labels: Tensor, steps: int) -> list[float]:
+    """Train the student for some steps on one batch, and return the loss of each."""
+    optimiser = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.05)
+    found = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(student(images), labels) + kd.loss(labels)
+        loss.backward()
+        optimiser.step()
+        found.append(loss.item())
+    return found

@@ -84,3 +84,21 @@ def decision_assignment(
                 best, at = d, s
         rows.append(table[at])
     return torch.stack(rows)
+
+
+def check_divergence(targets, features: Tensor, labels: Tensor, units, templates, *, scores: bool):
+    """The divergence of targets against the formula, with gradients; given scores or vectors."""
+    ours = targets.divergence(
+        units @ templates.T if scores else units,
+        features,
+        labels,
+        templates=None if scores else templates,
+    )
+    plain = template_kl(units @ templates.T, targets.soft_assignment(features, labels))
+    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=0)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (units, templates)),
+        torch.autograd.grad(plain, (units, templates)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-13)

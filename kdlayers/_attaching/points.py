@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from kdlayers._models.detectors import inside, is_detector
+from kdlayers._models.detectors import BACKBONE, inside, is_detector
 from kdlayers._models.examples import example_for
-from kdlayers._models.names import BACKBONE
 from kdlayers._models.trace import Call, ignored, trace
 from kdlayers._targets import TemplateTargets
 from kdlayers._utils.table import table
@@ -140,7 +139,7 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
         Candidate(name='layer4', shape=(2, 512, 2, 2), layout='NCHW')
     """
     args = example_for(model, example)
-    prefix = BACKBONE if is_detector(model) else ""
+    prefix = f"{BACKBONE}." if is_detector(model) else ""
     model = inside(model)
     traced = trace(model, args, "model")
     names = set(_stages_and_blocks(model))

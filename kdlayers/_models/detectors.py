@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 BACKBONE = "backbone"
+"""Where a detector keeps the module that is attached; names inside it may begin with this."""
 NO_LOGITS = (
     "this is the backbone of a detector, which returns boxes rather than logits; use KD layers, or "
     "losses on features with at="

@@ -6,11 +6,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from kdlayers._models.detectors import BACKBONE
 from kdlayers.errors import NoMatchError
 
 WRAPPERS = ("module.", "_orig_mod.")
-BACKBONE = "backbone."
-"""Before the names inside a detector, which is attached in its backbone."""
 
 
 def match(
@@ -24,7 +23,7 @@ def match(
         NoMatchError: if there is none.
     """
     forms = readings(pattern)
-    for plain in (*forms, forms[-1].removeprefix(BACKBONE)):
+    for plain in (*forms, forms[-1].removeprefix(f"{BACKBONE}.")):
         if plain in names:
             return [plain]
         found = [name for name in names if _glob(name, plain)] if is_glob(plain) else []

@@ -60,6 +60,11 @@ class Description:
         return self.samples * self.views
 
     @property
+    def batches(self) -> int:
+        """Number of the teachers' batches; the last one may be smaller."""
+        return -(-self.rows // self.batch_size)
+
+    @property
     def total_bytes(self) -> int:
         """Size of the finished record, without the description."""
         return self.rows * self.row_bytes

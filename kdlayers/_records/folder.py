@@ -1,8 +1,8 @@
 """The folder of a record that is being written: its files, its room on the disk, what is done.
 
 ``unfinished.json`` has the description while rows are missing. ``unfinished.batches`` has a byte
-for each batch of the teachers, which is 1 once the batch is written. So a call goes on from any
-point, with any number of processes.
+for each batch of the teachers, which is 1 once the batch is written. A call can therefore continue
+from any point, with any number of processes.
 """
 
 import shutil
@@ -85,9 +85,8 @@ def need_same(found: Description, plan: Description, path: Path) -> None:
 
 
 def _done(path: Path, plan: Description) -> bytes:
-    batches = -(-plan.rows // plan.batch_size)
     found = (path / DONE).read_bytes() if (path / DONE).exists() else b""
-    return found[:batches].ljust(batches, b"\0")
+    return found[: plan.batches].ljust(plan.batches, b"\0")
 
 
 def _need_space(path: Path, plan: Description) -> None:
@@ -104,7 +103,7 @@ def _need_space(path: Path, plan: Description) -> None:
 def _allocate(path: Path, plan: Description) -> None:
     """Give every file its size; what is written already stays."""
     sizes = {field_path(path, i): f.row_bytes * plan.rows for i, f in enumerate(plan.fields)}
-    sizes |= {path / CHECKS: 8 * plan.rows, path / DONE: -(-plan.rows // plan.batch_size)}
+    sizes |= {path / CHECKS: 8 * plan.rows, path / DONE: plan.batches}
     for file, size in sizes.items():
         with file.open("ab") as found:
             found.truncate(size)

@@ -1,4 +1,4 @@
-"""Writing a record: batch by batch, by one process or several, and on from where a call stopped."""
+"""Writes a record batch by batch, with one process or several, and continues a stopped call."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What a handle does before training: it fits the losses, or records what the teachers say."""
+"""What a handle does before training: it fits the losses, or records the teachers' outputs."""
 
 from collections.abc import Callable, Iterable
 from os import PathLike
@@ -38,13 +38,13 @@ class Learning(Attachment):
 
         Runs the teacher over the loader, one pass for all points together: a codebook takes up to
         two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not run,
-        and no random state is disturbed. While a codebook or decisions are learnt each pass starts
+        and no random state is disturbed. While a codebook or decisions are fitted, each pass starts
         from ``seed``, so that a loader that shuffles or augments gives every pass the same data:
-        torch, Python's ``random``, NumPy and the generators that the loader, its samplers and its
-        data set hold are seeded, and restored at the end. Workers start anew in each pass.
-        Passes that only auto-encoders are left to take start from ``seed`` plus the number of the
-        pass: as in any training order and augmentation change; the same seed gives the same again.
-        Under ``torch.distributed`` all ranks call it together, each with its part of the data.
+        torch, Python's ``random``, NumPy and the generators of the loader, its samplers and its
+        data set are seeded, and restored at the end. Workers are restarted for each pass. Later
+        passes, which only auto-encoders need, start from ``seed`` plus the number of the pass, so
+        order and augmentation change as in training. The same seed gives the same result. Under
+        ``torch.distributed`` call it on all ranks, each with its part of the data.
 
         Args:
             loader: gives batches ``(images, labels)``, or dicts with ``pixel_values`` and
@@ -52,22 +52,21 @@ class Learning(Attachment):
                 augmentation. It must be iterable again, as a ``DataLoader`` or a list is. A
                 detector's loader may give lists of images of any size, and lists of dicts as
                 targets.
-            prepare: what your loop does to a batch before the model: a function that makes
-                ``(images, labels)`` of a batch, for loaders of dicts, or where the loop normalises.
-                Default: none.
+            prepare: a function that turns a batch into ``(images, labels)``, for loaders of other
+                dicts, or if your loop normalises its batches. Default: none.
             seed: seed of clustering and of the loader's own randomness; default 0.
             progress: show a bar on a terminal, where tqdm is installed; default True.
-            refit: also learn again what has been learnt; default: only what is missing.
+            refit: also fit again what is fitted already; default: only what is missing.
 
         Raises:
-            FitError: if the loader is empty or one-shot, or the data cannot be learnt from.
+            FitError: if the loader is empty or one-shot, or the data cannot be fitted.
             ArgumentTypeError: if ``loader`` does not give batches, as a model does not.
             ArgumentError: if a batch is not a pair of tensors.
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
-            KDLayersWarning: if passes that need the same data began with different batches; at the
-                first training batches after it, if their images are not normalised alike.
+            KDLayersWarning: if passes that need the same data began with different batches; later,
+                if the first training batches are normalised differently.
         """
         self._need_teacher("fit")
         check_loader(loader)
@@ -101,10 +100,10 @@ class Learning(Attachment):
     ) -> RecordedDataset:
         """Run the teachers once over seeded views of a data set, and write what the losses read.
 
-        Train with the data set that this returns and with ``kd.loss(y, recorded=key)``: the
-        teachers do not run, and the student sees the views that they saw. A call that was stopped
-        continues where it was; where the record is finished, it is opened. Under
-        ``torch.distributed`` call it on every rank: each writes a part.
+        Train with the data set that this returns and with ``kd.loss(y, recorded=key)``. The
+        teachers then do not run, and the student sees the same views as they did. A stopped call
+        continues where it was. A finished record is only opened. Under ``torch.distributed`` call
+        it on every rank: each rank writes a part.
 
         Args:
             dataset: a map-style data set of (image, label), with its random transform. Equal seeds

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._step.sites import slots
+from kdlayers._step.slot import SLOT
 from kdlayers._step.terms import Term
 from kdlayers._utils.warn import warn
 
@@ -81,7 +82,7 @@ class OptimiserWatch:
     def _layers_learn(self) -> bool:
         """Whether the student has trainable KD layers, such as the copies that peft makes."""
         named = () if self.student is None else self.student.named_parameters()
-        return any(p.requires_grad for name, p in named if "kd" in name.split("."))
+        return any(p.requires_grad for name, p in named if SLOT in name.split("."))
 
 
 def _probe(parameters: Iterable[nn.Parameter]) -> Tensor:

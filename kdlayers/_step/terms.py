@@ -81,8 +81,7 @@ class Term:
         if templates is None:
             return self.loss(student, teacher, targets)  # type: ignore[no-any-return]
         # Scores are linear in the unit vectors, so pooling the vectors pools the scores.
-        value: Tensor = self.loss(student, teacher, targets, templates=templates)
-        return value
+        return self.loss(student, teacher, targets, templates=templates)  # type: ignore[no-any-return]
 
     def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Bring both tensors to the same grid, and to the student's device."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kdlayers._step.handle import KDHandle
+from kdlayers._utils.files import replacing
 
 _hf: Any = import_module("transformers")
 _Trainer: Any = _hf.Trainer
@@ -61,7 +62,8 @@ class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
         """Beside the model, ``kd.pt``: targets, train-only parameters and the step."""
         super().save_model(output_dir, _internal_call)
         if self.kd is not None and self.args.should_save:
-            torch.save(self.kd.state_dict(), Path(output_dir or self.args.output_dir, FILE))
+            with replacing(Path(output_dir or self.args.output_dir, FILE)) as file:
+                torch.save(self.kd.state_dict(), file)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Trainer's; the handle goes on from the same checkpoint."""

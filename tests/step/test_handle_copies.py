@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd, attach_mutual
 from kdlayers.errors import AttachError
-from tests.nets import Net, batch
+from tests.nets import Net, batch, losses_of_steps
 
 IMAGES, LABELS = batch()
 
@@ -36,15 +36,7 @@ def saved(pair):
 
 
 def steps(student, kd, count=3):
-    optimiser = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.05)
-    found = []
-    for _ in range(count):
-        optimiser.zero_grad()
-        loss = F.cross_entropy(student(IMAGES), LABELS) + kd.loss(LABELS)
-        loss.backward()
-        optimiser.step()
-        found.append(loss.item())
-    return found
+    return losses_of_steps(student, kd, IMAGES, LABELS, count)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])

@@ -4,11 +4,10 @@ import threading
 import time
 
 import torch
-import torch.nn.functional as F
 
 from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
 from tests.attach_tester import Frozen
-from tests.nets import Net, batch
+from tests.nets import Net, batch, losses_of_steps
 
 IMAGES, LABELS = batch()
 
@@ -38,15 +37,7 @@ def attached(teacher, kind):
 
 
 def losses(student, kd, steps=8):
-    optimiser = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.05)
-    found = []
-    for _ in range(steps):
-        optimiser.zero_grad()
-        loss = F.cross_entropy(student(IMAGES), LABELS) + kd.loss(LABELS)
-        loss.backward()
-        optimiser.step()
-        found.append(loss.item())
-    return found
+    return losses_of_steps(student, kd, IMAGES, LABELS, steps)
 
 
 def test_losses_in_threads_equal_those_without_threads():
