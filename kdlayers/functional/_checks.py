@@ -207,13 +207,11 @@ def class_indices(name: str, value: object) -> Tensor:
 
 
 def in_range(name: str, indices: Tensor, classes: int) -> None:
-    """Raise unless all indices lie in 0..classes - 1, where they can be read at no cost.
+    """Raise unless all indices lie in 0..classes - 1, where they are `readable`.
 
-    Not on an accelerator, where reading waits for the device and indexing reports a wrong label
-    anyway; nor in a graph of ``torch.compile`` or under ``torch.func``.
+    An accelerator reports a wrong label when it indexes.
     """
-    on_cpu = indices.device.type == "cpu" and indices.numel() > 0
-    if not on_cpu or torch.compiler.is_compiling() or is_functional(indices):
+    if not (indices.numel() and readable(indices)):
         return
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= classes:
@@ -221,6 +219,16 @@ def in_range(name: str, indices: Tensor, classes: int) -> None:
             f"{name} must lie in 0..{classes - 1} for {classes} classes, got labels from {low} "
             f"to {high}"
         )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a value of ``tensor`` can be read at no cost.
+
+    Not on an accelerator, where reading waits for the device; nor in a graph of ``torch.compile``
+    or under ``torch.func``.
+    """
+    on_cpu = tensor.device.type == "cpu"
+    return on_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
 
 
 def shape(tensor: Tensor) -> list[int]:

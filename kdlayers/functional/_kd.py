@@ -1,5 +1,7 @@
 """Knowledge distillation by softened logits."""
 
+from math import isfinite
+
 from torch import Tensor
 
 from kdlayers.functional import _checks as check
@@ -62,9 +64,12 @@ def kd(
 
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
     """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
-    shares = teacher.exp()
-    # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf.
-    elements = shares * (teacher - student).masked_fill(shares == 0, 0.0)
+    shares, difference = teacher.exp(), teacher - student
+    if not (check.readable(difference) and isfinite(difference.detach().sum().item())):
+        # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf. This
+        # is a quarter of the loss's time, so it is skipped where all is known to be finite.
+        difference = difference.masked_fill(shares == 0, 0.0)
+    elements = shares * difference
     if reduction == "mean":  # one sum over everything, then one product
         return elements.sum() * (factor * student.shape[1] / student.numel())
     return check.reduce(elements.sum(dim=1) * factor, reduction)

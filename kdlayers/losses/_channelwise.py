@@ -15,13 +15,11 @@ from kdlayers.losses._projected import ProjectedLoss
 class ChannelWiseLoss(ProjectedLoss):
     r"""Channel-wise distillation, CWD (Shu, Liu, Gao, Yan, Shen, ICCV 2021).
 
-    .. math::
-        L = \frac{T^2}{B C} \sum_{b,c} \mathrm{KL}\big( \phi(f^T_{bc}) \,\|\, \phi(f^S_{bc}) \big)
+    .. math:: L = \frac{T^2}{B C} \sum_{b,c} \mathrm{KL}\big( \phi(f^T_{bc}) \,\|\, \phi(f^S_{bc}) \big)
 
-    with the softmax :math:`\phi` over the positions of a channel: the student learns where each
-    channel is active. Maps of different size are compared on the smaller grid. Where the numbers of
-    channels differ, a train-only 1x1 convolution without bias brings the student's to the
-    teacher's. The teacher is detached. See :func:`kdlayers.functional.channelwise`.
+    with the softmax :math:`\phi` over positions: the student learns where each channel is active.
+    Maps are compared on the smaller grid. Where the numbers of channels differ, a train-only 1x1
+    convolution without bias makes them equal. See :func:`kdlayers.functional.channelwise`.
 
     Args:
         temperature: above 0. Default 4; the authors' code and mmrazor have 1.
@@ -30,8 +28,7 @@ class ChannelWiseLoss(ProjectedLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
-        ShapeError: if the tensors are not maps ``[B, C, H, W]`` of one batch with two positions or
-            more, or the channels have changed.
+        ShapeError: if the tensors are not maps ``[B, C, H, W]`` of two positions or more.
 
     Example:
         >>> import torch
@@ -59,21 +56,20 @@ class ChannelWiseLoss(ProjectedLoss):
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean divergence for maps ``[B, C, H, W]``; the labels are not used."""
-        student, teacher = self._read(student, teacher)
-        self._make(student, teacher)
-        student, teacher = self._projected(student, teacher), teacher.detach()
-        return channelwise(student, teacher, temperature=self.temperature)
+        student, teacher = self._ready(student, teacher)
+        projected = self._projected(student, teacher)
+        return channelwise(projected, teacher.detach(), temperature=self.temperature)
 
     def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         check_maps(student, teacher)
-        ours, theirs = on_one_grid(student, teacher)
-        if ours[0, 0].numel() < 2:
+        maps = on_one_grid(student, teacher)
+        if maps[0][0, 0].numel() < 2:
             raise ShapeError(
-                "maps must have at least 2 positions on one grid, got "
-                f"{check.shape(student)} and {check.shape(teacher)}; ChannelWiseLoss compares "
-                "where a channel is active: choose an earlier point, or RKDLoss for vectors"
+                f"maps must have at least 2 positions on one grid, got {check.shape(student)} and "
+                f"{check.shape(teacher)}; ChannelWiseLoss compares where a channel is active: "
+                "choose an earlier point, or RKDLoss for vectors"
             )
-        return ours, theirs
+        return maps
 
     def _make(self, student: Tensor, teacher: Tensor) -> None:
         if student.shape[1] != teacher.shape[1]:  # equal channels are compared as they are

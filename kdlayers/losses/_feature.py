@@ -1,6 +1,6 @@
 """Regression of a teacher's features, between models of any kind."""
 
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
@@ -8,10 +8,7 @@ from kdlayers.functional import _checks as check
 from kdlayers.functional._features import Distance, feature_distance
 from kdlayers.losses._base import Weight
 from kdlayers.losses._projected import ProjectedLoss, channel_dim
-from kdlayers.losses._reading import read_maps, read_vectors
-from kdlayers.losses._teacher_norm import TeacherNorm, norm_for, norm_like
-
-Tokens: TypeAlias = Literal["patch", "cls", "pooled"]
+from kdlayers.losses._reading import Tokens, read
 
 
 class FeatureLoss(ProjectedLoss):
@@ -39,16 +36,13 @@ class FeatureLoss(ProjectedLoss):
         ShapeError: if the tensors are not of the same images, or the projector's width is wrong.
 
     References:
-        Romero et al., "FitNets", ICLR 2015; cosines and standardised features: Ranzinger, Heinrich,
-        Kautz, Molchanov, "AM-RADIO", CVPR 2024.
+        Romero et al., "FitNets", ICLR 2015; cosines, standardised features: Ranzinger et al., 2024.
 
     Example:
         >>> import torch
         >>> FeatureLoss(projector=None)(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
         tensor(0.2929)
     """
-
-    teacher_norm: TeacherNorm | None
 
     def __init__(
         self,
@@ -67,34 +61,19 @@ class FeatureLoss(ProjectedLoss):
         check.one_of("tokens", tokens, get_args(Tokens))
         self._hold(projector)
         self.distance: Distance = distance
-        self.tokens = tokens
+        self.tokens: Tokens = tokens
         self.normalize_teacher = normalize_teacher
-        self.teacher_norm = None
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean distance for maps, vectors ``[B, C]`` or tokens; the labels are not used."""
-        student, teacher = self._read(student, teacher)
-        self._make(student, teacher)
+        student, teacher = self._ready(student, teacher)
         projected, dim = self._projected(student, teacher), channel_dim(teacher)
         if self.teacher_norm is not None:
             teacher = self.teacher_norm(teacher, dim)
         return feature_distance(projected, teacher.detach(), self.distance, dim)
 
     def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as features of one grid."""
-        if self.tokens == "patch":
-            return read_maps(student, teacher)
-        return read_vectors(student, teacher, class_token=self.tokens == "cls")
-
-    def _make(self, student: Tensor, teacher: Tensor) -> None:
-        super()._make(student, teacher)
-        if self.normalize_teacher and self.teacher_norm is None:
-            self.teacher_norm = norm_for(teacher, channel_dim(teacher))
-
-    def _build_from(self, state: dict[str, Tensor]) -> None:
-        super()._build_from(state)
-        if self.normalize_teacher and self.teacher_norm is None:
-            self.teacher_norm = norm_like(state, "teacher_norm")
+        return read(student, teacher, self.tokens)
 
     def extra_repr(self) -> str:
         """Shows the options besides weight and at."""

@@ -11,12 +11,14 @@ from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import full_precision, work_dtype
 from kdlayers.losses._base import DistillLoss
 from kdlayers.losses._projector import make_projector, projector_like, widths
+from kdlayers.losses._teacher_norm import TeacherNorm, norm_for, norm_like
 
 
 class ProjectedLoss(DistillLoss):
     """A loss whose student features pass a train-only projector to the teacher's width.
 
-    A subclass calls `_hold` in its constructor, implements `_read`, and calls `_projected`.
+    A subclass calls `_hold` in its constructor and implements `_read`. Its forward calls `_ready`,
+    then `_projected`.
     """
 
     detaches_teacher: ClassVar[bool] = True
@@ -26,6 +28,8 @@ class ProjectedLoss(DistillLoss):
     """Whether a linear projector has a bias."""
     projector_kind: str | None
     """``"linear"``, ``"mlp"``, or None for a module of the user's or none."""
+    normalize_teacher: bool = False
+    teacher_norm: TeacherNorm | None
 
     def _hold(self, projector: str | nn.Module | None) -> None:
         """Keep the user's projector, or note which kind to make."""
@@ -34,15 +38,23 @@ class ProjectedLoss(DistillLoss):
         own = projector if isinstance(projector, nn.Module) else None
         self.projector_kind = None if isinstance(projector, nn.Module) else projector
         self.register_module(self.slot, own)
+        self.teacher_norm = None
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Make the projector for these widths; try one of the user's own."""
-        student, teacher = self._read(student, teacher)
-        self._make(student, teacher)
+        student, teacher = self._ready(student, teacher)
         if self.projector_kind is None:
             self.to(student.device)
             with undisturbed(self), torch.no_grad():
                 self._projected(student, teacher)
+
+    def _ready(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as `_read` gives them; what is still missing is made for them."""
+        student, teacher = self._read(student, teacher)
+        self._make(student, teacher)
+        if self.normalize_teacher and self.teacher_norm is None:
+            self.teacher_norm = norm_for(teacher, channel_dim(teacher))
+        return student, teacher
 
     def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both tensors as they are compared: on one grid, with channels in `channel_dim`."""
@@ -60,6 +72,8 @@ class ProjectedLoss(DistillLoss):
     def _build_from(self, state: dict[str, Tensor]) -> None:
         if self.projector_kind is not None and getattr(self, self.slot) is None:
             setattr(self, self.slot, projector_like(state, self.slot))
+        if self.normalize_teacher and self.teacher_norm is None:
+            self.teacher_norm = norm_like(state, "teacher_norm")
 
     @full_precision
     def _projected(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,10 +1,21 @@
 """Reads maps, tokens and vectors of two models so that they can be compared."""
 
+from typing import Literal, TypeAlias
+
 from torch import Tensor
 
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.losses._maps import on_one_grid
+
+Tokens: TypeAlias = Literal["patch", "cls", "pooled"]
+
+
+def read(student: Tensor, teacher: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """What ``tokens`` asks for: `read_maps`, or `read_vectors` of class tokens or of means."""
+    if tokens == "patch":
+        return read_maps(student, teacher)
+    return read_vectors(student, teacher, class_token=tokens == "cls")
 
 
 def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
