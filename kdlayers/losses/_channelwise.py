@@ -15,7 +15,7 @@ from kdlayers.losses._projected import ProjectedLoss
 class ChannelWiseLoss(ProjectedLoss):
     r"""Channel-wise distillation, CWD (Shu, Liu, Gao, Yan, Shen, ICCV 2021).
 
-    .. math:: L = \frac{T^2}{B C} \sum_{b,c} \mathrm{KL}\big( \phi(f^T_{bc}) \,\|\, \phi(f^S_{bc}) \big)
+    .. math:: L = \frac{T^2}{B C} \sum_{b,c} \mathrm{KL}( \phi(f^T_{bc}) \,\|\, \phi(f^S_{bc}) )
 
     with the softmax :math:`\phi` over positions: the student learns where each channel is active.
     Maps are compared on the smaller grid. Where the numbers of channels differ, a train-only 1x1
