@@ -1,4 +1,4 @@
-"""The tables of the pages on dense prediction and on label-free distillation show the data."""
+"""The numbers on the pages are those of the committed runs."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from scipy import stats
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "data" / "recipes"
@@ -62,3 +63,42 @@ def test_the_table_of_label_free_distillation():
         assert table[f"student, {model}"] == expected
     (teacher,) = (line for line in found if line["model"] == "teacher")
     assert table["teacher"][:2] == [shown([teacher[m]]) for m in ("k-NN", "linear")]
+
+
+def test_the_table_of_the_quickstart():
+    printed = (DATA / "quickstart.txt").read_text("utf-8")
+    rows = cells("quickstart.md", "| test accuracy %")
+    assert list(rows) == ["labels only", "KD", "letKD-2", "letKD-2 + KD"]
+    for method, (accuracy, gain, size) in rows.items():
+        (line,) = re.findall(rf"^{re.escape(method)} {{2,}}(.*)$", printed, re.M)
+        shown_gain = gain or "+0.00 (+0.00 to +0.00)"
+        assert line.split() == [*accuracy.split(), *shown_gain.split(), size]
+
+
+def accuracies(stem):
+    """Test accuracies by method and seed."""
+    found = {}
+    for line in (DOCS / "data" / "results" / f"{stem}.jsonl").read_text("utf-8").splitlines():
+        run = json.loads(line)
+        found.setdefault(run["method"], {})[run["seed"]] = run["test_accuracy"]
+    return found
+
+
+def verdict(ours, theirs):
+    """The sign of the paired difference if its 95 % interval excludes 0; 0 if it does not."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    test = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    low, high = test.confidence_interval()
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def test_what_the_front_page_says_of_fashion_mnist():
+    better = set()
+    for stem in ("fashion-mnist-6000", "fashion-mnist-6000-resnet20", "fashion-mnist-6000-vgg"):
+        runs = accuracies(stem)
+        assert verdict(runs["letKD-2"], runs["layers only (2)"]) == 1
+        same = [name for name in runs if name != "KD" and "wider" not in name]
+        better |= {(stem, name) for name in same if verdict(runs[name], runs["KD"]) == 1}
+    assert better == {("fashion-mnist-6000-resnet20", "DKD")}
+    text = " ".join((DOCS.parent / "README.md").read_text("utf-8").split())
+    assert "On Fashion-MNIST only DKD beats it with the same student, with one of two" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,7 +13,21 @@ from _report import interval
 
 Runs = Mapping[str, Sequence[Line]]
 Row = tuple[str, float, float | None, float | None]
-BETTER, WORSE, OPEN = "#1a7f37", "#b42318", "#57606a"
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Of a picture on a page that is light or dark."""
+
+    page: str
+    ink: str
+    better: str
+    worse: str
+    unclear: str
+
+
+LIGHT = Colours("white", "black", "#1a7f37", "#b42318", "#57606a")
+DARK = Colours("#0d1117", "#e6edf3", "#3fb950", "#f85149", "#9198a1")
 
 
 def reference_of(runs: Runs) -> str:
@@ -37,7 +52,12 @@ def rows_of(runs: Runs, names: Sequence[str]) -> list[Row]:
     return rows
 
 
-def draw_forest(panels: Sequence[tuple[str, Runs]], names: Sequence[str], path: Path) -> bool:
+def draw_forest(
+    panels: Sequence[tuple[str, Runs]],
+    names: Sequence[str],
+    path: Path,
+    colours: Colours = LIGHT,
+) -> bool:
     """Draw all regimes under each other; whether there was anything to draw.
 
     The picture is as wide as a phone's screen, so that nothing is scaled down there. Drawing the
@@ -51,27 +71,32 @@ def draw_forest(panels: Sequence[tuple[str, Runs]], names: Sequence[str], path: 
     from matplotlib.figure import Figure
 
     heights = [len(rows) + 2.4 for _, _, rows in known]
-    with mpl.rc_context({"svg.hashsalt": "kdlayers", "svg.fonttype": "path", "font.size": 10}):
+    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), colours.ink)
+    ink |= dict.fromkeys(("xtick.color", "ytick.color"), colours.ink)
+    page = dict.fromkeys(("figure.facecolor", "axes.facecolor"), colours.page)
+    style = {"svg.hashsalt": "kdlayers", "svg.fonttype": "path", "font.size": 10}
+    with mpl.rc_context(style | ink | page):
         figure = Figure((4.6, 0.27 * sum(heights)), layout="constrained")
-        figure.patch.set_facecolor("white")
         grid = figure.subplots(len(known), 1, squeeze=False, height_ratios=heights)[:, 0]
         for panel, (title, reference, rows) in zip(grid, known, strict=True):
-            draw_panel(panel, title, reference, rows)
+            draw_panel(panel, title, reference, rows, colours)
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
     return True
 
 
-def draw_panel(panel: Any, title: str, reference: str, rows: Sequence[Row]) -> None:
+def draw_panel(
+    panel: Any, title: str, reference: str, rows: Sequence[Row], colours: Colours
+) -> None:
     """One regime: a row a method, the first on top."""
     for place, (_, centre, low, high) in enumerate(rows):
         if low is None or high is None:
-            panel.plot(centre, place, "o", mfc="white", mec=OPEN, ms=5)
+            panel.plot(centre, place, "o", mfc=colours.page, mec=colours.unclear, ms=5)
             continue
-        colour = BETTER if low > 0 else WORSE if high < 0 else OPEN
+        colour = colours.better if low > 0 else colours.worse if high < 0 else colours.unclear
         panel.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="butt")
         panel.plot(centre, place, "o", color=colour, ms=5)
-    panel.axvline(0, color="black", lw=0.8)
+    panel.axvline(0, color=colours.ink, lw=0.8)
     panel.set_yticks(range(len(rows)), [row[0] for row in rows])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_title(title, fontsize=10, fontweight="bold", loc="left", x=-0.55)

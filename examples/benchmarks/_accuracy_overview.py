@@ -60,7 +60,15 @@ other classes than the student, the difference is to labels only. Green means be
 is above 0. Red means worse. Grey means not separated, which does not mean equal. Hollow points have
 fewer than three seeds, so there is no interval and no verdict.
 
-![differences to KD with their intervals, a panel for each regime](figures/results.svg)
+```{image} figures/results.svg
+:alt: differences to KD with their intervals, a panel for each regime
+:class: only-light
+```
+
+```{image} figures/results-dark.svg
+:alt: differences to KD with their intervals, a panel for each regime
+:class: only-dark
+```
 """
 
 PUBLISHED = """\

@@ -20,7 +20,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _accuracy_forest import draw_forest
+from _accuracy_forest import DARK, draw_forest
 from _accuracy_methods import Options, recipes
 from _accuracy_overview import DRAWN, Entry, overview
 from _accuracy_published import published_table
@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
         (args.out.parent / name).write_text(text, "utf-8")
     shown, _ = entries(args.data)
     panels = [(entry.short, entry.runs) for entry in shown]
-    draw_forest(panels, DRAWN, args.out.parent / "figures" / "results.svg")
+    figures = args.out.parent / "figures"
+    draw_forest(panels, DRAWN, figures / "results.svg")
+    draw_forest(panels, DRAWN, figures / "results-dark.svg", DARK)
     for path in regimes(args.data):
         figure = args.out.parent / figure_of(path)
         figure.parent.mkdir(exist_ok=True)
