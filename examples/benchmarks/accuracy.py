@@ -133,6 +133,8 @@ def run(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress
     fitted = seconds(device) - fitted
     spent = train(student, kd, batches, recipe, progress, recipe["ce_weight"])
     terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
+    if args.save and kd is not None:
+        torch.save(kd.state_dict(), saved_at(args.save, name, seed).with_suffix(".kd.pt"))
     let_go(kd, recipe)
     if args.save and any(".kd." in name for name, _ in student.named_parameters()):
         kdlayers.save_student(student, saved_at(args.save, name, seed))
@@ -300,7 +302,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
     add("--no-pruning", dest="pruning", action="store_false", help="leave it out, as it takes time")
     add("--tuning", action="store_true", help="do not look at the test images")
-    add("--save", type=Path, help="folder for the students with KD layers; default: none is kept")
+    add("--save", type=Path, help="folder for students with KD layers and for what kd has learnt")
     add("--device", default="cpu", help="such as cuda; default: %(default)s")
     add("--threads", type=int, default=1, help="default: %(default)s")
     group = parser.add_argument_group("recipe of all students")

@@ -3,6 +3,7 @@
 import torch
 
 from kdlayers import KDPoint, attach_kd, save_student
+from tests.accuracy_bench import TINY
 from tests.benchmark_modules import load
 from tests.examples.test_examples import run
 
@@ -27,3 +28,20 @@ def test_figures_of_a_student_of_the_benchmark(tmp_path, image_root):
     figures.main([str(tmp_path / "student.pt"), *options, "--out", str(tmp_path / "out")])
     found = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert found == ["matches-layer3-0.png", "usage-layer3-0.png"]
+
+
+def test_the_gallery_shows_what_two_runs_have_learnt(tmp_path, tmp_path_factory, bench, image_root):
+    students = ["--save", str(tmp_path / "students"), "--seeds", "1"]
+    out = tmp_path / "runs.jsonl"
+    bench(out, *students, "--methods", "letKD-2", "AEKT chi2")
+    saved = sorted(file.name for file in (tmp_path / "students").iterdir())
+    assert saved == ["AEKT-chi2-seed-1.kd.pt", "letKD-2-seed-1.kd.pt", "letKD-2-seed-1.pt"]
+    cache = tmp_path_factory.getbasetemp() / "teachers"  # where `bench` has them
+    given = ["--root", str(image_root), "--cache", str(cache), "--out", str(out)]
+    figures = ["--figures", str(tmp_path / "figures")]
+    load("gallery").main([*given, *TINY, *students, *figures])
+    found = {file.stem for file in (tmp_path / "figures").iterdir()}
+    layers = {
+        f"gallery-{kind}-{at}" for kind in ("matches", "usage") for at in ("last", "layer3-0")
+    }
+    assert found == layers | {"gallery-decisions", "gallery-relations", "gallery-curves"}

@@ -1,0 +1,153 @@
+"""Draw the gallery: what students of the accuracy benchmark and their losses have learnt.
+
+First let accuracy.py save two students, then call this with the same options:
+
+    python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
+        --teacher-checkpoint resnet56.pt --cache runs --out docs/data/results/cifar100-10000.jsonl \
+        --seeds 0 --methods letKD-2 "AEKT chi2" --save runs/students
+    python examples/benchmarks/gallery.py (the same options)
+
+The figures are written to docs/figures; docs/gallery.md shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from _accuracy_cifar import KINDS
+from _accuracy_methods import chosen, loss, point, recipes
+from _accuracy_regimes import Regime, prepared
+from _accuracy_train import new_model
+from _accuracy_words import Line
+from accuracy import parse, saved_at, teacher_recipe
+from report import read
+from torch import Tensor
+from torchvision import datasets
+
+from kdlayers import (
+    AEKTLoss,
+    DecisionTargets,
+    DistillLoss,
+    KDPoint,
+    attach_kd,
+    load_student,
+    viz,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LAYERS, RELATIONS = "letKD-2", "AEKT chi2"
+SHOWN = 5
+TERMS = {
+    "cross-entropy": "cross-entropy",
+    "KDLoss": "KDLoss",
+    "TemplateLoss.layer3.0": "letKD's first layer",
+    "TemplateLoss.last": "letKD's last layer",
+}
+CURVES = ("labels only", "KD", "letKD-1", "letKD-2", "letKD-2 + KD")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Load what was saved, and draw it."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--figures", type=Path, default=Path("docs/figures"))
+    folder, rest = own.parse_known_args(arguments)
+    args = parse(rest)
+    torch.set_num_threads(args.threads)
+    regime, seed = prepared(args, teacher_recipe(args)), args.seeds[0]
+    students = {name: saved_at(args.save, name, seed) for name in (LAYERS, RELATIONS)}
+    names, matrix = class_names(args), relations(regime, students[RELATIONS])
+    figures = layer_figures(regime, students[LAYERS])
+    figures["decisions"] = viz.plot_decisions(decisions(regime, students[LAYERS]), names, top=12)
+    figures["relations"] = viz.plot_relations(matrix, names, top=12)
+    figures["curves"] = curves(read(args.out), seed)
+    folder.figures.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        file = folder.figures / f"gallery-{name}.png"
+        figure.savefig(file, dpi=110)
+        print(file, flush=True)
+
+
+def layer_figures(regime: Regime, saved: Path) -> dict[str, Figure]:
+    """What each layer matched on one test image of each of five classes, and on all of them."""
+    recipe = recipes(chosen(regime.args), regime.splits.classes)[LAYERS]
+    fresh = new_model(recipe["student"], regime.splits, 0, width=recipe["width"])
+    student = load_student(fresh, saved)
+    test = regime.splits.test
+    first = torch.stack([(test.labels == label).nonzero()[0, 0] for label in range(SHOWN)])
+    few = test.take(first)
+    images = few.batches(SHOWN)[0][0]
+    pixels = few.images.reshape(SHOWN, -1, *few.images.shape[-2:]) / 255
+    figures = {}
+    for layer in recipe["layers"]:
+        name = layer["at"].partition(":")[0]
+        view = viz.layer_view(student, images, name)
+        usage = viz.template_usage(student, test.batches(250), name)
+        short = name.replace(".", "-")
+        figures |= {f"matches-{short}": viz.plot_matches(view, pixels)}
+        figures |= {f"usage-{short}": viz.plot_usage(usage)}
+    return figures
+
+
+def restored(regime: Regime, name: str, saved: Path) -> tuple[list[KDPoint], list[DistillLoss]]:
+    """The points and losses of a method with what a run has learnt."""
+    splits = regime.splits
+    recipe = recipes(chosen(regime.args), splits.classes)[name]
+    points = [point(layer, 1.0, splits.classes) for layer in recipe.get("layers", [])]
+    losses = [loss(part, 1) for part in recipe["losses"]]
+    student = new_model(recipe["student"], splits, 0, width=recipe["width"])
+    kd = attach_kd(student, regime.teacher, points, losses=losses, example=splits.blank(2))
+    kd.load_state_dict(torch.load(saved.with_suffix(".kd.pt"), weights_only=True))
+    return points, losses
+
+
+def decisions(regime: Regime, saved: Path) -> DecisionTargets:
+    """The targets of letKD-2's first layer."""
+    points, _ = restored(regime, LAYERS, saved)
+    (found,) = (p.targets for p in points if isinstance(p.targets, DecisionTargets))
+    return found
+
+
+def relations(regime: Regime, saved: Path) -> Tensor:
+    """The matrix of AEKT's linear layer."""
+    _, losses = restored(regime, RELATIONS, saved)
+    (found,) = (own.relations() for own in losses if isinstance(own, AEKTLoss))
+    return found
+
+
+def curves(lines: Sequence[Line], seed: int) -> Figure:
+    """Each term over the epochs, a line a method."""
+    from matplotlib.figure import Figure  # only here: --help works without
+
+    runs = {line["method"]: line["curve"] for line in lines if line["seed"] == seed}
+    runs = {name: runs[name] for name in CURVES if name in runs}
+    figure = Figure((9, 5.4), layout="constrained")
+    for panel, (term, title) in zip(figure.subplots(2, 2).flat, TERMS.items(), strict=True):
+        for name, curve in runs.items():
+            if term in curve[0]:
+                colour = f"C{CURVES.index(name)}"
+                panel.plot([epoch[term] for epoch in curve], color=colour, label=name)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("epoch", fontsize=9)
+        if panel.lines:
+            panel.legend(fontsize=8)
+    return figure
+
+
+def class_names(args: argparse.Namespace) -> list[str]:
+    """Those of the class folders, or of torchvision's files."""
+    folder = Path(args.root) / "test"
+    if folder.is_dir():
+        return sorted(child.name for child in folder.iterdir())
+    if args.data == "fashion-mnist":
+        return datasets.FashionMNIST.classes
+    return KINDS[args.data](args.root, train=False).classes
+
+
+if __name__ == "__main__":
+    main()
