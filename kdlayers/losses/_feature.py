@@ -61,7 +61,7 @@ class FeatureLoss(ProjectedLoss):
         check.one_of("tokens", tokens, get_args(Tokens))
         self._hold(projector)
         self.distance: Distance = distance
-        self.tokens: Tokens = tokens
+        self.tokens = tokens
         self.normalize_teacher = normalize_teacher
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002

@@ -11,7 +11,7 @@ from kdlayers.losses._maps import on_one_grid
 Tokens: TypeAlias = Literal["patch", "cls", "pooled"]
 
 
-def read(student: Tensor, teacher: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+def read(student: Tensor, teacher: Tensor, tokens: str) -> tuple[Tensor, Tensor]:
     """What ``tokens`` asks for: `read_maps`, or `read_vectors` of class tokens or of means."""
     if tokens == "patch":
         return read_maps(student, teacher)
