@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             run(cifar100, tmp_path / "parts", *options)
     parts = run(cifar100, tmp_path / "parts", *options)
-    assert "going on after epoch 1" in capsys.readouterr().out
+    assert "resuming after epoch 1" in capsys.readouterr().out
     keys = ("accuracy", "top5", "recipe")
     assert [parts[key] for key in keys] == [whole[key] for key in keys]
     states = [
