@@ -47,7 +47,7 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
 
 def test_what_is_no_idx_file_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"\0\0\x0d\x01" + bytes(8))
-    with pytest.raises(SystemExit, match="no IDX file of bytes"):
+    with pytest.raises(SystemExit, match="not an IDX file of bytes"):
         data.idx(tmp_path / "x")
 
 
