@@ -23,9 +23,9 @@ FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 
 
 def main() -> None:
-    """One process of however many there are."""
+    """Run one process of the training; Accelerate's launcher starts all of them."""
     options = data.options(__doc__)
-    options.add_argument("--resume", metavar="DIR", help="folder of save_state to resume from")
+    options.add_argument("--resume", metavar="DIR", help="folder written by save_state")
     args = options.parse_args()
     images, file = data.load(args), args.out / "teacher.pt"
     accelerator = Accelerator()
@@ -35,7 +35,7 @@ def main() -> None:
         torch.save(teacher.state_dict(), file)
     accelerator.wait_for_everyone()
     teacher.load_state_dict(torch.load(file, weights_only=True))
-    teacher.to(accelerator.device)  # by hand: what goes through prepare gets into save_state
+    teacher.to(accelerator.device)  # not by prepare: save_state would then store the teacher
 
     set_seed(0)
     student = regnet([1, 1, 2], [16, 32, 64], len(images.classes))
@@ -44,7 +44,7 @@ def main() -> None:
         KDPoint(LAST, targets=CodebookTargets(32)),
     ]
     losses = [AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)]
-    # After Accelerator(), which starts the processes; before the optimiser and prepare.
+    # Attach after Accelerator(), which connects the processes, and before optimiser and prepare.
     kd = attach_kd(student, teacher, points, losses=losses, example=images.example)
     parameters = [*student.parameters(), *kd.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True)
@@ -54,7 +54,7 @@ def main() -> None:
     accelerator.register_for_checkpointing(kd)  # targets, train-only parameters and the step
     if args.resume:
         accelerator.load_state(args.resume)
-    kd.fit(plain, progress=accelerator.is_main_process)  # nothing is left to fit after load_state
+    kd.fit(plain, progress=accelerator.is_main_process)  # does nothing after load_state
 
     for epoch in range(args.epochs):
         model.train()

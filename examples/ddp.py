@@ -22,7 +22,7 @@ FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 
 
 def main() -> None:
-    """One of the processes."""
+    """Run one process of the training; torchrun starts all of them."""
     args = data.options(__doc__).parse_args()
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
@@ -39,19 +39,19 @@ def main() -> None:
     dist.barrier()
     teacher.load_state_dict(torch.load(file, map_location=device, weights_only=True))
 
-    torch.manual_seed(dist.get_rank())  # attach_kd and DDP give every rank what rank 0 has drawn
+    torch.manual_seed(dist.get_rank())  # attach_kd and DDP copy rank 0's weights to every rank
     student = regnet([1, 1, 2], [16, 32, 64], classes).to(device)
     points = [
         KDPoint(FIRST, targets=DecisionTargets(subclasses=2)),
         KDPoint(LAST, targets=CodebookTargets(32)),
     ]
     losses = [AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)]
-    # After init_process_group, before DistributedDataParallel, before the optimiser.
+    # Attach after init_process_group, and before DistributedDataParallel and the optimiser.
     kd = attach_kd(student, teacher, points, losses=losses, example=images.example)
     model = DistributedDataParallel(student, device_ids=[device] if cuda else None)
     parameters = [*student.parameters(), *kd.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True)
-    # Each rank brings its part of the plain images; all of them get the same targets.
+    # Each rank reads its shard of the plain images; all ranks get the same fitted targets.
     sampler = DistributedSampler(images.plain, shuffle=False)
     kd.fit(DataLoader(images.plain, 50, sampler=sampler), progress=first)
 
@@ -69,10 +69,10 @@ def main() -> None:
         if first:
             print(f"epoch {epoch}: loss {loss.item():.3f}", flush=True)
     if first:
-        # The student inside the wrapper: no key begins with "module.", and no teacher is in it.
+        # Save the unwrapped student: no key begins with "module.", and the teacher is left out.
         save_student(student, args.out / "student.pt")
         state = {"student": student.state_dict(), "kd": kd.state_dict()}
-        fresh = args.out / "checkpoint.new"  # a stopped run keeps the checkpoint before
+        fresh = args.out / "checkpoint.new"  # replaces the old file only when complete
         torch.save(state | {"optimizer": optimizer.state_dict()}, fresh)
         fresh.replace(args.out / "checkpoint.pt")
     dist.destroy_process_group()

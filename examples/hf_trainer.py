@@ -22,9 +22,9 @@ SETTINGS |= {"report_to": "none", "save_strategy": "epoch"}
 
 
 def main() -> None:
-    """Train, or go on with training."""
+    """Train, or resume training."""
     options = data.options(__doc__)
-    options.add_argument("--resume", metavar="DIR", help="folder of a checkpoint to resume from")
+    options.add_argument("--resume", metavar="DIR", help="checkpoint folder to resume from")
     args = options.parse_args()
     images, file = data.load(args), args.out / "teacher.pt"
     training = hf.TrainingArguments(args.out, num_train_epochs=args.epochs, **SETTINGS)
@@ -41,11 +41,11 @@ def main() -> None:
     first = KDPoint(f"{last}.layers.0", targets=DecisionTargets(subclasses=2))
     points = [first, KDPoint(last, targets=CodebookTargets(32))]
     losses = [AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)]  # has its own parameters
-    # After TrainingArguments, which connect the processes; before Trainer.
+    # Attach after TrainingArguments, which connects the processes, and before Trainer.
     kd = attach_kd(student, teacher, points, losses=losses, example=images.example)
     if args.resume:
         kd.load_state_dict(torch.load(Path(args.resume, "kd.pt"), weights_only=True))
-    kd.fit(DataLoader(images.plain, 50))  # nothing is left to fit after load_state_dict
+    kd.fit(DataLoader(images.plain, 50))  # does nothing after load_state_dict
     trainer = KDTrainer(student, training, collate, images.augmented, kd=kd)
     trainer.train(resume_from_checkpoint=args.resume)
     if trainer.is_world_process_zero():
@@ -60,7 +60,7 @@ def resnet(widths: list[int], depths: list[int], classes: int) -> hf.PreTrainedM
 
 
 def collate(pairs: list) -> dict[str, torch.Tensor]:
-    """A batch as Trainer wants it."""
+    """Collate pairs into the dict that Trainer expects."""
     return dict(zip(("pixel_values", "labels"), default_collate(pairs), strict=True))
 
 

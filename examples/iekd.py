@@ -40,7 +40,7 @@ def main() -> None:
     kd = attach_kd(student, teacher, losses=[halves], example=images.example)
     kd.fit(DataLoader(few.plain, 50, shuffle=True))  # trains the auto-encoder
     train(student, few.augmented, args.epochs, kd)  # and, with the student, the two encoders
-    kd.detach()  # the encoders go with the teacher: the student has no layer more than before
+    kd.detach()  # removes teacher and encoders: the student has the layers it had before
     print(f"IE-KD: {accuracy(student, images.test):.2f} %")
 
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""A small CNN learns from a foundation model without labels; a few labels come at the end.
+"""A small CNN learns from a foundation model without labels, then is fine-tuned with a few labels.
 
-The teacher is any image tower of timm by name: DINOv2, DINOv3, CLIP or SigLIP. By default a small
-ViT stands in for it, trained here on half of the classes. The student sees images of the others.
+The teacher can be any image encoder of timm, such as DINOv2, DINOv3, CLIP or SigLIP. By default the
+script trains a small ViT on half of the classes instead. The student sees the other classes.
 
-    python examples/label_free.py                 # digits, three seeds, in some minutes
+    python examples/label_free.py                 # digits, three seeds, in a few minutes
     python examples/label_free.py --data DIR --teacher vit_small_patch14_dinov2.lvd142m
 """
 
@@ -28,9 +28,9 @@ SMALL = {"channels": (16, 32, 64, 128), "output_stride": 8, "num_classes": 0}
 
 
 def main() -> None:
-    """Measure the teacher, students that learnt from it, and untrained ones."""
+    """Evaluate the teacher, distilled students and untrained students."""
     options = data.options(__doc__)
-    options.add_argument("--teacher", metavar="NAME", help="of timm; default: a ViT trained here")
+    options.add_argument("--teacher", metavar="NAME", help="timm model; default: train a ViT")
     images = data.load(args := options.parse_args())
     known = 0 if args.teacher else len(images.classes) // 2
     labels, tested = (torch.tensor([y for _, y in part]) for part in (images.plain, images.test))
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def train(model: nn.Module, images: Dataset, epochs: int, lr: float, kd: KDHandle | None = None):
-    """By labels; or, with a handle, by nothing but the teacher."""
+    """Train with labels or, if there is a handle, with the teacher alone."""
     loader = DataLoader(images, min(50, len(images)), shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW([*model.parameters(), *(kd.parameters() if kd else [])], lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * len(loader))
@@ -84,13 +84,13 @@ def train(model: nn.Module, images: Dataset, epochs: int, lr: float, kd: KDHandl
 
 @torch.no_grad()
 def embed(model: nn.Module, images: Dataset, see: Callable = torch.as_tensor):
-    """What the model makes of all images, and their labels."""
+    """The model's outputs for all images, and the labels."""
     pairs = [(model.eval()(see(x.to(DEVICE))).cpu(), y) for x, y in DataLoader(images, 250)]
     return [torch.cat(part).numpy() for part in zip(*pairs, strict=True)]
 
 
 def probes(model: nn.Module, train: Dataset, test: Dataset, *see: Callable) -> dict[str, float]:
-    """Accuracy of classifiers on frozen features: the nearest neighbours, and a linear one."""
+    """Accuracy of a k-NN classifier and of a linear classifier on frozen features."""
     train, test = embed(model, train, *see), embed(model, test, *see)
     kinds = {"k-NN": KNeighborsClassifier(10), "linear": LogisticRegression(max_iter=999)}
     return {name: 100 * probe.fit(*train).score(*test) for name, probe in kinds.items()}

@@ -43,10 +43,10 @@ def main() -> None:
         KDPoint(last, targets=CodebookTargets(64)),
     ]
     kd = attach_kd(student, teacher, points, example=images.example)
-    kd.fit(DataLoader(few.plain, 50))  # runs the teacher over these images, not the student
+    kd.fit(DataLoader(few.plain, 50))  # runs only the teacher on these images
     print(kd.summary())
     train(student, few.augmented, args.epochs, kd)
-    kd.detach()  # the teacher and its targets go, the two layers stay
+    kd.detach()  # removes teacher and targets; the two layers stay
     print(f"letKD-2: {accuracy(student, images.test):.2f} %")
 
     kdlayers.save_student(student, args.out / "student.pt")

@@ -20,18 +20,18 @@ FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 
 
 class Distilled(pl.LightningModule):
-    """A student that learns from a teacher, which is not a part of this module."""
+    """A student that learns from a teacher. The teacher is not a submodule."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, images: data.Images) -> None:
         super().__init__()
         self.student = student
-        self.kd = None  # will be a plain object, which state_dict() leaves out
-        self.outside = (teacher, images)  # a tuple: a module that is an attribute would be inside
+        self.kd = None  # the handle is not a module, so state_dict() leaves it out
+        self.outside = (teacher, images)  # in a tuple, so that the teacher is not a submodule
 
     def configure_model(self) -> None:
-        """Attach: the processes are connected by now, and neither DDP nor optimiser is there."""
+        """Attach here: the processes are connected, and DDP and the optimiser do not exist yet."""
         teacher, images = self.outside
-        if teacher is None or self.kd is not None:  # every trainer.fit or validate comes here
+        if teacher is None or self.kd is not None:  # called by every fit and validate
             return
         first = KDPoint(FIRST, targets=DecisionTargets(subclasses=2))
         points = [first, KDPoint(LAST, targets=CodebookTargets(32))]
@@ -39,36 +39,36 @@ class Distilled(pl.LightningModule):
         self.kd = attach_kd(self.student, teacher, points, losses=losses, example=images.example)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The train-only parameters, such as AEKT's, are not in this module: add them by hand."""
+        """Add the train-only parameters, such as AEKT's, which are not part of this module."""
         parameters = [*self.student.parameters(), *(self.kd.parameters() if self.kd else [])]
         return torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True)
 
     def on_fit_start(self) -> None:
-        """Learn the targets, each process with its part; a resumed run has them already."""
+        """Fit the targets, each process on its shard. A resumed run has fitted targets already."""
         teacher, images = self.outside
         if self.kd is not None:
-            teacher.to(self.device)  # Lightning moves only what is a part of this module
+            teacher.to(self.device)  # Lightning moves submodules only
             ranks = (self.trainer.world_size, self.trainer.global_rank)
             sampler = DistributedSampler(images.plain, *ranks, shuffle=False)
             self.kd.fit(DataLoader(images.plain, 50, sampler=sampler))
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        """One more term."""
+        """The usual loss, plus the distillation loss."""
         x, y = batch
         loss = F.cross_entropy(self.student(x), y)
         return loss if self.kd is None else loss + self.kd.loss(y)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Targets, train-only parameters and the step."""
+        """Save the targets, the train-only parameters and the step."""
         checkpoint["kd"] = self.kd.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """The same back."""
+        """Restore what on_save_checkpoint has saved."""
         self.kd.load_state_dict(checkpoint["kd"])
 
 
 def main() -> None:
-    """Train, or go on with training; save what Lightning saves, and the student alone."""
+    """Train or resume; save Lightning's checkpoint, and the student in a file of its own."""
     options = data.options(__doc__)
     options.add_argument("--resume", metavar="FILE", help="checkpoint to resume from")
     args = options.parse_args()

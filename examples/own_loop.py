@@ -1,6 +1,6 @@
 """Your own loop with two models of timm (`pip install timm`): letKD-1 and KD, resume, deploy.
 
-python examples/own_loop.py                # digits, in some minutes
+python examples/own_loop.py                # digits, in a few minutes
 python examples/own_loop.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/
 python examples/own_loop.py --resume       # resumes from the last checkpoint
 """
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
-    """A teacher, a student, and the student as a program that needs neither kdlayers nor timm."""
+    """Train a student and export it as a program that needs neither kdlayers nor timm."""
     options = data.options(__doc__)
     options.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     args = options.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
         saved = torch.load(checkpoint, map_location=DEVICE, weights_only=True)
         for name, state in saved.items():
             parts[name].load_state_dict(state)
-    kd.fit(DataLoader(images.plain, 50))  # after load_state_dict nothing is left to fit
+    kd.fit(DataLoader(images.plain, 50))  # does nothing after load_state_dict
     loader = DataLoader(images.augmented, 50, shuffle=True, drop_last=True)
     for epoch in range(schedule.last_epoch, args.epochs):
         student.train()
@@ -67,13 +67,13 @@ def main() -> None:
 
 
 def make(name: str, images: data.Images, **options: object) -> nn.Module:
-    """A model of timm; an output stride of 8 leaves more than one position of a small image."""
+    """A timm model. With an output stride of 8, small images still give several positions."""
     options |= {"num_classes": len(images.classes), "output_stride": 8}
     return timm.create_model(name, **options).to(DEVICE)
 
 
 def trained_teacher(images: data.Images, file: Path, epochs: int) -> nn.Module:
-    """The teacher from a file, trained if there is none; take one of your own."""
+    """Load the teacher; train it first if there is no file. Put your own teacher here."""
     teacher = make("regnetx_002", images)
     if not file.exists():
         optimizer = torch.optim.AdamW(teacher.parameters(), 1e-3)

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import kdlayers
 from kdlayers import CodebookTargets, DecisionTargets, KDHandle, KDLoss, KDPoint, attach_kd
 
-SEEDS, T95 = range(5), 2.776  # Student's t for five seeds
+SEEDS, T95 = range(5), 2.776  # 97.5 % quantile of Student's t for five seeds
 
 
 def main() -> None:
-    """Train a teacher and five students a method, and print the table."""
+    """Train a teacher, and five students for each method, and print the table."""
     args = data.options(__doc__).parse_args()
     images = data.load(args)
     labels = torch.tensor([y for _, y in images.plain])
@@ -45,7 +45,7 @@ def main() -> None:
             train(student, Subset(images.augmented, few), 2 if args.quick else 60, kd)
             found.setdefault(method, []).append(accuracy(student, images.test))
         ours, theirs = (torch.tensor(found[name]) for name in (method, "labels only"))
-        middle = (ours - theirs).mean()  # of the differences, seed by seed
+        middle = (ours - theirs).mean()  # mean of the differences, paired by seed
         half = T95 * (ours - theirs).std() / len(SEEDS) ** 0.5
         interval = f"{middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f})"
         row = f"{method:12}  {ours.mean():.2f} ± {ours.std():.2f}      {interval:33}"

@@ -3,7 +3,7 @@
     python examples/recorded.py                # digits, in a minute or two
     python examples/recorded.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/
 
-The record stays in `--out`: a second call goes on from it, and the teacher is not run at all.
+The record stays in `--out`. A second call uses it and does not run the teacher.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     if not (folder / "record.json").exists():
         record(images, few, folder, quick=args.quick)
 
-    # From here on the teacher's network is not in memory: it could be another process.
+    # From here on the teacher is not in memory. This part could run in another process.
     torch.manual_seed(0)
     student = regnet([1, 1, 2], [16, 32, 64], len(images.classes))
     kd = attach_kd(student, RecordedTeacher(folder), losses=losses(), example=images.example)
@@ -41,12 +41,12 @@ def main() -> None:
 
 
 def losses() -> list[nn.Module]:
-    """What is recorded, and what is trained with: the same losses at the same points."""
+    """The losses. Recording and training use the same ones, at the same points."""
     return [KDLoss(temperature=4.0), FitNetLoss(at=LAST, weight=0.1)]
 
 
 def record(images: data.Images, few: data.Images, folder: object, *, quick: bool) -> None:
-    """Train a teacher, run it once over the views, and let it go."""
+    """Train a teacher and record its outputs for all views."""
     torch.manual_seed(0)
     classes = len(images.classes)
     teacher = regnet([1, 2, 2], [32, 64, 128], classes)
@@ -63,7 +63,7 @@ def record(images: data.Images, few: data.Images, folder: object, *, quick: bool
 
 
 def train(student: nn.Module, kd: KDHandle, recorded: Dataset, epochs: int) -> None:
-    """An ordinary loop; the data set brings a key for each image."""
+    """An ordinary loop. The dataset also returns a key for each image."""
     parameters = [*student.parameters(), *kd.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     loader = DataLoader(recorded, 50, shuffle=True, drop_last=True)

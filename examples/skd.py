@@ -40,7 +40,7 @@ def main() -> None:
     kd = attach_kd(student, teacher, losses=[skd], example=images.example)
     # `train` gives kd.parameters() to the optimiser. Without them this is plain distillation.
     train(student, few.augmented, args.epochs, kd)
-    kd.detach()  # the attention goes with the teacher
+    kd.detach()  # removes the teacher and the attention
     print(f"student-friendly KD: {accuracy(student, images.test):.2f} %")
 
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 Trains a teacher, and a student with KD layers at three points and AEKT's loss, then draws them.
 
-    python examples/visualize.py                # digits, in some minutes
+    python examples/visualize.py                # digits, in a few minutes
     python examples/visualize.py --data DIR     # your images: DIR/train/CLASS/, DIR/val/CLASS/
 """
 
@@ -19,7 +19,7 @@ from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDHandle, KDPoi
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGE = "trunk_output.block3"
-NAMES = ("trunk_output.block2", f"{STAGE}.block3-0", STAGE)  # a finer grid, then letKD-2's points
+NAMES = ("trunk_output.block2", f"{STAGE}.block3-0", STAGE)  # a finer grid; letKD-2's two points
 
 
 def main() -> None:
@@ -48,23 +48,23 @@ def main() -> None:
         print(args.out / f"{name}.png", flush=True)
 
     pixels = examples(images)
-    looks = (0.25 * pixels + 0.5).clamp(0, 1)  # what data.py's Normalize has done, undone
+    looks = (0.25 * pixels + 0.5).clamp(0, 1)  # undo Normalize in data.py
     for name in NAMES:
         view = viz.layer_view(student, pixels.to(DEVICE), name)
         show(
             f"matches-{name.replace('.', '-')}",
             viz.plot_matches(view, looks),
-            "The template that every region matches best, how long the features are and what the "
-            "layer adds to them, and the features before and after: similar colours stand for "
+            "The best-matching template of each region, the length of the features and of what the "
+            "layer adds to them, and the features before and after the layer. Similar colours mean "
             "similar features.",
         )
         usage = viz.template_usage(student, DataLoader(images.test, 250), name)
-        caption = f"How often each template fires, and is the best, in {usage.positions:,} regions."
+        caption = f"How often each template fires and is best, in {usage.positions:,} regions."
         show(f"usage-{name.replace('.', '-')}", viz.plot_usage(usage), caption)
     figure = viz.plot_decisions(decisions, images.classes)
-    show("decisions", figure, "For which sub-class the teacher takes the positions of each one.")
+    show("decisions", figure, "Which sub-classes the teacher sees at the positions of each one.")
     figure = viz.plot_relations(aekt.relations(), images.classes)
-    show("relations", figure, "Which of the student's logits count for which class in AEKT's loss.")
+    show("relations", figure, "How much each of the student's logits counts for each class.")
     (args.out / "index.html").write_text("\n".join(page), "utf-8")
     print(f"wrote {args.out / 'index.html'}")
 

@@ -1,4 +1,4 @@
-"""CIFAR from a folder as people have it: torchvision's layout, or a folder of images a class."""
+"""Loads CIFAR from torchvision's files or from a folder with one subfolder for each class."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torchvision.transforms.functional import pil_to_tensor
 
 KINDS: dict[str, type] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 CLASSES = {"cifar10": 10, "cifar100": 100}
-# Of the training images of CIFAR-100. Students on CIFAR-10 share them, since their teacher has
-# learnt with them.
+# Mean and deviation of CIFAR-100's training images. Students on CIFAR-10 use them too, because
+# their teacher was trained with them.
 MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
 
 
 def load_cifar(
     name: str, root: str, cache: Path, *, download: bool = False, validation: int
 ) -> Splits:
-    """CIFAR-10 or CIFAR-100 as bytes, with a validation split of the training images.
+    """CIFAR-10 or CIFAR-100 as bytes; part of the training images becomes the validation split.
 
     Args:
         name: ``"cifar10"`` or ``"cifar100"``.
         root: a folder with torchvision's ``cifar-100-python`` or ``cifar-10-batches-py``, or with
             ``train/CLASS/*`` and ``test/CLASS/*`` in any image format. Classes are numbered in
-            alphabetical order, as in torchvision's layout.
-        cache: where decoded images of class folders are kept, since decoding takes a minute.
-        download: fetch torchvision's files where they are missing.
-        validation: images nobody trains on.
+            alphabetical order, as in torchvision's files.
+        cache: folder for the decoded images of class folders; decoding takes a minute.
+        download: whether to download torchvision's files if they are missing.
+        validation: number of validation images, which no network trains on.
     """
     parts = [read(name, Path(root), cache, part, download) for part in ("train", "test")]
     whole, test = (Split(images, labels, MEAN, STD) for images, labels in parts)
@@ -41,7 +41,7 @@ def load_cifar(
 def read(
     name: str, root: Path, cache: Path, part: str, download: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Images ``[N, 3, 32, 32]`` as bytes and labels ``[N]`` of the ``train`` or ``test`` part."""
+    """Images ``[N, 3, 32, 32]`` as bytes and labels ``[N]`` of the ``train`` or ``test`` split."""
     if (root / part).is_dir():
         return decoded(name, root / part, cache)
     try:
@@ -56,9 +56,9 @@ def read(
 
 
 def decoded(name: str, folder: Path, cache: Path) -> tuple[Tensor, Tensor]:
-    """The images of class folders, decoded once and kept in ``cache``.
+    """The images of class folders, decoded once and stored in ``cache``.
 
-    The file in the cache is used again only for the same folder with the same files.
+    The cached file is reused only for the same folder with the same files.
     """
     files = datasets.ImageFolder(str(folder))
     if len(files.classes) != CLASSES[name]:
@@ -80,5 +80,5 @@ def decoded(name: str, folder: Path, cache: Path) -> tuple[Tensor, Tensor]:
     content = {"folder": str(folder.resolve()), "names": names, "images": images, "labels": labels}
     fresh = kept.with_suffix(".part")
     torch.save(content, fresh)
-    fresh.replace(kept)  # another process never sees half a file
+    fresh.replace(kept)  # another process never reads an incomplete file
     return images, labels

@@ -1,4 +1,4 @@
-"""Images as tensors of bytes: splits, batches augmented by tensor operations, Fashion-MNIST."""
+"""Images as byte tensors: splits, batches augmented with tensor operations, Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 MEAN, STD = 0.2860, 0.3530
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist is
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images as bytes, grey ``[N, H, W]`` or ``[N, 3, H, W]``, and their labels ``[N]``.
+    """Images as bytes, ``[N, H, W]`` (grey) or ``[N, 3, H, W]``, and their labels ``[N]``.
 
-    ``mean`` and ``std`` of each channel are what a batch is normalised with.
+    ``mean`` and ``std`` have a value for each channel. Batches are normalised with them.
     """
 
     images: Tensor
@@ -35,22 +35,22 @@ class Split:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def to(self, device: torch.device) -> Split:
-        """The same on ``device``."""
+        """This split on ``device``."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """All images in order and as they are, normalised, in batches."""
+        """Batches of all images, in order, normalised and not augmented."""
         pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
         return [(self.normalised(images), labels) for images, labels in pairs]
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Bytes of this data set as floats ``[B, C, H, W]`` of mean 0 and deviation 1."""
+        """Convert bytes to floats ``[B, C, H, W]``, normalised with ``mean`` and ``std``."""
         return normalised(images, self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What teachers learn from, what tuning looks at, and what is reported."""
+    """Images for training, for tuning (validation) and for the reported accuracies (test)."""
 
     train: Split
     validation: Split
@@ -67,12 +67,12 @@ class Splits:
         return len(self.train.mean)
 
     def blank(self, count: int) -> Tensor:
-        """Zero images as a network gets them, for dry runs."""
+        """Images of zeros in the shape of a network's input, for dry runs."""
         return torch.zeros(count, self.channels, *self.test.images.shape[-2:])
 
 
 def load(root: str, *, download: bool, validation: int) -> Splits:
-    """The training images without the last ``validation`` of a fixed order, those, and the test."""
+    """The splits of Fashion-MNIST; ``validation`` training images become the validation split."""
     folder = find(Path(root), download=download)
     whole, test = read(folder, "train"), read(folder, "t10k")
     if not 0 < validation < len(whole):
@@ -81,21 +81,21 @@ def load(root: str, *, download: bool, validation: int) -> Splits:
 
 
 def held_out(whole: Split, test: Split, validation: int) -> Splits:
-    """The last ``validation`` training images of a fixed random order are nobody's to train on."""
+    """Hold out the last ``validation`` training images of a fixed random order."""
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     return Splits(whole.take(order[:-validation]), whole.take(order[-validation:]), test)
 
 
 def find(root: Path, *, download: bool) -> Path:
-    """The folder with the four files: ROOT, torchvision's place in it, or Debian's package."""
+    """The folder with the four files: ``root``, torchvision's subfolder, or Debian's package."""
     nested = root / "FashionMNIST" / "raw"
     for folder in (root, nested, DEBIAN):
         if any(folder.glob("train-images-idx3-ubyte*")):
             return folder
     if not download:
         raise SystemExit(
-            f"Fashion-MNIST is not in {root}, {nested} or {DEBIAN}; --download fetches it, and so "
-            "does Debian's package dataset-fashion-mnist"
+            f"Fashion-MNIST is not in {root}, {nested} or {DEBIAN}; pass --download to download "
+            "it, or install Debian's package dataset-fashion-mnist"
         )
     from torchvision.datasets import FashionMNIST
 
@@ -113,23 +113,23 @@ def read(folder: Path, name: str) -> Split:
 
 
 def idx(path: Path) -> Tensor:
-    """The bytes of an IDX file, packed by gzip or not, in the shape that its head gives."""
+    """The bytes of an IDX file, plain or gzipped, in the shape that its header gives."""
     packed = path.with_name(f"{path.name}.gz")
     content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
     axes = content[3]
     if content[:3] != b"\0\0\x08" or axes == 0:
-        raise SystemExit(f"{path} is no IDX file of bytes")
+        raise SystemExit(f"{path} is not an IDX file of bytes")
     head = 4 + 4 * axes
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, head, 4)]
     return torch.frombuffer(bytearray(content[head:]), dtype=torch.uint8).view(shape)
 
 
 def few(train: Split, images: int, seed: int) -> Split:
-    """``images`` training images, equally many of every class, drawn by ``seed``."""
+    """``images`` training images, the same number of each class, drawn with ``seed``."""
     draw = torch.Generator().manual_seed(7919 + seed)
     order = torch.randperm(len(train), generator=draw)
     labels = train.labels[order]
-    # Positions of each class in the random order: the first of every class, then the second ...
+    # Rank of each image within its class: take the first of each class, then the second, ...
     ranks = torch.zeros(len(train), dtype=torch.long)
     for label in labels.unique():
         mine = labels == label
@@ -139,16 +139,17 @@ def few(train: Split, images: int, seed: int) -> Split:
 
 
 class Augmented:
-    """Batches of augmented images, in an order of their own in each epoch.
+    """Batches of augmented images, shuffled anew in each epoch.
 
-    Order and augmentation depend on the seed and the epoch alone, so every method sees the same, on
-    every device: all random numbers are drawn on the CPU. The last short batch is dropped.
+    Order and augmentation depend only on the seed and the epoch, so all methods see the same
+    batches. All random numbers are drawn on the CPU, so the batches are also the same on every
+    device. An incomplete last batch is dropped.
 
     Args:
         split: the images.
-        recipe: batch_size, padding of the random crops, and flips (whether every other image is
-            mirrored).
-        seed: of order and augmentation; default: the recipe's.
+        recipe: batch_size, padding of the random crops, and flips (whether images are mirrored
+            with probability 1/2).
+        seed: seed of order and augmentation; default: the recipe's.
     """
 
     def __init__(self, split: Split, recipe: dict[str, Any], seed: int | None = None) -> None:
@@ -175,9 +176,9 @@ class Augmented:
 
 
 def augmented(images: Tensor, padding: int, flips: bool, draw: torch.Generator) -> Tensor:
-    """Each image shifted by up to ``padding``, with ``flips`` every other one mirrored.
+    """Shift each image by up to ``padding`` and, with ``flips``, mirror it with probability 1/2.
 
-    Without both the images ``[B, H, W]`` or ``[B, C, H, W]`` come back as they are.
+    With neither, the images ``[B, H, W]`` or ``[B, C, H, W]`` are returned unchanged.
     """
     planes = images if images.dim() == 4 else images.unsqueeze(1)
     count, _, height, width = planes.shape
@@ -188,7 +189,7 @@ def augmented(images: Tensor, padding: int, flips: bool, draw: torch.Generator) 
     rows = (top + torch.arange(height)).to(images.device)
     image = torch.arange(count, device=images.device)[:, None, None]
     padded = torch.nn.functional.pad(planes, (padding,) * 4)
-    # Indices on both sides of the channels' slice put the channels last.
+    # Advanced indices on both sides of the channels' slice move the channels to the end.
     cropped = padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
     return cropped.reshape(images.shape)
 
@@ -196,7 +197,7 @@ def augmented(images: Tensor, padding: int, flips: bool, draw: torch.Generator) 
 def normalised(
     images: Tensor, mean: tuple[float, ...] = (MEAN,), std: tuple[float, ...] = (STD,)
 ) -> Tensor:
-    """Bytes ``[B, H, W]`` or ``[B, C, H, W]`` to floats ``[B, C, H, W]`` around 0."""
+    """Convert bytes ``[B, H, W]`` or ``[B, C, H, W]`` to normalised floats ``[B, C, H, W]``."""
     planes = images if images.dim() == 4 else images.unsqueeze(1)
     middle, spread = (
         torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std)

@@ -1,4 +1,4 @@
-"""The forest plot: differences to a reference with their intervals, a panel a regime."""
+"""The forest plot: differences to a reference with their intervals, one panel for each regime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = tuple[str, float, float | None, float | None]
 
 @dataclass(frozen=True)
 class Colours:
-    """Of a picture on a page that is light or dark."""
+    """The colours of a figure on a light or a dark page."""
 
     page: str
     ink: str
@@ -31,14 +31,14 @@ DARK = Colours("#0d1117", "#e6edf3", "#3fb950", "#f85149", "#9198a1")
 
 
 def reference_of(runs: Runs) -> str:
-    """What differences are taken to: KD, or labels only where logits say nothing."""
+    """The reference of the differences: KD, or labels only if the teacher has other classes."""
     return "KD" if "KD" in runs else "labels only"
 
 
 def rows_of(runs: Runs, names: Sequence[str]) -> list[Row]:
-    """Of each method that was run its mean difference to the reference, and the interval's ends.
+    """For each method that was run: mean difference to the reference, ends of its interval.
 
-    The ends are ``None`` with fewer seeds than an interval needs.
+    The ends are ``None`` if there are too few seeds for an interval.
     """
     reference, rows = reference_of(runs), []
     for name in names:
@@ -58,16 +58,16 @@ def draw_forest(
     path: Path,
     colours: Colours = LIGHT,
 ) -> bool:
-    """Draw all regimes under each other; whether there was anything to draw.
+    """Draw one panel below the other; returns whether there was anything to draw.
 
-    The picture is as wide as a phone's screen, so that nothing is scaled down there. Drawing the
-    same lines again gives the same file.
+    The picture is no wider than a phone's screen, so that phones do not shrink it. Drawing the same
+    lines again gives the same file.
     """
     known = [(title, reference_of(runs), rows_of(runs, names)) for title, runs in panels]
     known = [panel for panel in known if panel[2]]
     if not known:
         return False
-    import matplotlib as mpl  # only here: everything else works without
+    import matplotlib as mpl  # imported here: nothing else needs it
     from matplotlib.figure import Figure
 
     heights = [len(rows) + 2.4 for _, _, rows in known]
@@ -88,7 +88,7 @@ def draw_forest(
 def draw_panel(
     panel: Any, title: str, reference: str, rows: Sequence[Row], colours: Colours
 ) -> None:
-    """One regime: a row a method, the first on top."""
+    """Draw one regime: one row for each method, the first at the top."""
     for place, (_, centre, low, high) in enumerate(rows):
         if low is None or high is None:
             panel.plot(centre, place, "o", mfc=colours.page, mec=colours.unclear, ms=5)

@@ -1,4 +1,4 @@
-"""The methods of the benchmark: each as a recipe of plain values, and how a recipe is attached."""
+"""The methods of the benchmark: each is a recipe of plain values, which `attach` puts to work."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ Recipe = dict[str, Any]
 
 
 def option(default: Any, text: str) -> Any:
-    """A field of `Options`, with the help that the command line prints."""
+    """A field of `Options`, with its help text."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What can be chosen about a method; defaults as tuned on the validation images."""
+    """The options of the methods; the defaults were tuned on the validation images."""
 
-    student: str = option("resnet8", "the student's network, also mobilenet_v2 or vgg")
-    width: float = option(8.0, "channels of its first stage")
-    first: str = option("layer3.0", "point of letKD-2's first layer, or STUDENT:TEACHER")
-    last: str = option("last", "that of the last layer, and of the losses on features")
-    templates: int = option(64, "K, templates of the last layer")
-    temperature: float = option(0.3, "factor of squared distances in the codebook's softmax")
-    subclasses: int = option(8, "of each class, at letKD-2's first layer")
-    components: int = option(9, "discriminant directions there")
+    student: str = option("resnet8", "network of the student, also mobilenet_v2 or vgg")
+    width: float = option(8.0, "channels of the student's first stage")
+    first: str = option("layer3.0", "point of letKD-2's first layer, NAME or STUDENT:TEACHER")
+    last: str = option("last", "point of the last layer and of the losses on features")
+    templates: int = option(64, "number of templates K of the last layer")
+    temperature: float = option(0.3, "factor of the squared distances in the codebook's softmax")
+    subclasses: int = option(8, "sub-classes of each class, for letKD-2's first layer")
+    components: int = option(9, "discriminant directions, for letKD-2's first layer")
     alpha_first: float = option(1.0, "value ratio of letKD-2's first layer")
     alpha_last: float = option(1.0, "value ratio of the last layer")
-    head_scale: float = option(3.0, "initial scale of all layers' scores")
+    head_scale: float = option(3.0, "initial scale of the scores of all layers")
     layer_weight: float = option(3.0, "weight of the layers' losses")
-    layer_weight_beside: float = option(3.0, "the same beside losses on logits")
-    layer_epochs: int = option(20, "epochs in which it falls to 0, in the methods called falling")
-    ce_weight: float = option(1.0, "weight of cross-entropy beside KDLoss")
+    layer_weight_beside: float = option(3.0, "weight of the layers' losses if KD or DKD is added")
+    layer_epochs: int = option(20, "epochs over which this weight falls to 0, if falling")
+    ce_weight: float = option(1.0, "weight of cross-entropy if KDLoss is added")
     kd_weight: float = option(1.0, "weight of KDLoss")
     kd_temperature: float = option(4.0, "temperature of all losses on logits")
-    dkd_weight: float = option(1.0, "weight of DKDLoss, after a warm-up")
+    dkd_weight: float = option(1.0, "weight of DKDLoss after its warm-up")
     dkd_beta: float = option(2.0, "beta of DKDLoss and AEKTLoss")
-    aekt_weight: float = option(0.2, "weight of AEKTLoss, after a warm-up")
+    aekt_weight: float = option(0.2, "weight of AEKTLoss after its warm-up")
     aekt_clip: float = option(10.0, "ratio_clip of AEKTLoss")
-    warmup: int = option(4, "epochs of warm-up of DKDLoss and AEKTLoss")
+    warmup: int = option(4, "warm-up epochs of DKDLoss and AEKTLoss")
     skd_grad_scale: float = option(0.01, "simplifier_grad_scale of StudentFriendlyKDLoss")
     fitnet_weight: float = option(10.0, "weight of FitNetLoss")
-    at_weight: float = option(1000.0, "weight of AttentionTransferLoss, after each stage")
+    at_weight: float = option(1000.0, "weight of AttentionTransferLoss at each stage")
     iekd_weight: float = option(2000.0, "inherit_weight and explore_weight of InheritExploreLoss")
-    iekd_epochs: int = option(10, "epochs of its auto-encoder")
-    width_parameters: float = option(0.0, "width for letKD-2's parameters without layers; 0: find")
-    width_macs: float = option(0.0, "width for letKD-2's multiply-adds; 0: find")
+    iekd_epochs: int = option(10, "epochs of InheritExploreLoss's auto-encoder")
+    width_parameters: float = option(0.0, "width with letKD-2's number of parameters; 0: search")
+    width_macs: float = option(0.0, "width with letKD-2's number of multiply-adds; 0: search")
 
 
 def add_options(parser: Any) -> None:
-    """Put all `Options` on a command line."""
+    """Add all `Options` to a command line."""
     group = parser.add_argument_group("recipe of the methods")
     for entry in fields(Options):
         name, text = entry.name.replace("_", "-"), entry.metadata["help"]
@@ -125,7 +125,7 @@ def aekt(o: Options, form: str) -> Recipe:
 
 
 def skd(o: Options, base: Recipe) -> Recipe:
-    """The simplifier in front of another loss, which hands over its weight."""
+    """The simplifier in front of another loss; weight and warm-up move from it to the whole."""
     inner = {key: value for key, value in base.items() if key not in ("weight", "warmup")}
     outer = {key: value for key, value in base.items() if key in ("weight", "warmup")}
     scale = o.skd_grad_scale
@@ -154,7 +154,12 @@ def iekd(o: Options) -> Recipe:
 
 
 def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
-    """Every method by name, in the order in which they are run, for data of so many classes."""
+    """The recipes of all methods by name, in the order in which the methods are run.
+
+    Args:
+        o: options of the methods.
+        classes: number of classes.
+    """
     both = [decisions(o), codebook(o)]
     free, falling = {"supervised": False}, {"falling": True}
     parts: dict[str, Recipe] = {
@@ -190,7 +195,7 @@ def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
 
 
 def completed(part: Recipe, o: Options, classes: int) -> Recipe:
-    """The recipe with everything that it leaves open."""
+    """The recipe with all settings that ``part`` does not give."""
     losses = part.get("losses", [])
     plain_kd = any(loss["loss"] == "KDLoss" for loss in losses)
     layers, supervised = part.get("layers", []), part.get("supervised", True)
@@ -201,7 +206,7 @@ def completed(part: Recipe, o: Options, classes: int) -> Recipe:
         "losses": losses,
     }
     if layers:
-        if not supervised:  # nothing of the targets but their number matters
+        if not supervised:  # without targets; only the number of templates is kept
             layers = [free_layer(layer, classes) for layer in layers]
         recipe |= {"layers": layers, "supervised": supervised, "head_scale": o.head_scale}
     if layers and supervised:
@@ -212,7 +217,7 @@ def completed(part: Recipe, o: Options, classes: int) -> Recipe:
 
 
 def free_layer(layer: Recipe, classes: int) -> Recipe:
-    """A layer of the same size and start, without its targets."""
+    """A layer of the same size and with the same initial weights, without targets."""
     templates = layer["templates"] if "templates" in layer else layer["subclasses"] * classes
     return {"at": layer["at"], "templates": templates, "alpha": layer["alpha"]}
 
@@ -228,15 +233,15 @@ def attach(
     steps: int,
     classes: int | None = None,
 ) -> KDHandle | None:
-    """Give ``student`` what its recipe asks for; ``None`` where no teacher takes part.
+    """Attach a method to ``student``; returns ``None`` if the method needs no teacher.
 
     Args:
-        recipe: of one method.
-        student: the network.
-        teacher: the trained one.
+        recipe: recipe of the method.
+        student: the student, without KD layers.
+        teacher: the trained teacher.
         example: two images.
-        steps: batches in an epoch, for warm-ups.
-        classes: of the labels, where the teacher has others.
+        steps: number of batches in an epoch, for the warm-ups.
+        classes: number of the student's classes, if the teacher has other classes.
     """
     weight: float | Schedule = recipe.get("layer_weight", 1.0)
     if "layer_epochs" in recipe:
@@ -257,7 +262,7 @@ def attach(
 
 
 def point(layer: Recipe, weight: float | Schedule, classes: int | None = None) -> KDPoint:
-    """A layer with its targets, or bare where the recipe has only a number of templates."""
+    """A KD layer with its targets, or without if the recipe has only a number of templates."""
     targets: CodebookTargets | DecisionTargets | None = None
     if layer.get("targets") == "codebook":
         targets = CodebookTargets(layer["templates"], sharpness=layer["temperature"])
@@ -274,13 +279,13 @@ def point(layer: Recipe, weight: float | Schedule, classes: int | None = None) -
 
 
 def names(at: str) -> str | tuple[str, str]:
-    """A point, whose name in the teacher follows a colon where it has another there."""
+    """Split ``STUDENT:TEACHER``; a point without a colon has the same name in both networks."""
     student, _, teacher = at.partition(":")
     return (student, teacher) if teacher else student
 
 
 def loss(part: Recipe, steps: int) -> DistillLoss:
-    """A loss from its recipe: its class, its arguments, and a warm-up of its weight in epochs."""
+    """Create a loss from its recipe: class, arguments, and warm-up epochs of its weight."""
     arguments = {k: v for k, v in part.items() if k not in ("loss", "warmup", "base", "weight")}
     if "at" in part:
         arguments["at"] = names(part["at"])

@@ -1,4 +1,4 @@
-"""The first page of the results: one figure, one table, what follows from them."""
+"""The first page of the results: one figure, one table, and the findings in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from _accuracy_words import Line, bold, difference, plus_minus, table
 
 Runs = Mapping[str, Sequence[Line]]
 
-# What most readers choose from, in the order of the figure and the table.
+# The methods that most readers choose from, in the order of the figure and the table.
 SHOWN = (
     "labels only",
     "KD",
@@ -34,7 +34,7 @@ SHOWN = (
     "AEKT chi2",
 )
 
-# Of these the figure has what decides.
+# The figure shows only the methods that matter for the choice.
 DRAWN = (
     "labels only",
     "DKD",
@@ -95,11 +95,11 @@ class Entry:
     """A regime on the first page.
 
     Attributes:
-        stem: the name of its file and its page.
-        title: what it is.
-        short: the same in few words.
+        stem: name of its file and of its page.
+        title: title of the page.
+        short: short title for the figure and the table.
         runs: lines by method.
-        total: number of methods that belong to it.
+        total: number of methods of the regime, including those that were not run.
     """
 
     stem: str
@@ -115,13 +115,13 @@ def overview(
     missing: Sequence[str] = (),
     waiting: Sequence[str] = (),
 ) -> str:
-    """The page.
+    """The text of the page.
 
     Args:
-        shown: regimes in its figure and table.
-        others: those that are only linked.
-        missing: bullets about those without runs.
-        waiting: of these the names of the ones that have pages.
+        shown: regimes in the figure and the table.
+        others: regimes that are only linked.
+        missing: list items about regimes without runs.
+        waiting: file names of those regimes without runs that have a page.
     """
     bullets = [*(finding(entry) for entry in shown), *missing]
     parts = [
@@ -137,7 +137,7 @@ def overview(
 
 
 def finding(entry: Entry) -> str:
-    """One bullet: which methods are better and worse than the reference, by their intervals."""
+    """One list item: the methods whose intervals show them better or worse than the reference."""
     reference = reference_of(entry.runs)
     groups: dict[str, list[str]] = {}
     for name in SHOWN:
@@ -160,7 +160,7 @@ def finding(entry: Entry) -> str:
 
 
 def overview_table(entries: Sequence[Entry]) -> str:
-    """A row a method, a column a regime, and the published differences to KD."""
+    """One row for each method, one column for each regime, and the published differences to KD."""
     known = next((p for e in entries for p in [published(e)] if p), {})
     names = [name for name in SHOWN if any(name in entry.runs for entry in entries)]
     rows = []
@@ -176,17 +176,17 @@ def overview_table(entries: Sequence[Entry]) -> str:
 
 
 def published(entry: Entry) -> dict[str, float]:
-    """What was published about a regime's pair of networks."""
+    """The published accuracies of a regime's pair of networks."""
     return published_of(next(iter(entry.runs.values()))[0])
 
 
 def against(value: float, known: Mapping[str, float]) -> str:
-    """A published accuracy as its difference to the published KD."""
+    """The difference of a published accuracy to the published accuracy of KD."""
     return f"{value - known['KD']:+.2f}"
 
 
 def cell(name: str, runs: Runs) -> str:
-    """The accuracy of the references, the difference of all others."""
+    """The accuracy of KD and of labels only; for other methods the difference."""
     if name not in runs:
         return "not run yet"
     reference = reference_of(runs)
@@ -200,7 +200,7 @@ def cell(name: str, runs: Runs) -> str:
 
 
 def link(entry: Entry) -> str:
-    """The regime's page, and how much of it was run."""
+    """A link to the regime's page, and how many methods and seeds were run."""
     seeds = sorted({len(lines) for lines in entry.runs.values()})
     span = str(seeds[-1]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     plural = "" if seeds[-1] == 1 else "s"
@@ -209,6 +209,6 @@ def link(entry: Entry) -> str:
 
 
 def toctree(stems: Sequence[str]) -> str:
-    """The pages, for the site."""
+    """The table of contents for the site."""
     names = "\n".join(f"results-{stem}" for stem in stems)
     return f"```{{toctree}}\n:maxdepth: 1\n:hidden:\n\n{names}\n```\n"

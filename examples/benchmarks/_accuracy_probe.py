@@ -1,4 +1,4 @@
-"""What is in a trained student: features before and after its KD layers, and pruning."""
+"""Probes of a trained student: its features before and after the KD layers, and pruning."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ BUDGETS = (0.05, 0.3, 0.4)
 
 
 def probes(student: nn.Module, last: str, train: Split, test: Split) -> dict[str, float]:
-    """Accuracy in % of a linear discriminant on pooled features, fitted on the student's images.
+    """Accuracy in % of a linear discriminant on pooled features, fitted to the student's images.
 
     Args:
         student: a trained student.
         last: the point whose output the classifier pools.
-        train: what the discriminant is fitted on.
-        test: what it is measured on.
+        train: images to fit the discriminant to.
+        test: images to measure it on.
 
     Returns:
-        Under ``"last"`` that of the features that the classifier sees; under ``NAME.before`` and
-        ``NAME.after`` those of each KD layer's input and output.
+        ``"last"``: accuracy on the features that the classifier sees; ``NAME.before`` and
+        ``NAME.after``: accuracies on the input and output of each KD layer.
     """
     fitted, tested = (pooled(student, last, split) for split in (train, test))
     return {
@@ -37,7 +37,7 @@ def probes(student: nn.Module, last: str, train: Split, test: Split) -> dict[str
 
 @torch.no_grad()
 def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
-    """Features of all images, averaged over positions, at each place of interest."""
+    """Features of all images, averaged over positions, for each of the names above."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str, maps: Tensor) -> None:
@@ -55,7 +55,7 @@ def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
         for name, module in student.named_modules()
         if name.endswith(".kd")
     ]
-    # Registered last, so it sees what the KD layer's own hook made of the output.
+    # Registered last, so this hook sees the output after the KD layer's own hook has changed it.
     output = student.get_submodule(last)
     hooks.append(output.register_forward_hook(lambda _, __, maps: keep("last", maps)))
     try:
@@ -69,19 +69,19 @@ def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
 
 
 def discriminant(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
-    """Accuracy in % of linear discriminant analysis, in float64, classes equally likely."""
+    """Accuracy in % of linear discriminant analysis, in float64, with equal class priors."""
     train, test = train.double(), test.double()
     means = torch.stack([train[labels == label].mean(0) for label in labels.unique()])
     centred = train - means[labels]
     within = centred.T @ centred / len(train)
-    # Channels that are always zero leave the covariance singular.
+    # Channels that are always zero make the covariance singular.
     directions = torch.linalg.pinv(within, hermitian=True, rtol=1e-8) @ means.T
     scores = test @ directions - 0.5 * (means.T * directions).sum(0)
     return 100 * (scores.argmax(1) == truth).double().mean().item()
 
 
 def pruned(student: nn.Module, train: Split, test: Split, splits: Splits) -> list[dict[str, Any]]:
-    """Size and accuracy after templates have gone that fire at few positions of ``train``."""
+    """Size and accuracy after removing templates that fire at few positions of ``train``."""
     results = []
     for budget in BUDGETS if any(".kd." in n for n, _ in student.named_parameters()) else ():
         smaller = copy.deepcopy(student)

@@ -1,4 +1,4 @@
-"""Runs that may be stopped at any time: kept after every epoch, and one process each."""
+"""Resumable runs: a checkpoint after every epoch, and a lock so that one process does each run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there one process at a time
+except ImportError:  # Windows has no fcntl: start one process only
     fcntl = None  # type: ignore[assignment]
 
 
 class Progress:
-    """What an interrupted run has done, in a file that is written after every epoch.
+    """The checkpoint of a run, written after every epoch.
 
     Args:
-        path: the file; ``None``: nothing is kept.
+        path: file of the checkpoint; ``None``: no checkpoint is written.
 
     Attributes:
-        seconds: of all epochs so far.
-        curve: mean of every term of the loss, by epoch.
+        seconds: training time of all epochs so far.
+        curve: mean of every term of the loss, for each epoch.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -33,11 +33,11 @@ class Progress:
 
     @property
     def started(self) -> bool:
-        """Whether there is an epoch to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return self.path is not None and self.path.exists()
 
     def resume(self, parts: dict[str, Any]) -> int:
-        """Put everything back where it was; returns the number of epochs done."""
+        """Restore all states; returns the number of finished epochs."""
         if not self.started:
             return 0
         saved = torch.load(self.path, weights_only=True)  # type: ignore[arg-type]
@@ -46,13 +46,13 @@ class Progress:
                 part.load_state_dict(saved["parts"][name])
         torch.set_rng_state(saved["random"])
         self.seconds, self.curve = saved["seconds"], saved["curve"]
-        print(f"going on after epoch {saved['epochs']}: {self.path}", flush=True)
+        print(f"resuming after epoch {saved['epochs']}: {self.path}", flush=True)
         return saved["epochs"]
 
     def keep(
         self, parts: dict[str, Any], epochs: int, seconds: float, means: dict[str, float]
     ) -> None:
-        """Save everything after an epoch: a kill loses no more than the one that runs."""
+        """Save all states after an epoch, so that an interruption loses one epoch at most."""
         self.seconds += seconds
         self.curve.append(means)
         if self.path is None:
@@ -68,19 +68,19 @@ class Progress:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".part")
         torch.save(content, fresh)
-        fresh.replace(self.path)  # a kill in between leaves the former epoch
+        fresh.replace(self.path)  # an interruption leaves the previous checkpoint
 
     def done(self) -> None:
-        """Remove the file: the run's line has been written."""
+        """Remove the checkpoint, because the run's line has been written."""
         if self.started:
             self.path.unlink()  # type: ignore[union-attr]
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process may do what ``path`` stands for: no other one does it at the moment.
+    """Lock ``path``; the value is False if another process holds the lock.
 
-    The lock ends with the process, however that ends.
+    The system releases the lock when the process ends, even if it is killed.
     """
     if fcntl is None:
         yield True

@@ -1,4 +1,4 @@
-"""Published accuracies of a pair of networks, to stand beside ours."""
+"""Published accuracies of a pair of networks, for comparison with ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from _accuracy_words import Line, plus_minus, table
 
 # CIFAR-100, ResNet-56 to ResNet-20, mean of five trials: A. Gorgun et al., BMVC 2023, supplement,
-# table 1, whose baselines are quoted from other papers.
+# table 1, which quotes its baselines from other papers.
 RESNET56_RESNET20 = {
     "teacher": 72.34,
     "labels only": 69.06,
@@ -23,14 +23,14 @@ PUBLISHED = {("cifar100", "resnet56", "resnet20"): RESNET56_RESNET20}
 
 
 def published_of(line: Line) -> dict[str, float]:
-    """What was published about the data and networks of a line; empty where nothing is known."""
+    """The published accuracies for the data and networks of a line; empty if there are none."""
     pair = (line["recipe"]["data"], line["teacher"]["recipe"]["network"], line["recipe"]["student"])
     same_data = line["teacher"]["recipe"].get("data") == line["recipe"]["data"]
     return PUBLISHED.get(pair, {}) if same_data else {}
 
 
 def published_table(runs: Mapping[str, Sequence[Line]]) -> str:
-    """Published numbers beside ours, and what differs; empty without any."""
+    """Published numbers next to ours, and how the settings differ; empty if there are none."""
     line = next(iter(runs.values()))[0]
     known = published_of(line)
     if not known:
@@ -48,9 +48,9 @@ def published_table(runs: Mapping[str, Sequence[Line]]) -> str:
             )
     note = (
         "Published: A. Gorgun et al., BMVC 2023, supplement, table 1 (five trials): 240 epochs on "
-        "all 50,000 images, fresh augmentation, K = 4096, 8 sub-classes, batches of 64; evaluated "
-        "on the test images every epoch. Ours: the last of "
-        f"{recipe['epochs']} epochs on {images} images, another teacher. The levels cannot be "
-        "compared; the order of the methods can."
+        "all 50,000 images, new augmentation in each epoch, K = 4096, 8 sub-classes, batches of "
+        "64; evaluated on the test images after every epoch. Ours: the last of "
+        f"{recipe['epochs']} epochs on {images} images, with another teacher. The accuracies "
+        "cannot be compared; the order of the methods can."
     )
     return f"{note}\n\n{table(('', 'published %', 'minus KD', 'ours %'), rows)}"

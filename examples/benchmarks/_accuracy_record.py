@@ -1,7 +1,8 @@
-"""What the teacher says about fixed augmented views, recorded once for all methods and seeds.
+"""The teacher's outputs for fixed augmented views, recorded once for all methods and seeds.
 
-A run then pays for no forward of the teacher. In exchange each image has few views, the same in all
-epochs and for all methods; view 0 is the image as it is, which ``kd.fit`` learns from.
+The runs then need no forward of the teacher. In exchange, each image has only a few views, which
+are the same in all epochs and for all methods. View 0 is the image without augmentation; ``kd.fit``
+uses it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ SHAPES = "shapes.json"
 
 
 class Record:
-    """Images of all views and what the teacher makes of them, read from a folder as needed.
+    """The images of all views and the teacher's outputs for them, read from a folder on demand.
 
     Args:
-        folder: with a folder for each view.
+        folder: folder with one subfolder for each view.
         split: the images without augmentation.
-        views: number of views beside view 0.
+        views: number of augmented views, not counting view 0.
     """
 
     def __init__(self, folder: Path, split: Split, views: int) -> None:
@@ -51,7 +52,7 @@ class Record:
 
 
 def mapped(path: Path, shape: Sequence[int], kind: torch.dtype) -> Tensor:
-    """A tensor in a file, of which only what is read comes into memory."""
+    """A memory-mapped tensor."""
     count = torch.Size(shape).numel()
     return torch.from_file(str(path), shared=False, size=count, dtype=kind).view(*shape)
 
@@ -66,20 +67,20 @@ def recorded(
     views: int,
     padding: int,
 ) -> Record:
-    """The record of these images in ``cache``, made where it is missing.
+    """The record of these images in ``cache``; missing views are recorded first.
 
-    Several processes share the work, a view each.
+    Several processes can share the work. Each one records a view at a time.
 
     Args:
-        teacher: the network.
-        teacher_hash: what tells it from others.
+        teacher: the teacher.
+        teacher_hash: identifies the teacher.
         split: the images.
-        points: modules of the teacher whose outputs are kept. Of ``layer1`` and ``layer2``, which
-            only attention transfer reads, it is the root of the channels' mean square: one channel,
-            with the same attention.
-        cache: folder of records.
-        views: augmented views an image, mirrored at random and cropped.
-        padding: of the crops.
+        points: modules of the teacher whose outputs are stored. For ``layer1`` and ``layer2``,
+            which only attention transfer reads, the root mean square over the channels is stored:
+            it is one channel and has the same attention map.
+        cache: folder of all records.
+        views: number of augmented views of each image, cropped and mirrored at random.
+        padding: padding of the crops.
     """
     about = [teacher_hash, list(points), padding, str(split.mean), str(split.std)]
     digest = hashlib.sha256(json.dumps(about).encode())
@@ -95,7 +96,7 @@ def recorded(
                     part.mkdir(parents=True, exist_ok=True)
                     write(teacher, split, points, part, view, padding)
         missing = [view for view in missing if not (folder / str(view) / SHAPES).exists()]
-        if missing:  # another process is at them
+        if missing:  # another process is recording them
             time.sleep(2)
     return Record(folder, split, views)
 
@@ -104,7 +105,7 @@ def recorded(
 def write(
     teacher: nn.Module, split: Split, points: Sequence[str], folder: Path, view: int, padding: int
 ) -> None:
-    """Run the teacher over one view; the file of shapes comes last and says that all is there."""
+    """Record one view. The file of shapes is written last and marks the view as complete."""
     draw = torch.Generator().manual_seed(view)
     shapes: dict[str, list[int]] = {}
     taps: dict[str, Tensor] = {}
@@ -131,14 +132,14 @@ def write(
 
 
 def kept(name: str, maps: Tensor) -> Tensor:
-    """What is stored of a point's output."""
+    """The part of a point's output that is stored."""
     if name in CHANNELS_MEAN:
         maps = maps.square().mean(1, keepdim=True).sqrt()
     return maps.half()
 
 
 class Tap(nn.Module):
-    """Stands for a module of the teacher: its output is what was recorded."""
+    """Replaces a module of the teacher; its output is the recorded tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The recorded tensor."""
@@ -146,14 +147,14 @@ class Tap(nn.Module):
 
 
 class Replay(nn.Module):
-    """A teacher that looks up what it said: ``attach_kd`` takes it for the network.
+    """Replaces the teacher in ``attach_kd`` and returns recorded outputs.
 
     Args:
-        record: what it said.
+        record: the recorded outputs.
 
     Attributes:
-        keys: view and index of the images of the next batch, ``[2, B]``. Before `told` sets them
-            the first images stand for any, as dry runs ask for shapes only.
+        keys: view and index of the images of the next batch, ``[2, B]``. Before `told` sets them,
+            the outputs are those of the first images, because dry runs only need shapes.
     """
 
     def __init__(self, record: Record) -> None:
@@ -171,13 +172,13 @@ class Replay(nn.Module):
             parent.add_module(last, Tap())
 
     def told(self, views: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, normalised, and labels; what the teacher says next is about these."""
+        """Select a batch for the next forward; returns its normalised images and its labels."""
         self.keys = torch.stack([views, index])
         split = self.record.split
         return split.normalised(self.record.take("pixels", views, index)), split.labels[index]
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits; each point passes its features on the way."""
+        """The recorded logits; each point's module returns its recorded features."""
         first = torch.arange(len(images))
         views, index = self.keys if self.keys is not None else (torch.zeros_like(first), first)
         if len(index) != len(images):
@@ -188,15 +189,15 @@ class Replay(nn.Module):
 
 
 class RecordedBatches:
-    """Batches of recorded views, of which the teacher is told as they come.
+    """Batches of recorded views; each batch is first selected in the teacher's record.
 
-    Each image goes through its views in turn, from one drawn by the seed, so that in ``views``
-    epochs it is seen once in each. Order and views depend on seed and epoch alone.
+    The epochs cycle through the views of each image, starting from a random one, so that ``views``
+    epochs show each view once. Order and views depend only on seed and epoch.
 
     Args:
-        teacher: the stand-in with the record.
-        size: of a batch; the last short one is dropped.
-        seed: of order and views.
+        teacher: the module that replaces the teacher.
+        size: batch size; an incomplete last batch is dropped.
+        seed: seed of order and views.
     """
 
     def __init__(self, teacher: Replay, size: int, seed: int) -> None:
@@ -224,7 +225,7 @@ class RecordedBatches:
 
 
 class Plain:
-    """View 0 of all images, iterable again and again."""
+    """View 0 of all images; can be iterated several times."""
 
     def __init__(self, teacher: Replay, order: Tensor, size: int) -> None:
         self.teacher = teacher

@@ -1,4 +1,4 @@
-"""The regimes: data, teacher and the settings that go with them; what a run is made of."""
+"""The regimes: each one sets the data, the teacher and matching defaults of the options."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FOREIGN = CIFAR | {
     "methods": ["labels only", "FitNet", "AT", "IE-KD", "letKD-1", "letKD-2", "layers only (2)"],
 }
 
-# What a regime sets; each value is an option that may still be given.
+# The defaults that a regime sets. The command line can still override each of them.
 REGIMES: dict[str, dict[str, Any]] = {
     "fashion-mnist": {},
     "cifar100-10000": CIFAR | {"images": 10_000, "epochs": 20, "views": 4, "draw": 0, "warmup": 2},
@@ -52,27 +52,27 @@ REGIMES: dict[str, dict[str, Any]] = {
 
 
 def add_regimes(parser: argparse.ArgumentParser) -> None:
-    """The options that say which data and which teacher."""
+    """Add the options that choose the data and the teacher."""
     add = parser.add_argument
     add("--regime", choices=list(REGIMES), default="fashion-mnist", help="default: %(default)s")
     add("--data", choices=("fashion-mnist", "cifar10", "cifar100"), default="fashion-mnist")
     add("--root", default="data", help="folder of the data set; default: %(default)s")
-    add("--download", action="store_true", help="fetch the data set where it is missing")
+    add("--download", action="store_true", help="download the data set if it is missing")
     add("--teacher-checkpoint", type=Path, help="weights of a trained teacher; default: train one")
-    add("--teacher-accuracy", type=float, help="%% of its test images that it should get right")
-    add("--teacher-data", default="fashion-mnist", help="what the checkpoint was trained on")
+    add("--teacher-accuracy", type=float, help="test accuracy in %% to check it against")
+    add("--teacher-data", default="fashion-mnist", help="data set of the checkpoint")
     add("--teacher-root", help="folder of that data set; default: --root")
 
 
 @dataclass(frozen=True)
 class Regime:
-    """Data and teacher of a call, and the options of the command line.
+    """Data, teacher and options of a call.
 
     Attributes:
         splits: the student's data.
-        teacher: the network.
-        facts: what is known about it.
-        args: the command line.
+        teacher: the teacher.
+        facts: recipe, size and accuracies of the teacher.
+        args: the parsed command line.
     """
 
     splits: Splits
@@ -83,8 +83,8 @@ class Regime:
     def given(self, recipe: Recipe, seed: int) -> tuple[Split, Any, nn.Module]:
         """Images, batches and teacher of one run.
 
-        The images are drawn by the recipe's ``draw``, or where it has none by the seed. Where it
-        has ``views``, batches and teacher come from a record.
+        The recipe's ``draw`` is the seed for drawing the images; without it, ``seed`` is used. If
+        the recipe has ``views``, batches and teacher come from a record.
         """
         split = few(self.splits.train, recipe["images"], recipe.get("draw", seed))
         if not recipe.get("views"):
@@ -110,7 +110,7 @@ def prepared(args: argparse.Namespace, teacher_recipe: Recipe) -> Regime:
     splits = data_of(args, args.data, args.root)
     path, kind = args.teacher_checkpoint, args.teacher_data
     if path is None and args.data != "fashion-mnist":
-        raise SystemExit(f"{args.data} needs the weights of a teacher: --teacher-checkpoint FILE")
+        raise SystemExit(f"{args.data} needs a trained teacher: pass --teacher-checkpoint FILE")
     if path is None:
         teacher, facts = trained_teacher(splits, teacher_recipe, args.cache, args.device)
         print(f"teacher: {facts['validation_accuracy']:.2f} % of validation images", flush=True)

@@ -1,4 +1,4 @@
-"""A regime in words: its title, its teacher, its students, how they were trained."""
+"""Describes a regime in words: title, teacher, students and training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ REFERENCES = ("labels only", "KD")
 
 
 def first_line(runs: Mapping[str, Sequence[Line]]) -> Line:
-    """The line that stands for all: they share data, teacher and what students have in common."""
+    """A line to read data, teacher and common settings from, which all lines share."""
     return runs.get("labels only", next(iter(runs.values())))[0]
 
 
 def title(line: Line) -> str:
-    """What the regime is."""
+    """The title of the regime."""
     recipe, taught = line["recipe"], line["teacher"]["recipe"]
     images = f"{recipe['images']:,} images" if recipe["images"] else "all training images"
     of = NAMES[taught["data"]] if taught.get("data", recipe["data"]) != recipe["data"] else ""
@@ -28,15 +28,15 @@ def title(line: Line) -> str:
 
 
 def setting(lines: Sequence[Line]) -> str:
-    """The recipe that all share, the teacher, dates and versions, as text."""
+    """The common recipe, the teacher, dates and versions, as a list in Markdown."""
     line = next((line for line in lines if line["method"] == "labels only"), lines[0])
     recipe = line["recipe"]
     dates = sorted({line["date"] for line in lines})
     versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
     views = recipe.get("views")
     forward = (
-        f"was run once on {views} augmented views of every image, which are what all students of "
-        "all methods and seeds see, in an order of their seed"
+        f"was run once on {views} augmented views of each image. All students see these views; "
+        "the seed determines the order"
         if views
         else "runs on the student's batches"
     )
@@ -45,15 +45,12 @@ def setting(lines: Sequence[Line]) -> str:
         f"**Student**: {recipe['student']} with stages of {stages(recipe['width'])} channels"
         f"{size_of(lines)}. It sees {seen(recipe)}.",
         f"**Training**: {recipe['epochs']} epochs, batches of {recipe['batch_size']}, SGD with "
-        f"Nesterov's momentum 0.9, weight decay {recipe['weight_decay']:g} on all parameters, rate "
-        f"{recipe['lr']:g} after a rise over a tenth of the steps, then falling to 0 by a cosine; "
-        f"{augmentation(recipe)}; {recipe['precision']} in training, float32 in testing. "
-        f"The teacher, its batch norms folded, {forward}; it has learnt with crops and flips.",
+        f"Nesterov momentum 0.9, weight decay {recipe['weight_decay']:g} on all parameters. The "
+        f"learning rate rises to {recipe['lr']:g} over a tenth of the steps, then falls to 0 by a "
+        f"cosine. {augmentation(recipe)}. Training is in {recipe['precision']}, testing in "
+        f"float32. The teacher, with folded batch norms, {forward}. It was trained with crops and "
+        "flips.",
         f"**Validation**: {recipe['validation']:,} training images that no student trains on.",
-        f"**Seconds** of an epoch, on {line['device']}, have "
-        f"{'reading the record' if views else 'augmentation and the forward of the teacher'} in "
-        "them, and not `kd.fit`, once before. On a CPU they are process CPU time of one "
-        "thread, which other work on the machine lengthens less than the clock.",
         f"**Run** {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {', '.join(versions)}.",
     ]
     return "\n".join(wrapped(item) for item in items)
@@ -67,14 +64,15 @@ def teacher_text(teacher: Line) -> str:
         data = NAMES[taught["data"]]
         return f"{taught['network']} of {data}, weights from {taught['file']}, {size}: {test}."
     return (
-        f"{taught['network']}, {size}, {taught['epochs']} epochs on all but the validation images: "
+        f"{taught['network']}, {size}, trained for {taught['epochs']} epochs on all training "
+        "images except the validation images: "
         f"{test} ({teacher['validation_accuracy']:.2f} % of the validation images, "
-        f"{teacher['training_accuracy']:.2f} % of its own)."
+        f"{teacher['training_accuracy']:.2f} % of its training images)."
     )
 
 
 def size_of(lines: Sequence[Line]) -> str:
-    """Parameters and multiply-adds of the student without layers, where it was run."""
+    """Parameters and multiply-adds of the student without layers; empty if it was not run."""
     plain = next((x for x in lines if x["method"] in REFERENCES), None)
     if plain is None:
         return ""
@@ -82,23 +80,24 @@ def size_of(lines: Sequence[Line]) -> str:
 
 
 def wrapped(item: str) -> str:
-    """An entry of a list."""
+    """A wrapped item of a list."""
     return fill(item, 100, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def augmentation(recipe: Recipe) -> str:
-    """What is done to the student's images."""
+    """The augmentation of the student's images."""
     crops = f"crops with {recipe['padding']} pixels of padding" if recipe["padding"] else ""
     flips = "flips" if recipe["flips"] else ""
-    return " and ".join(part for part in (crops, flips) if part) or "no augmentation"
+    both = " and ".join(part for part in (crops, flips) if part)
+    return f"The images are augmented with {both}" if both else "The images are not augmented"
 
 
 def seen(recipe: Recipe) -> str:
-    """Which images a student sees; 0 stands for all."""
-    whose = "the same" if "draw" in recipe else "others"
+    """The images that a student sees; 0 means all."""
+    whose = "the same" if "draw" in recipe else "different ones"
     if not recipe["images"]:
         return "all training images"
-    return f"{recipe['images']:,} images, equally many of every class, {whose} for every seed"
+    return f"{recipe['images']:,} images, the same number of each class, {whose} for each seed"
 
 
 def stages(width: float) -> str:

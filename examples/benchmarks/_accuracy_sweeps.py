@@ -1,4 +1,4 @@
-"""What is swept in the benchmark of accuracy; its tables and figures."""
+"""The sweeps of the accuracy benchmark, with their tables and figures."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Runs = dict[str, list[Line]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """Values of one option of a method, and where lines have them.
+    """Values of one option of a method, and where the recipe in a line has them.
 
     Attributes:
         method: the method whose option is changed.
-        option: the option's name, of two options for alpha.
-        values: without the one of the unchanged recipe.
-        layer: whose entry of the recipe has the value: 0 the first, -1 the last; ``None``: both.
-        entry: its name there.
-        words: what it is.
+        option: name of the option; for alpha, names of two options.
+        values: the values to try, without the value of the unchanged recipe.
+        layer: the layer whose recipe has the value: 0 is the first, -1 the last, ``None`` both.
+        entry: name of the value in the layer's recipe.
+        words: what the value is, in words.
     """
 
     method: str
@@ -35,12 +35,12 @@ class Sweep:
     words: str
 
     def options_of(self, value: Value) -> list[tuple[str, str]]:
-        """The command line's options for ``value``."""
+        """The command-line options for ``value``."""
         each = value if isinstance(value, tuple) else (value,)
         return [(f"--{name}", str(part)) for name, part in zip(self.option, each, strict=True)]
 
     def value_of(self, line: Line) -> Value:
-        """What a line's recipe has."""
+        """The value in a line's recipe."""
         layers = line["recipe"]["layers"]
         if self.layer is None:
             return layers[0][self.entry], layers[-1][self.entry]
@@ -72,9 +72,9 @@ SWEEPS = {
 def groups(
     sweep: Sweep, lines: Sequence[Line], unchanged: Sequence[Line]
 ) -> dict[Value, list[Line]]:
-    """Lines of a sweep by value, with those of the unchanged recipe, of the sweep's seeds only.
+    """The lines of a sweep by value, and the unchanged recipe's lines with the same seeds.
 
-    A line belongs to a sweep if it differs from the unchanged recipe in nothing but its value.
+    A line belongs to a sweep if its recipe differs from the unchanged one in this value only.
     """
     base = unchanged[0]["recipe"]
     found: dict[Value, list[Line]] = {}
@@ -121,16 +121,19 @@ def sweep_tables(lines: Sequence[Line], runs: Runs) -> str:
 
 
 def shown(value: Value) -> str:
-    """A value as a table has it."""
+    """A value as text for a table."""
     return " and ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def draw_sweeps(lines: Sequence[Line], runs: Runs, path: Path) -> bool:
-    """One panel a sweep, seeds thin and their mean thick; whether there was anything to draw."""
+    """Draw one panel for each sweep: thin lines for seeds, a thick one for their mean.
+
+    Returns whether there was anything to draw.
+    """
     known = swept(lines, runs)
     if not known:
         return False
-    from matplotlib.figure import Figure  # only here: everything else works without
+    from matplotlib.figure import Figure  # imported here: nothing else needs it
 
     figure = Figure((3.2 * len(known), 2.8), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(known), squeeze=False)[0]

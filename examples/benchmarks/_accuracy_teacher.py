@@ -1,4 +1,4 @@
-"""A teacher from a checkpoint, and whether it is what it claims to be."""
+"""Loads a teacher from a checkpoint and checks its accuracy."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from models.cifar_resnet import fold_batch_norm
 from models.teachers import load_teacher
 from torch import nn
 
-NEAR = 0.5  # points of accuracy by which a teacher may miss what it claims
+NEAR = 0.5  # tolerated difference to the claimed accuracy, in points
 
 
 def given_teacher(
     path: Path, network: str, splits: Splits, cache: Path, claimed: float | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint, batch norms folded, and what is known about it.
+    """The network of a checkpoint, with folded batch norms, and facts about it.
 
     Args:
-        path: a file of weights, under our names or those of the usual CIFAR teachers.
+        path: a file of weights, with our names or those of the usual CIFAR teachers.
         network: the name of the network, such as ``resnet56``.
-        splits: images of the teacher's classes, which it is tested on.
-        cache: where the accuracy is kept, which takes a minute to measure.
-        claimed: test accuracy in % that the file should have; ``None``: it is printed only.
+        splits: images of the teacher's classes, to measure its accuracy.
+        cache: folder to store the accuracy in; measuring takes a minute.
+        claimed: test accuracy in % that the teacher should have; ``None``: it is only printed.
 
     Raises:
-        SystemExit: if the file does not fit the network, or its accuracy the claim.
+        SystemExit: if the weights do not fit the network, or the accuracy is not as claimed.
     """
     teacher = new_model(network, splits, 0)
     load_teacher(teacher, network, path)
@@ -52,7 +52,7 @@ def given_teacher(
     print(f"teacher {path.name}: {found:.2f} % of the test images", flush=True)
     if claimed is not None and abs(found - claimed) > NEAR:
         raise SystemExit(
-            f"{path} has {found:.2f} % of the test images, not {claimed:.2f} % as "
-            "--teacher-accuracy says: is it of other classes, or its images normalised otherwise?"
+            f"{path} has a test accuracy of {found:.2f} %, not {claimed:.2f} % as "
+            "--teacher-accuracy says: does it use other classes or another normalisation?"
         )
     return teacher, facts

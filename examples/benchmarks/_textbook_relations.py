@@ -1,4 +1,4 @@
-"""Losses on relations, channels and features as one writes them down from their papers.
+"""Losses on relations, channels and features, written directly from their papers for comparison.
 
 Nothing of kdlayers is used here. Every function takes student and teacher tensors and the labels.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def dist(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
-    """Huang et al. 2022: correlations of probabilities within samples and within classes."""
+    """Huang et al. 2022: correlation of the probabilities within samples and within classes."""
     ours, theirs = F.softmax(student, dim=1), F.softmax(teacher, dim=1)
 
     def relation(a: Tensor, b: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def dist(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
 
 
 def rkd(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
-    """Park et al. 2019: distances over their mean, and angles, by differences of all pairs."""
+    """Park et al. 2019: distances divided by their mean, and angles, from all differences."""
 
     def distances(features: Tensor) -> Tensor:
         squares = features.pow(2).sum(1)
@@ -43,7 +43,7 @@ def rkd(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
 
 
 def similarity(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
-    """Tung and Mori 2019: inner products of the samples, row by row of unit length."""
+    """Tung and Mori 2019: inner products of the samples, with rows normalised to unit length."""
     ours, theirs = student.flatten(1), teacher.flatten(1)
     ours, theirs = F.normalize(ours @ ours.t(), dim=1), F.normalize(theirs @ theirs.t(), dim=1)
     return (ours - theirs).pow(2).sum() / len(student) ** 2
@@ -52,7 +52,7 @@ def similarity(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
 def channelwise(
     student: Tensor, teacher: Tensor, _labels: Tensor, temperature: float = 4.0
 ) -> Tensor:
-    """Shu et al. 2021: the divergence of each channel's distribution over positions."""
+    """Shu et al. 2021: KL divergence of each channel's distribution over the positions."""
     ours = F.log_softmax(student.flatten(2) / temperature, dim=2)
     theirs = F.softmax(teacher.flatten(2) / temperature, dim=2)
     channels = student.shape[0] * student.shape[1]
@@ -60,14 +60,14 @@ def channelwise(
 
 
 def pixels(student: Tensor, teacher: Tensor, _labels: Tensor, temperature: float = 4.0) -> Tensor:
-    """Hinton et al. 2015 at every pixel of class maps."""
+    """Hinton et al. 2015, at each pixel of class maps."""
     ours = F.log_softmax(student / temperature, dim=1)
     theirs = F.softmax(teacher / temperature, dim=1)
     return F.kl_div(ours, theirs, reduction="none").sum(1).mean() * temperature**2
 
 
 def cosine(student: Tensor, teacher: Tensor, _labels: Tensor) -> Tensor:
-    """One minus the cosine over the channels, averaged over positions."""
+    """One minus the cosine similarity over the channels, averaged over positions."""
     return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 

@@ -1,4 +1,4 @@
-"""Times of alternatives that take turns, their ratios, and peaks of memory in fresh processes."""
+"""Measures alternatives in turns: times, ratios, and peak memory in fresh processes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Spread:
 
 
 def digits(value: float) -> str:
-    """Three significant digits, or all before the point."""
+    """A number with three significant digits, but with all digits before the point."""
     decimals = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     return f"{value:.{decimals}f}"
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of the values lie, linear between neighbours."""
+    """The quantile of the values at ``share``, with linear interpolation."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low, high = ordered[floor(place)], ordered[ceil(place)]
@@ -49,17 +49,17 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Ours over theirs, round by round: what slows the machine for a while slows both."""
+    """Our time divided by theirs in each round, so that load on the machine affects both alike."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Ours minus theirs, round by round."""
+    """Our time minus theirs in each round."""
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The e of values = constant * sizes ** e that fits best: least squares of the logarithms."""
+    """The exponent e of ``values = constant * sizes ** e``, by least squares of the logarithms."""
     x, y = [log(size) for size in sizes], [log(value) for value in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     along = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
@@ -74,14 +74,14 @@ def alternate(
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of each step, which take turns: A B C A B C ...
+    """Milliseconds per call of each step. The steps take turns: A B C A B C ...
 
     Args:
-        steps: what to time; each is called once or twice before, to warm up.
-        rounds: how often each gets its turn.
-        least: seconds that a turn takes at least; short steps are called several times in it.
-        device: where the steps run.
-        clock: gives seconds; ``time.process_time`` leaves out the time that other processes take.
+        steps: the steps to time; each is first called twice to warm up.
+        rounds: number of turns of each step.
+        least: minimum seconds of a turn; short steps are called several times in it.
+        device: device that the steps run on.
+        clock: returns seconds; ``time.process_time`` does not count other processes.
     """
     calls = {name: _calls(step, least, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -115,19 +115,19 @@ def _wait(device: str) -> None:
 
 
 def peak_memory(build: Callable[..., Step], *args: object, device: str = "cpu") -> float | None:
-    """MiB in use at the peak of a step, with all that was there before it.
+    """Peak memory in MiB of a step, including the memory in use before it.
 
-    On the CPU: the greatest resident memory of a fresh process, without program code, while the
-    step runs for the second time. It has much that is no tensor: subtract what another step's
-    process uses. On a GPU: the greatest sum of tensors.
+    On the CPU this is the peak resident memory of a fresh process, without program code, while the
+    step runs for the second time. It contains more than tensors, so subtract the value of another
+    step. On a GPU it is the peak of the sum of all tensors.
 
     Args:
-        build: a function of a module, which makes the step.
-        args: what it is given.
-        device: where the step runs.
+        build: a module-level function that creates the step.
+        args: arguments of ``build``.
+        device: device that the step runs on.
 
     Returns:
-        ``None`` where the peak cannot be known: on the CPU of systems other than Linux.
+        The peak, or ``None`` if it cannot be measured: on a CPU without Linux.
     """
     if device != "cpu":
         return _cuda_peak(build, args)
@@ -141,17 +141,17 @@ def peak_memory(build: Callable[..., Step], *args: object, device: str = "cpu") 
     try:
         return ours.recv()
     except EOFError:
-        raise SystemExit("the process that measures memory died; its error is above") from None
+        raise SystemExit("the process that measures memory failed; see its error above") from None
     finally:
         process.join()
 
 
 def _fresh_processes() -> multiprocessing.context.ForkServerContext:
-    # Freed memory goes back to the system at once, so that what is resident is what is in use.
+    # Return freed memory to the system at once, so that resident memory is memory in use.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
     context = multiprocessing.get_context("forkserver")
-    # Processes are forked from one that has imported this and done nothing.
+    # Each process is forked from one that has only imported these modules.
     context.set_forkserver_preload(["torch", "torchvision.models", "kdlayers"])
     return context
 
@@ -159,14 +159,14 @@ def _fresh_processes() -> multiprocessing.context.ForkServerContext:
 def _child(pipe: object, build: Callable[..., Step], args: Sequence[object], threads: int) -> None:
     torch.set_num_threads(threads)
     step = build(*args)
-    step()  # what is done only once is not the step's
+    step()  # not measured: the first call includes work that is done only once
     before = forget_peak()
     step()
     pipe.send(resident()["VmHWM"] - before["VmRSS"] + before["RssAnon"])
 
 
 def forget_peak() -> dict[str, float]:
-    """Start a new peak of this process's memory (Linux); what is resident now, in MiB."""
+    """Reset the peak memory of this process (Linux); returns its present memory in MiB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -174,7 +174,7 @@ def forget_peak() -> dict[str, float]:
 
 
 def resident() -> dict[str, float]:
-    """What the system says about this process's memory, in MiB."""
+    """The memory of this process in MiB, by name as in /proc/self/status."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
     return {line[0][:-1]: int(line[1]) / 1024 for line in lines if line[-1] == "kB"}
 

@@ -1,4 +1,4 @@
-"""The losses of torchdistill, called as ours are; none of them if it is not installed."""
+"""The losses of torchdistill, with the arguments of ours; empty if it is not installed."""
 
 from __future__ import annotations
 

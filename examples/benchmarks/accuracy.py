@@ -1,15 +1,15 @@
-r"""Does it help, how much, and is it the supervision or the size?
+r"""Does a method help, how much, and is the reason its supervision or the student's size?
 
-For each seed, every method starts from the same weights, and sees the same images in the same order
-with the same augmentation. The accuracy is that of the last epoch. ``--regime`` sets data, teacher
-and recipe; every option may still be given.
+For each seed, all methods start from the same weights and see the same images in the same order
+with the same augmentation. The reported accuracy is that of the last epoch. ``--regime`` sets the
+defaults of data, teacher and recipe; other options override them.
 
-On Fashion-MNIST a teacher learns from all training images (but 5,000 for validation), once, and is
-kept in ``--cache``. Students see a tenth of them:
+On Fashion-MNIST the script trains a teacher on all training images except 5,000 validation images.
+It does so once and stores the teacher in ``--cache``. Students see about a tenth of these images:
 
     python examples/benchmarks/accuracy.py --root data --download --out runs/accuracy.jsonl
 
-On CIFAR the teacher's weights are yours to bring. ``--root`` has torchvision's files, or
+On CIFAR you pass a trained teacher. ``--root`` is a folder with torchvision's files, or with
 ``train/CLASS/*`` and ``test/CLASS/*`` in any image format:
 
     python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
@@ -19,14 +19,14 @@ On CIFAR the teacher's weights are yours to bring. ``--root`` has torchvision's 
         --teacher-checkpoint resnet56.pt --teacher-data cifar100 --teacher-root CIFAR100 \
         --cache runs --out docs/data/results/cifar10-500.jsonl
 
-As many epochs and templates as the papers have, for those with a GPU; the teacher runs each time:
+On a GPU you can use as many epochs and templates as the papers. The teacher runs in every step:
 
     python examples/benchmarks/accuracy.py --regime cifar100-all --root CIFAR100 --epochs 240 \
         --teacher-checkpoint resnet56.pt --device cuda --templates 4096 --subclasses 8 \
         --validation 500 --cache runs --out runs/cifar100-240.jsonl
 
-Accuracy against the number of recorded views, and against the live teacher; report.py makes a table
-of the file beside that of the regime:
+To compare numbers of recorded views, and recorded views with a live teacher, write a second file
+next to the file of the regime; report.py makes a table of it:
 
     for views in 1 16 live; do
         python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
@@ -34,18 +34,19 @@ of the file beside that of the regime:
             --methods KD letKD-2 --out docs/data/results/cifar100-10000.views.jsonl
     done
 
-Every run is one JSON line in ``--out``, with its whole recipe. A run whose method, recipe and seed
-are there already is skipped; one that was stopped goes on after its last epoch, which ``--cache``
-has. So this may be stopped at any time and called again, and called twice at a time to use two
-cores: no run is done twice. ``--tuning`` leaves the test images alone.
+Each run appends one JSON line with its whole recipe to ``--out``. A run is skipped if the file has
+a line with its method, recipe and seed. A run that was interrupted resumes from its last epoch,
+which is stored in ``--cache``. So you can stop the script at any time and call it again. You can
+also call it twice at the same time to use two cores: no run is done twice. With ``--tuning`` the
+script does not use the test images.
 
-The committed runs on Fashion-MNIST are continued, with the committed teacher, on the device that
-they are of, by
+To add runs to the committed ones on Fashion-MNIST, with the committed teacher and on the same kind
+of device, call
 
     python examples/benchmarks/accuracy.py --cache docs/data/results \
         --out docs/data/results/fashion-mnist-6000.jsonl
 
-and ``python examples/benchmarks/report.py`` makes the pages.
+Then ``python examples/benchmarks/report.py`` writes the pages.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-# Idle threads sleep instead of spinning, which matters where a machine has other work too.
+# Idle threads sleep instead of spinning, which matters on a machine with other jobs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -89,7 +90,7 @@ from kdlayers import KDHandle
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for and what is not there yet."""
+    """Do all runs that the command line asks for and that are not in the file yet."""
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     regime = prepared(args, teacher_recipe(args))
@@ -101,13 +102,13 @@ def main(arguments: list[str] | None = None) -> None:
             if key(name, recipe, seed) in finished(args.out):
                 continue
             with claimed(kept.with_suffix(".lock")) as mine:
-                # Another process may have finished it since the file was read.
+                # Another process may have finished the run since the file was read.
                 if mine and key(name, recipe, seed) not in finished(args.out):
                     complete(name, recipe, seed, regime, Progress(kept))
 
 
 def complete(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress) -> None:
-    """One run, from its start or its last epoch to its line."""
+    """Do one run, from its start or its last epoch, and append its line."""
     args = regime.args
     line = run(name, recipe, seed, regime, progress)
     line = {"method": name, "seed": seed, "recipe_hash": digest(recipe)} | line
@@ -157,7 +158,7 @@ def run(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress
 
 
 def with_widths(options: Options, regime: Regime) -> Options:
-    """The options with the widths of the control students that are as large as letKD-2's."""
+    """The options, with the widths at which control students are as large as letKD-2's."""
     splits, teacher = regime.splits, regime.teacher
     larger = new_model(options.student, splits, 0, width=options.width).to(device_of(teacher))
     example = splits.blank(2).to(device_of(teacher))
@@ -172,7 +173,7 @@ def with_widths(options: Options, regime: Regime) -> Options:
 
 
 def let_go(kd: KDHandle | None, recipe: Recipe) -> None:
-    """End the distillation; layers that add nothing are taken out, as one would before use."""
+    """Detach the teacher. Layers with alpha 0 do not change the features and are removed."""
     if kd is None:
         return
     layers = recipe.get("layers", [])
@@ -183,7 +184,7 @@ def let_go(kd: KDHandle | None, recipe: Recipe) -> None:
 
 
 def scales(student: nn.Module) -> dict[str, float]:
-    """The learnt scales of the KD layers: those of the scores tell how hard they have become."""
+    """The learnt scales of the KD layers; those of the scores show how sharp the scores are."""
     return {
         name: rounded(value)
         for name, value in student.state_dict().items()
@@ -192,14 +193,14 @@ def scales(student: nn.Module) -> dict[str, float]:
 
 
 def saved_at(folder: Path, name: str, seed: int) -> Path:
-    """The file of a student, such as letKD-2-KD-seed-0.pt, in a folder that is there."""
+    """The file of a student, such as letKD-2-KD-seed-0.pt; creates the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     words = "".join(char if char.isalnum() or char == "-" else " " for char in name).split()
     return folder / f"{'-'.join(words)}-seed-{seed}.pt"
 
 
 def rounded(value: torch.Tensor) -> float | None:
-    """Five digits of a number; ``None`` where it is none, which JSON has no word for."""
+    """A number with five digits; ``None`` if it is not finite, because JSON cannot hold it."""
     number = float(value)
     return float(f"{number:.5g}") if math.isfinite(number) else None
 
@@ -208,7 +209,7 @@ def rounded(value: torch.Tensor) -> float | None:
 
 
 def teacher_recipe(args: argparse.Namespace) -> Recipe:
-    """What determines the teacher; what cannot be chosen suits all networks of this kind."""
+    """The recipe of the teacher; its fixed values suit all ResNets for CIFAR."""
     return {
         "data": "fashion-mnist",
         "network": args.teacher,
@@ -224,7 +225,7 @@ def teacher_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def common_recipe(args: argparse.Namespace) -> Recipe:
-    """What all students have in common."""
+    """The part of the recipe that all students share."""
     recorded = {"views": args.views} if args.views else {}
     drawn = {} if args.draw is None else {"draw": args.draw}
     return {
@@ -242,7 +243,7 @@ def common_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """When, and with what."""
+    """Date, versions, device and threads of a run."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": {
@@ -256,18 +257,18 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """Of a GPU its own name."""
+    """The name of a GPU; other devices as they are."""
     on_gpu = torch.device(device).type == "cuda"
     return torch.cuda.get_device_name(device) if on_gpu else device
 
 
 def key(method: str, recipe: Recipe, seed: int) -> tuple[str, str, int]:
-    """What makes a run."""
+    """The values that identify a run."""
     return method, digest(recipe), seed
 
 
 def finished(path: Path) -> set[tuple[str, str, int]]:
-    """The runs of a file, read anew each time since other processes may write to it."""
+    """The runs in a file. It is read each time, because other processes may write to it."""
     if not path.exists():
         return set()
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -275,51 +276,49 @@ def finished(path: Path) -> set[tuple[str, str, int]]:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line, in one write."""
+    """Append a line with a single write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def views(text: str) -> int:
-    """The number of recorded views; 0, or the word live: the teacher runs in training."""
+    """The number of recorded views; 0 or ``live``: the teacher runs in training."""
     count = 0 if text == "live" else int(text)
     if count < 0:
-        raise argparse.ArgumentTypeError(f"live, or a number of views, not {text}")
+        raise argparse.ArgumentTypeError(f"expected 'live' or a number of views, got {text}")
     return count
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add_regimes(parser)
     add("--out", type=Path, default=Path("runs/accuracy.jsonl"), help="default: %(default)s")
-    add("--cache", type=Path, default=Path("runs"), help="of teachers; default: %(default)s")
-    add("--methods", nargs="+", help="default: all; a wrong name lists them")
+    add("--cache", type=Path, default=Path("runs"), help="folder; default: %(default)s")
+    add("--methods", nargs="+", help="default: all; the message for a wrong name lists them")
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
-    add("--no-pruning", dest="pruning", action="store_false", help="leave it out, as it takes time")
-    add("--tuning", action="store_true", help="do not look at the test images")
-    add("--save", type=Path, help="folder for students with KD layers and for what kd has learnt")
+    add("--no-pruning", dest="pruning", action="store_false", help="skip pruning, which is slow")
+    add("--tuning", action="store_true", help="do not use the test images")
+    add("--save", type=Path, help="folder for students with KD layers and the states of kd")
     add("--device", default="cpu", help="such as cuda; default: %(default)s")
     add("--threads", type=int, default=1, help="default: %(default)s")
     group = parser.add_argument_group("recipe of all students")
     add = group.add_argument
     add("--teacher", default="resnet14", help="default: %(default)s")
     add("--teacher-epochs", type=int, default=15, help="default: %(default)s")
-    add(
-        "--validation", type=int, default=5000, help="images nobody trains on; default: %(default)s"
-    )
-    add("--images", type=int, default=6000, help="students see; 0: all; default: %(default)s")
+    add("--validation", type=int, default=5000, help="number of images; default: %(default)s")
+    add("--images", type=int, default=6000, help="per student; 0: all; default: %(default)s")
     add("--epochs", type=int, default=20, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="default: %(default)s")
-    add("--padding", type=int, default=2, help="of the crops; default: %(default)s")
+    add("--padding", type=int, default=2, help="padding of the crops; default: %(default)s")
     add("--augment", action="store_true", help="crop and flip the student's images")
-    add("--views", type=views, default=0, help="record so many of the teacher; default: live")
-    add("--draw", type=int, help="seed of which images students see; default: the run's seed")
-    add("--lr", type=float, default=0.1, help="highest rate; default: %(default)s")
+    add("--views", type=views, default=0, help="number of recorded views; default: live")
+    add("--draw", type=int, help="seed to draw the images; default: the run's seed")
+    add("--lr", type=float, default=0.1, help="highest learning rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
     add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
     add_options(parser)
@@ -327,7 +326,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     unknown = set(args.methods or ()) - set(recipes(chosen(args)))
     if unknown:
-        parser.error(f"no method {sorted(unknown)}; there are {list(recipes(chosen(args)))}")
+        parser.error(f"no method {sorted(unknown)}; the methods are {list(recipes(chosen(args)))}")
     return args
 
 

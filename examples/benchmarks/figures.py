@@ -24,7 +24,7 @@ CLASSES = 10
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Load the student, and draw each layer that is asked for."""
+    """Load the student and draw the chosen layers."""
     args = parse(arguments)
     test = load(args.root, download=False, validation=args.validation).test
     fresh = make(args.network, num_classes=CLASSES, in_channels=1, width=args.width)
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def draw(student: nn.Module, name: str, test: Split, out: Path) -> None:
-    """What the layer matched on one image of each of five classes, and on all images."""
+    """Draw the layer's matches on an image of each of five classes, and its usage on all images."""
     batches = test.batches(250)
     pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     chosen = torch.stack([pixels[labels == label][0] for label in range(5)])
@@ -51,17 +51,17 @@ def draw(student: nn.Module, name: str, test: Split, out: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("student", type=Path, help="a file of accuracy.py --save")
+    add("student", type=Path, help="student file written by accuracy.py --save")
     add("--root", default="data", help="folder of Fashion-MNIST; default: %(default)s")
-    add("--validation", type=int, default=5000, help="as accuracy.py's; default: %(default)s")
-    add("--network", default="resnet8", help="the student's; default: %(default)s")
-    add("--width", type=float, default=8.0, help="of that network; default: %(default)s")
-    add("--at", nargs="+", default=["layer3.0", "last"], help="layers; default: letKD-2's")
+    add("--validation", type=int, default=5000, help="as in accuracy.py; default: %(default)s")
+    add("--network", default="resnet8", help="of the student; default: %(default)s")
+    add("--width", type=float, default=8.0, help="as in accuracy.py; default: %(default)s")
+    add("--at", nargs="+", default=["layer3.0", "last"], help="points; default: letKD-2's")
     add("--out", type=Path, default=Path("runs/figures"), help="default: %(default)s")
     return parser.parse_args(arguments)
 

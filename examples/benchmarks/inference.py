@@ -1,9 +1,9 @@
-"""What KD layers cost at inference, and what folding, pruning and compiling take away.
+"""The cost of KD layers at inference, and how far folding, pruning and compiling reduce it.
 
-Students with two KD layers (letKD-2) on random images, in eval mode: as trained, folded, pruned,
-and compiled. How many templates can be pruned depends on the training; here a share of them is
-silenced by hand (`--silent`). The folded layer is also compared, alone, with two plain 1x1
-convolutions of the same sizes: C to K and K to C channels, no bias.
+The benchmark runs students with two KD layers (letKD-2) on random images, in eval mode: as trained,
+folded, pruned and compiled. How many templates can be pruned depends on the training; here a share
+of them is silenced by hand (`--silent`). A folded layer is also compared with two plain 1x1
+convolutions of the same size: C to K and K to C channels, without bias.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 
-# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+# Idle threads sleep instead of spinning, which makes steps ten times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -31,7 +31,7 @@ CASES = {
 QUICK = {"ResNet-20, 16x16": Case(
     "cifar", 2, (16, 16), 64, 64, 64, 10, points=("layer3.0", "layer3")
 )}  # fmt: skip
-# Channels, height and width, templates.
+# Channels, size (height and width), templates.
 LAYERS = ((64, 8, 4096), (512, 7, 4096), (192, 14, 1024))
 VARIANTS = ("student", "with KD layers", "folded", "pruned", "pruned and folded")
 COMPILED = ("student, compiled", "with KD layers, compiled", "folded, compiled")
@@ -42,7 +42,7 @@ def main() -> None:
     parser = command_line(__doc__, rounds=15)
     parser.add_argument("--silent", type=float, default=0.5, metavar="SHARE",
         help="share of the templates that never fire; default: 0.5")  # fmt: skip
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     args = read(parser)
     report = Report("inference", "KD layers at inference", settings(args))
     variants = (*VARIANTS, *(COMPILED if can_compile(args) else ()))
@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def can_compile(args: argparse.Namespace) -> bool:
-    """Whether torch.compile is wanted and works here; says so if not."""
+    """Whether to measure torch.compile; prints a message if it does not work here."""
     if args.no_compile:
         return False
     try:
         torch.compile(torch.relu)(torch.ones(8, device=args.device))
-    except Exception as error:  # whatever the compiler's absence raises
-        print(f"torch.compile does not work here and is left out: {type(error).__name__}")
+    except Exception as error:  # the error depends on what is missing
+        print(f"torch.compile does not work here and is skipped: {type(error).__name__}")
         return False
     return True
 
@@ -73,7 +73,7 @@ def students(
     for batch in batches:
         print(f"{name}, batch {batch} ...", flush=True)
         key = f"{name}, batch {batch}"
-        torch.compiler.reset()  # forms of one model share their code, and few are kept
+        torch.compiler.reset()  # the forms of a model share a cache, which is small
         steps = {v: forward(case, v, batch, args.silent, args.device) for v in variants}
         times[batch] = report.times_ms[key] = alternate(steps, args.rounds, device=args.device)
     key = f"{name}, batch {batches[-1]}"
@@ -100,7 +100,7 @@ def students(
 
 
 def more_memory(report: Report, key: str, variant: str) -> str:
-    """MiB at the peak of the forward above the student's own."""
+    """Peak memory of the forward in MiB, minus that of the student without KD layers."""
     peaks = report.memory_mib.get(key, {})
     if peaks.get("student") is None or variant not in peaks:
         return "-"
@@ -124,20 +124,20 @@ def model(case: Case, variant: str, silent: float) -> nn.Module:
 
 @torch.no_grad()
 def silence(student: nn.Module, share: float) -> None:
-    """Move the thresholds of the first templates to where no score gets."""
+    """Move the thresholds of the first templates so far that no score reaches them."""
     for module in student.modules():
         if isinstance(module, nn.BatchNorm1d):  # only KD layers have these
             module.bias[: round(share * module.num_features)] = -1e4
 
 
 def parameters(case: Case, variant: str, silent: float) -> int:
-    """Numbers held: parameters, and buffers, which a folded layer has instead."""
+    """Number of values in parameters and buffers; a folded layer has buffers only."""
     made = model(case, variant, silent)
     return sum(t.numel() for t in (*made.parameters(), *made.buffers()) if t.is_floating_point())
 
 
 def forward(case: Case, variant: str, batch: int, silent: float, device: str) -> Step:
-    """A forward of a batch of images."""
+    """The forward of a batch of images, as a step."""
     made = model(case, variant, silent).to(device)
     images = torch.randn(batch, 3, *case.size, device=device)
     if variant in COMPILED:
@@ -146,7 +146,7 @@ def forward(case: Case, variant: str, batch: int, silent: float, device: str) ->
 
 
 def no_grad(made: nn.Module, x: torch.Tensor) -> Step:
-    """The forward as a step."""
+    """A forward in inference mode, as a step."""
 
     def step() -> None:
         with torch.inference_mode():
@@ -156,7 +156,7 @@ def no_grad(made: nn.Module, x: torch.Tensor) -> Step:
 
 
 def layers_alone(report: Report, args: argparse.Namespace) -> None:
-    """The folded layer against two convolutions."""
+    """Compare the folded layer with two convolutions."""
     rows = []
     for channels, size, templates in ((8, 4, 32),) if args.quick else LAYERS:
         for batch in (1, 4) if args.quick else (1, 64):
@@ -174,7 +174,7 @@ def layers_alone(report: Report, args: argparse.Namespace) -> None:
 def layer_forms(
     channels: int, size: int, templates: int, batch: int, device: str
 ) -> dict[str, Step]:
-    """The KD layer of a student that is nothing else, the same folded, and two convolutions."""
+    """A student that is only a KD layer, the same student folded, and two convolutions."""
     torch.manual_seed(0)
     x = torch.randn(batch, channels, size, size, device=device)
     student = nn.Sequential(nn.Identity()).eval().to(device)

@@ -1,10 +1,11 @@
-"""Losses: against the same formulas written down, torchdistill's, and a bare step.
+"""Losses, compared with their plain formulas, with torchdistill and with a step without them.
 
-Alone: forward and backward on given logits or features, also of own layers if there are any. In a
-step: student and teacher, forward, backward and SGD, against the same step without a distillation
-loss. All variants take turns in one process; ratios are taken round by round.
+Each loss is measured alone and in a training step. Alone means forward and backward on given logits
+or features, including the loss's own layers. A training step means forward of student and teacher,
+backward and SGD; it is compared with the same step without a distillation loss. All variants take
+turns in one process. Ratios are computed within each round.
 
-torchdistill is compared where it has the same loss (`pip install torchdistill`).
+torchdistill takes part where it has the same loss (`pip install torchdistill`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+# Idle threads sleep instead of spinning, which makes steps ten times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import _textbook as textbook
@@ -51,7 +52,7 @@ class OnEveryPixel(KDLoss):
         return super().forward(student, teacher)
 
 
-# The library's loss, and the textbook's for a number of classes.
+# The library's loss, and a function that makes the textbook's loss for a number of classes.
 LOSSES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Callable]]] = {
     "KD": (KDLoss, lambda _: textbook.kd),
     "DKD": (DKDLoss, lambda _: textbook.dkd),
@@ -67,7 +68,7 @@ LOSSES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Callable]]] = {
     "KD, standardised": (partial(KDLoss, standardize=True), lambda _: textbook.standardized_kd),
     "DIST": (DISTLoss, lambda _: relations.dist),
 }
-# The same on features or class maps: a shape, and a small one.
+# The same for features or class maps, with their shape and a small one.
 FEATURES: dict[str, tuple[Callable[[], nn.Module], Callable, tuple[int, ...], tuple[int, ...]]] = {
     "RKD": (RKDLoss, relations.rkd, (64, 512), (4, 8)),
     "similarity-preserving": (
@@ -108,7 +109,7 @@ def main() -> None:
 
 
 def alone(report: Report, shape: tuple[int, int], args: argparse.Namespace) -> None:
-    """Forward and backward on logits [B, K], against the textbook's and torchdistill's."""
+    """Compare the losses on logits [B, K] with the textbook's and torchdistill's."""
     rows = []
     for name, (ours, theirs) in LOSSES.items():
         key = f"{name}, logits {shape[0]}x{shape[1]}"
@@ -120,7 +121,7 @@ def alone(report: Report, shape: tuple[int, int], args: argparse.Namespace) -> N
 
 
 def on_features(report: Report, args: argparse.Namespace) -> None:
-    """Forward and backward on features or class maps, against the same two."""
+    """Compare the losses on features or class maps with the textbook's and torchdistill's."""
     rows = []
     for name, (ours, theirs, whole, small) in FEATURES.items():
         shape = small if args.quick else whole
@@ -140,7 +141,7 @@ def compared(
     shape: tuple[int, ...],
     args: argparse.Namespace,
 ) -> list[str]:
-    """Cells of a row: our time, and what it is of the others'."""
+    """Cells of a row: our time, and our time divided by the others'."""
     found = torchdistill_losses().get(name)
     losses = losses if found is None else {**losses, "torchdistill": found}
     steps = {variant: on_logits(loss, shape, args.device) for variant, loss in losses.items()}
@@ -176,7 +177,7 @@ def on_logits(loss: Callable[..., Tensor], shape: tuple[int, ...], device: str) 
 
 
 def whole_step(report: Report, args: argparse.Namespace) -> None:
-    """Student and teacher with each loss, against the two without any."""
+    """Compare a training step with each loss with the same step without a loss."""
     size = (4, (8, 8), 10) if args.quick else (64, (32, 32), 100)
     batch, pixels, classes = size
     case = Case("cifar", batch, pixels, 64, 64, 0, classes)
@@ -195,7 +196,7 @@ def whole_step(report: Report, args: argparse.Namespace) -> None:
     note = (
         f"ResNet-56 teaches ResNet-20, {batch} images of {pixels[0]}x{pixels[1]}: both forwards, "
         "cross-entropy, backward and SGD. Mutual learning: one of the two steps. The "
-        "last row is the first once more: what differs there is noise."
+        "last row repeats the first one; the difference between them is noise."
     )
     report.add(Table("A whole step", ("loss", "ms", "of a step without"), rows, note))
 
@@ -216,4 +217,4 @@ def in_step(case: Case, loss: Callable[[], kdlayers.DistillLoss] | None, device:
 if __name__ == "__main__":
     main()
     if not torchdistill_losses():
-        print("torchdistill was left out: pip install torchdistill")
+        print("torchdistill is not installed and was skipped: pip install torchdistill")

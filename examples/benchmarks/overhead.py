@@ -1,11 +1,11 @@
-"""What the library adds to a training step, apart from the work that the method needs anyway.
+"""The overhead of the library in a training step, apart from the work that the method needs anyway.
 
-Times `student(x)` + `kd.loss(y)` + backward on a network so small that Python's own work counts,
-against the same step written by hand: with `KDLoss`, and with letKD-1 (the layer and its loss are
-written out in _plain.py). The steps take turns in one process; the ratio is taken round by round,
-and shown are its median and quartiles. "by hand, again" is the first step once more: what differs
-there is noise. On the CPU times are those of this process (`time.process_time`) on one thread, so
-that other processes disturb them less.
+Times `student(x)` + `kd.loss(y)` + backward on a network so small that the time in Python matters.
+The same step is written by hand for comparison: with `KDLoss`, and with letKD-1 (the layer and its
+loss are written out in _plain.py). The steps take turns in one process. Ratios are computed within
+each round; the table shows their median and quartiles. "by hand, again" repeats the first step; its
+difference to that step is noise. On the CPU, times are those of this process (`time.process_time`)
+on one thread, so that other processes disturb them less.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import os
 import time
 
-# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+# Idle threads sleep instead of spinning, which makes steps ten times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -51,7 +51,7 @@ def main() -> None:
 def measure(
     report: Report, name: str, steps: dict[str, Step], args: argparse.Namespace
 ) -> list[list[str]]:
-    """Rows of the table: the step by hand, the library's, and by hand once more."""
+    """Rows of the table: the step by hand, the library's step, and the step by hand again."""
     clock = time.process_time if args.device == "cpu" else time.perf_counter
     times = alternate(steps, args.rounds, least=0.004, device=args.device, clock=clock)
     report.times_ms[name] = times
@@ -67,7 +67,7 @@ def measure(
 
 
 class Tiny(nn.Module):
-    """Two convolutions and a linear classifier: hardly any work for student or teacher."""
+    """Two convolutions and a linear classifier, so that student and teacher do little work."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Tiny(nn.Module):
 
 
 def networks(device: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """Student, teacher, images and labels, the same at every call."""
+    """Student, teacher, images and labels; every call returns the same ones."""
     torch.manual_seed(0)
     student, teacher = Tiny(16).to(device), Tiny(32).to(device).eval()
     images = torch.randn(32, 3, 16, 16, device=device)
@@ -89,7 +89,7 @@ def networks(device: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 
 
 def kd_loss(args: argparse.Namespace) -> dict[str, Step]:
-    """Distillation of logits: by hand it is one line."""
+    """Distillation of logits, which is one line by hand."""
 
     def by_hand() -> Step:
         student, teacher, x, _ = networks(args.device)
@@ -119,7 +119,7 @@ def kd_loss(args: argparse.Namespace) -> dict[str, Step]:
 
 
 def letkd(args: argparse.Namespace) -> dict[str, Step]:
-    """One KD layer with a codebook: the same layer, targets and loss written out, by hooks."""
+    """One KD layer with a codebook; by hand, the same layer, targets and loss with hooks."""
     centers = torch.randn(TEMPLATES, 32, generator=torch.Generator().manual_seed(1)).abs()
     state = {
         "centers": centers.to(args.device),
@@ -152,7 +152,7 @@ def letkd(args: argparse.Namespace) -> dict[str, Step]:
 
 @torch.no_grad()
 def copy_weights(plain: PlainLayer, layer: KDLayer) -> None:
-    """Start the written-out layer from the library's weights."""
+    """Copy the library's weights into the layer written by hand."""
     plain.templates.copy_(layer.head.weight)
     plain.template_scale.copy_(layer.head.scale)
     plain.values.copy_(layer.value.weight)
@@ -160,7 +160,7 @@ def copy_weights(plain: PlainLayer, layer: KDLayer) -> None:
 
 
 def backward(loss: Tensor, *modules: nn.Module) -> None:
-    """Backward, and no gradient is left for the next step."""
+    """Run backward and clear the gradients for the next step."""
     loss.backward()
     for module in modules:
         module.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Writes the documentation's page on performance from the files that the benchmarks saved.
+"""Writes the page on performance from the files that the benchmarks have saved.
 
 `python examples/benchmarks/page.py docs/data/performance docs/performance.md`
 """
@@ -28,7 +28,7 @@ We had no GPU. All scripts except `fit.py` accept `--device cuda`, but none has 
 This page is written by `python examples/benchmarks/page.py docs/data/performance
 docs/performance.md`."""
 
-# What was aimed at: benchmark, start of the case, quantity, alternative, and the largest ratio.
+# The aims: benchmark, start of the case's name, quantity, alternative, and the largest ratio.
 TARGETS = (
     ("KD part of the first pair: three times as fast as plain",
      "step", "KD part: CIFAR", "time", "plain", 1 / 3),
@@ -52,11 +52,11 @@ TARGETS = (
 
 
 def main() -> None:
-    """Read a folder, and write a page."""
+    """Read the files and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="folder of the files *.json")
+    parser.add_argument("data", type=Path, help="folder with the *.json files")
     parser.add_argument("page", type=Path, help="Markdown file to write")
     args = parser.parse_args()
     files = sorted(args.data.glob("*.json"), key=order)
@@ -67,14 +67,14 @@ def main() -> None:
 
 
 def order(file: Path) -> tuple[int, str]:
-    """Training steps first."""
+    """The sort key of a file, which puts training steps first."""
     names = ("step", "recorded_step", "losses", "fit", "scale", "inference")
     name = file.stem.split("-")[0]
     return names.index(name) if name in names else len(names), file.stem
 
 
 def page(reports: list[dict]) -> str:
-    """The whole page."""
+    """The text of the page."""
     parts = [INTRODUCTION, reached(reports), slower(reports)]
     for report in reports:
         where = " (GPU)" if report["machine"]["gpu"] else ""
@@ -85,13 +85,13 @@ def page(reports: list[dict]) -> str:
 
 
 def command(report: dict) -> str:
-    """What to type to measure it again."""
+    """The command that repeats the measurement."""
     options = report["settings"]["options"]
     return f"python examples/benchmarks/{report['benchmark']}.py {options}".strip()
 
 
 def reached(reports: list[dict]) -> str:
-    """What was aimed at, and what was measured."""
+    """The section on the aims and the measured ratios."""
     rows = []
     for text, benchmark, case, quantity, alternative, limit in TARGETS:
         found = [
@@ -116,7 +116,7 @@ def reached(reports: list[dict]) -> str:
 
 
 def verdict(ratios: list[Spread], limit: float) -> str:
-    """Whether all ratios keep to the limit."""
+    """The verdict on the ratios of one aim."""
     if all(ratio.high <= limit for ratio in ratios):
         return "reached"
     missed = sum(ratio.low > limit for ratio in ratios)
@@ -124,7 +124,7 @@ def verdict(ratios: list[Spread], limit: float) -> str:
 
 
 def slower(reports: list[dict]) -> str:
-    """Where an alternative is better than the library; a bare step always is, and is left out."""
+    """The section on better alternatives, without steps that do not distil: they always win."""
     rows = [
         (comparison, report)
         for report in reports
@@ -151,7 +151,7 @@ def slower(reports: list[dict]) -> str:
 
 
 def to_comparison(saved: dict) -> Comparison:
-    """A comparison as it was before it was saved."""
+    """Restore a comparison from its saved form."""
     return Comparison(**saved | {"ratio": Spread(**saved["ratio"])})
 
 

@@ -1,10 +1,11 @@
-"""How much of the library a training step enters: files, functions, calls and changes of file.
+"""Counts how much of the library a training step enters: files, functions, calls, changes of file.
 
-Counts, with `sys.setprofile`, what `student(x)`, `kd.loss(y)` and `kd.fit` enter of kdlayers, on a
-ResNet-18 with two KD points and `KDLoss`. Comprehensions count as a part of their function.
+Uses `sys.setprofile` to count the functions of kdlayers that `student(x)`, `kd.loss(y)` and
+`kd.fit` enter, on a ResNet-18 with two KD points and `KDLoss`. A comprehension counts as a part of
+its function.
 
     python examples/benchmarks/profile_step.py          # counts
-    python examples/benchmarks/profile_step.py --list   # and every function, by file
+    python examples/benchmarks/profile_step.py --list   # also lists every function, by file
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ INNER = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")  # 3.12 inlines m
 
 @dataclass
 class Entered:
-    """What a call entered: every function of kdlayers, and how often it was called."""
+    """The functions of kdlayers that a call entered, and how often it called each."""
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     changes: int = 0  # calls from one file of kdlayers, or from outside, into another
 
     @property
     def files(self) -> list[str]:
-        """Files, relative to the package."""
+        """Files, with paths relative to the package."""
         return sorted({file for file, _ in self.calls})
 
     @property
@@ -46,7 +47,7 @@ class Entered:
 
 
 def profile(call: Callable[[], object]) -> Entered:
-    """Run ``call`` and count what it enters."""
+    """Run ``call`` and count the functions that it enters."""
     found = Entered()
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -68,7 +69,7 @@ def profile(call: Callable[[], object]) -> Entered:
 
 
 def make() -> tuple[torch.nn.Module, KDHandle, torch.Tensor, torch.Tensor]:
-    """A ResNet-18 that learns from another one at two points and by its logits."""
+    """A ResNet-18 that learns from another one, at two points and from its logits."""
     torch.manual_seed(0)
     student, teacher = resnet18(num_classes=4), resnet18(num_classes=4)
     points = [
@@ -84,7 +85,7 @@ def measure() -> dict[str, Entered]:
     student, kd, x, y = make()
     found = {"kd.fit(loader)": profile(lambda: kd.fit([(x, y)], progress=False))}
     optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=0.01)
-    for _ in range(2):  # what is done in the first steps only is not a step's
+    for _ in range(2):  # the first steps do some work only once
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(student(x), y) + kd.loss(y)
         loss.backward()
@@ -97,7 +98,7 @@ def measure() -> dict[str, Entered]:
 
 
 def main() -> None:
-    """Print the table, and with --list the functions."""
+    """Print the table and, with --list, the functions."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,16 +1,16 @@
-"""A training step from a record: against the live teacher, the student alone, tensors in memory.
+"""A training step with a recorded teacher, compared with three other kinds of step.
 
-For the three pairs of step.py, with KD alone and with letKD-1 and KD. The four kinds of step take
-turns in one process:
+The benchmark uses the three pairs of step.py, with KD and with letKD-1 + KD. The four kinds of step
+take turns in one process:
 
 - "student alone": cross-entropy, without distillation;
-- "in memory": the teacher's tensors lie in memory in float32, and need only be looked up;
+- "in memory": the teacher's tensors are in memory in float32 and are only looked up;
 - "recorded": `kd.loss(y, recorded=key)` reads and checks a float16 record;
 - "live teacher": the teacher runs.
 
-Each step takes the next of a few batches; the images of all batches are in memory. The record is in
-the system's file cache. On the CPU times are those of this process (`time.process_time`) on one
-thread, so that other processes disturb them less. Ratios are taken round by round.
+Each step takes the next of a few batches. The images of all batches are in memory. The record is in
+the system's file cache. On the CPU, times are those of this process (`time.process_time`) on one
+thread, so that other processes disturb them less. Ratios are computed within each round.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
-# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+# Idle threads sleep instead of spinning, which makes steps ten times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -60,23 +60,23 @@ def main() -> None:
     columns = ("pair", "step", "ms", "of student alone", "of in memory", "of live teacher")
     note = (
         "Forward and backward of the student, the losses and SGD with momentum. *In memory*: the "
-        "teacher's tensors were computed before and lie in memory; *recorded*: they are read from "
-        "a float16 record, and every row is checked. Images are given; drawing and checking them "
-        "is the data loader's work."
+        "teacher's tensors were computed before and are in memory; *recorded*: they are read from "
+        "a float16 record, and every row is checked. The images are given: loading and checking "
+        "them is the data loader's work and is not measured."
     )
     report.add(Table("Recorded teachers", columns, rows, note))
     report.save(args.out)
 
 
 def quick(case: Case) -> Case:
-    """The same in small."""
+    """A small version of the case."""
     return replace(case, batch=4, size=(16, 16), templates=32, classes=10)
 
 
 def measure(
     report: Report, pair: str, case: Case, method: str, args: argparse.Namespace
 ) -> list[list[str]]:
-    """Rows of the table: the four steps of a pair and a method."""
+    """Rows of the table: the four kinds of step for a pair and a method."""
     name = f"{pair}, {method}"
     print(f"{name} ...", flush=True)
     clock = time.process_time if args.device == "cpu" else time.perf_counter
@@ -97,7 +97,7 @@ def measure(
 
 
 def build(case: Case, method: str, folder: str, device: str) -> dict[str, Step]:
-    """The four steps; each has a student of its own with the same weights."""
+    """The four kinds of step; each has its own student, with the same initial weights."""
     handle = partial(attached, case, method, device)
     torch.manual_seed(0)
     _, teacher, images = make_networks(replace(case, batch=BATCHES * case.batch))
@@ -130,7 +130,7 @@ def build(case: Case, method: str, folder: str, device: str) -> dict[str, Step]:
 def attached(
     case: Case, method: str, device: str, teacher: nn.Module, fit_to: nn.Module
 ) -> KDHandle:
-    """A fresh student on a teacher, with targets as they are fitted to ``fit_to``."""
+    """Attach a new student to ``teacher``, with targets for the features of ``fit_to``."""
     torch.manual_seed(0)
     student, _, images = make_networks(case)
     student, images = student.to(device), images.to(device)
@@ -144,10 +144,10 @@ def attached(
 
 
 class InMemory(nn.Module):
-    """A teacher whose features and logits of a few batches were computed before.
+    """A teacher whose features and logits are computed in advance, for a few batches.
 
     Attributes:
-        number: of the batch whose tensors its forward gives.
+        number: index of the batch whose tensors the forward returns.
     """
 
     num_prefix_tokens = 1
@@ -171,7 +171,7 @@ class InMemory(nn.Module):
         self.features = found
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits; the features pass the point."""
+        """The logits; the point's module returns the features."""
         self.get_submodule(self.point)(self.features[self.number][: len(x)])
         return self.logits[self.number][: len(x)]
 
@@ -182,7 +182,7 @@ def training_step(
     loss: Callable[[int, Tensor, Tensor], Tensor | float],
     batches: list[tuple[Tensor, Tensor, Tensor]],
 ) -> Step:
-    """Forward, cross-entropy, the distillation, backward, SGD: of one batch after another."""
+    """Forward, cross-entropy, distillation, backward and SGD; each call takes the next batch."""
     optimizer = sgd([*student.parameters(), *(kd.parameters() if kd is not None else ())])
     numbers: Iterator[int] = cycle(range(len(batches)))
     student.train()

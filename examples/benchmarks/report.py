@@ -1,12 +1,15 @@
-"""Makes docs/results.md and a page for each regime from the lines that accuracy.py has written.
+"""Writes docs/results.md and a page for each regime from the lines that accuracy.py has written.
 
     python examples/benchmarks/report.py
 
-reads docs/data/results: ``*.jsonl`` with the reported runs of one regime each, ``*.sweeps.jsonl``
-with those that sweeps.py has written, ``*.views.jsonl`` with runs of other numbers of recorded
-views, ``*.tuning.jsonl`` with the runs on which its recipe was chosen, ``*.teacher.json`` with what
-supervision.py has measured, and ``*.txt`` with what was found out about it, which is the only part
-written by hand.
+The script reads the following files of each regime in docs/data/results:
+
+- ``*.jsonl``: the reported runs;
+- ``*.sweeps.jsonl``: the runs of sweeps.py;
+- ``*.views.jsonl``: runs with other numbers of recorded views;
+- ``*.tuning.jsonl``: the runs that were used to choose the recipe;
+- ``*.teacher.json``: the measurements of supervision.py;
+- ``*.txt``: the findings. Only this file is written by hand.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from _accuracy_words import (
 ROOT = Path(__file__).resolve().parents[2]
 DATA, PAGE = ROOT / "docs" / "data" / "results", ROOT / "docs" / "results.md"
 
-# What each control answers: a method, what it is compared with, and the question.
+# For each control: a method, the method it is compared with, and the question it answers.
 CONTROLS = (
     ("letKD-1", "layers only (1)", "one layer: does its supervision help?"),
     ("letKD-2", "layers only (2)", "two layers: does their supervision help?"),
@@ -51,8 +54,8 @@ CONTROLS = (
     ("layers only (2)", "labels only", "two layers: does their size alone help?"),
     ("letKD-1", "QuEST", "does adding the value help (alpha 1, not 0)?"),
     ("letKD-2", "letKD-1", "does the second layer help?"),
-    ("letKD-2", "wider, same parameters", "against a wider student of as many parameters"),
-    ("letKD-2", "wider, same MACs", "against a wider student of as many multiply-adds"),
+    ("letKD-2", "wider, same parameters", "against a wider student with as many parameters"),
+    ("letKD-2", "wider, same MACs", "against a wider student with as many multiply-adds"),
     ("letKD-1 + KD", "KD", "does one layer help KD?"),
     ("letKD-2 + KD", "KD", "do two layers help KD?"),
     ("letKD-2 + KD, falling", "KD", "do two layers help KD if their loss weight decays to 0?"),
@@ -75,7 +78,7 @@ CONTROLS = (
     ("AEKT chi2", "DKD", "does AEKT's adaptive term, with its linear layer, help DKD?"),
 )
 
-# On the first page, in this order, with the words for its figure and table.
+# The regimes on the first page, in this order, with their short titles.
 MAIN = {
     "cifar100-10000": "CIFAR-100, 10,000 images",
     "cifar100-all": "CIFAR-100, all images",
@@ -118,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def pages(data: Path, first: str = PAGE.name) -> dict[str, str]:
-    """All pages by file name; ``first`` is that of the overview."""
+    """All pages by file name; ``first`` is the file name of the overview."""
     shown, others = entries(data)
     missing = {stem: words for stem, words in MAIN.items() if stem not in {e.stem for e in shown}}
     ready = {stem: waiting(data / f"{stem}.jsonl", words) for stem, words in missing.items()}
@@ -134,7 +137,7 @@ def pages(data: Path, first: str = PAGE.name) -> dict[str, str]:
 
 
 def waiting(path: Path, title: str) -> str:
-    """The page of a regime without runs, if anything is known about it."""
+    """The page of a regime without runs; empty if supervision.py has not measured its teacher."""
     measured, found = path.with_suffix(".teacher.json"), path.with_suffix(".txt")
     if not measured.exists():
         return ""
@@ -148,21 +151,21 @@ def waiting(path: Path, title: str) -> str:
 
 
 def entries(data: Path) -> tuple[list[Entry], list[Entry]]:
-    """The regimes on the first page, and the others that it links to."""
+    """The regimes on the first page, and those that it only links to."""
     every = {path.stem: entry_of(path) for path in regimes(data)}
     shown = [stem for stem in MAIN if stem in every] or list(every)
     return [every[stem] for stem in shown], [e for stem, e in every.items() if stem not in shown]
 
 
 def entry_of(path: Path) -> Entry:
-    """What the first page says of a regime."""
+    """A regime for the first page."""
     runs = by_method(read(path))
     name = title(first_line(runs))
     return Entry(path.stem, name, MAIN.get(path.stem, name), runs, len(methods_of(runs)))
 
 
 def methods_of(runs: dict[str, list[Line]]) -> list[str]:
-    """The methods that belong to a regime: without those on logits if the classes are others."""
+    """The methods of a regime. If the teacher has other classes, losses on logits are left out."""
     line = first_line(runs)
     data, taught = line["recipe"]["data"], line["teacher"]["recipe"].get("data")
     foreign: list[str] = REGIMES["cifar10-500"]["methods"]
@@ -170,26 +173,26 @@ def methods_of(runs: dict[str, list[Line]]) -> list[str]:
 
 
 def regimes(data: Path) -> list[Path]:
-    """The files of reported runs: those whose names have one suffix."""
+    """The files of reported runs, whose names have only one suffix."""
     found = (path for path in data.glob("*.jsonl") if len(path.suffixes) == 1)
     return sorted(found, key=lambda path: path.stem)
 
 
 def figure_of(path: Path) -> str:
-    """Where the page has the figure of a regime's sweeps."""
+    """The path of the figure of a regime's sweeps, relative to the page."""
     return f"figures/{path.stem}-sweeps.png"
 
 
 def beside(path: Path, kind: str) -> list[Line]:
-    """The lines of a regime's other file, if there is one."""
+    """The lines of a regime's file of this kind; empty if there is none."""
     other = path.with_name(f"{path.stem}.{kind}.jsonl")
     return read(other) if other.exists() else []
 
 
 def regime(path: Path, runs: dict[str, list[Line]]) -> str:
-    """One page: the runs of a file, its tuning and what was found."""
+    """The page of a regime: its runs, its tuning and the findings."""
     tuning, sweeps = beside(path, "tuning"), sweep_tables(beside(path, "sweeps"), runs)
-    picture = f"![accuracy over each value: seeds and their mean]({figure_of(path)})"
+    picture = f"![accuracy for each value: seeds and their mean]({figure_of(path)})"
     found = path.with_suffix(".txt")
     measured = path.with_suffix(".teacher.json")
     every = [line for lines in runs.values() for line in lines]
@@ -198,11 +201,11 @@ def regime(path: Path, runs: dict[str, list[Line]]) -> str:
         setting(every),
         "## Accuracy and cost",
         main_table(runs),
-        *headed("## Beside published numbers", published_table(runs)),
-        *headed("## The supervision or the size?", controls(runs)),
+        *headed("## Comparison with published numbers", published_table(runs)),
+        *headed("## Supervision or size?", controls(runs)),
         *headed("## What the teacher says", supervision_table(measured)),
         *headed("## Before and after the layers", probe_table(runs)),
-        *headed("## Pruned", pruned_table(runs)),
+        *headed("## After pruning", pruned_table(runs)),
         *headed("## One value at a time", sweeps, picture),
         *headed("## How many recorded views?", views_table(beside(path, "views"), runs)),
         found.read_text("utf-8").strip() if found.exists() else "",
@@ -214,7 +217,7 @@ def regime(path: Path, runs: dict[str, list[Line]]) -> str:
 
 
 def headed(heading: str, body: str, *more: str) -> tuple[str, ...]:
-    """A part of a section with its heading; nothing where its body is empty."""
+    """A section with its heading; nothing if its body is empty."""
     return (heading, body, *more) if body else ()
 
 
@@ -227,16 +230,16 @@ def read(path: Path) -> list[Line]:
 
 
 def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """Lines by method, in the order of seeds.
+    """Lines by method, sorted by seed.
 
     Raises:
-        SystemExit: if a method has two recipes or a seed twice: they must not be mixed.
+        SystemExit: if the lines mix devices, or a method has two recipes or two runs of one seed.
     """
     runs: dict[str, list[Line]] = {}
     for line in lines:
         runs.setdefault(line["method"], []).append(line)
     if len({line.get("device") for own in runs.values() for line in own}) > 1:
-        raise SystemExit("runs of several devices: put them into separate files")
+        raise SystemExit("there are runs of several devices: put them into separate files")
     for name, own in runs.items():
         if len({line["recipe_hash"] for line in own}) > 1:
             raise SystemExit(f"{name!r} has runs of several recipes: put them into separate files")
@@ -251,7 +254,7 @@ def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
 
 
 def main_table(runs: dict[str, list[Line]]) -> str:
-    """Accuracy, paired differences and cost of every method; the ones not run are named."""
+    """Accuracy, paired differences and cost of each method, and the names of those not run yet."""
     rows = []
     for name, lines in runs.items():
         cells = [name, str(len(lines)), plus_minus([line["test_accuracy"] for line in lines])]
@@ -260,20 +263,21 @@ def main_table(runs: dict[str, list[Line]]) -> str:
             cells.append(bold(*difference(lines, runs[other])) if known else "")
         cells.append(f"{mean(line['training_accuracy'] for line in lines):.2f}")
         cells += [f"{lines[0]['parameters']:,}", f"{lines[0]['macs'] / 1e6:.2f}&nbsp;M"]
-        rows.append([*cells, f"{mean(line['seconds_per_epoch'] for line in lines):.2f}"])
+        rows.append(cells)
     head = ("", "seeds", "test accuracy %", *(f"minus {name}" for name in REFERENCES))
-    head = (*head, "training accuracy %", "parameters", "MACs", "s per epoch")
+    head = (*head, "training accuracy %", "parameters", "MACs")
     missing = [name for name in methods_of(runs) if name not in runs]
     note = f"\n\nNot run yet: {', '.join(missing)}." if missing else ""
     cost = (
-        "Parameters and multiply-adds (MACs) are those of the student at inference, its KD layers"
+        "Parameters and multiply-adds (MACs) are those of the student at inference, including its "
+        "KD layers."
     )
-    own = "The training accuracy is that on the student's own images, without augmentation."
-    return f"{table(head, rows)}\n\n{cost} included. {own}{note}"
+    own = "Training accuracy is that on the student's own images, without augmentation."
+    return f"{table(head, rows)}\n\n{cost} {own}{note}"
 
 
 def controls(runs: dict[str, list[Line]]) -> str:
-    """The comparisons that tell supervision from size, of the methods that were run."""
+    """The comparisons that separate supervision from size, for the methods that were run."""
     rows = [
         [question, f"{ours} minus {theirs}", *difference(runs[ours], runs[theirs])]
         for ours, theirs, question in CONTROLS
@@ -283,14 +287,14 @@ def controls(runs: dict[str, list[Line]]) -> str:
 
 
 def recipe_list(runs: dict[str, list[Line]]) -> str:
-    """What is special about each method's recipe, as it is in the lines."""
+    """For each method, the values of its recipe that labels only does not have."""
     common = first_line(runs)["recipe"]
     rows = []
     for name, lines in runs.items():
         recipe = lines[0]["recipe"]
         own = {key: value for key, value in recipe.items() if common.get(key) != value}
         rows.append([name, f"`{json.dumps(own)}`", f"`{lines[0]['recipe_hash']}`"])
-    return table(("", "beyond labels only", "hash"), rows)
+    return table(("", "differs from labels only", "hash"), rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""How time and memory of the KD part grow with templates, positions and channels.
+"""How time and memory of the KD part grow with the number of templates, positions and channels.
 
-One size is varied at a time, the others stay. Exponents e of time or memory = constant * size ** e
-are fitted by least squares of the logarithms; fixed costs at the small end make them smaller.
+One size is varied at a time, and the others stay the same. The exponent e in time or memory =
+constant * size ** e is fitted by least squares of the logarithms. Fixed costs, which matter at the
+smallest sizes, make it smaller.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import os
 from dataclasses import replace
 
-# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+# Idle threads sleep instead of spinning, which makes steps ten times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from _cases import VARIANTS, Case, build
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def sized(case: Case, what: str, size: int) -> Case:
-    """The case with one size changed; positions by the number of images."""
+    """The case with one size changed. The number of images changes the number of positions."""
     if what == "positions":
         return replace(case, batch=size // (case.size[0] * case.size[1]))
     if what == "channels":
@@ -47,7 +48,7 @@ def sized(case: Case, what: str, size: int) -> Case:
 
 
 def grow(report: Report, what: str, cases: dict[int, Case], args: argparse.Namespace) -> None:
-    """A table of one growing size."""
+    """Measure one growing size and add its table."""
     for size, case in cases.items():
         print(f"{what} {size} ...", flush=True)
         measure(report, f"{what} {size}", case, args)
@@ -75,7 +76,7 @@ def grow(report: Report, what: str, cases: dict[int, Case], args: argparse.Names
 
 
 def measure(report: Report, name: str, case: Case, args: argparse.Namespace) -> None:
-    """Time and memory of the library's variants, and of the floor."""
+    """Measure time and memory of the library's variants and of the floor."""
     variants = ("floor", *OURS)
     steps = {variant: build(case, variant, args.device) for variant in variants}
     report.times_ms[name] = alternate(steps, args.rounds, device=args.device)

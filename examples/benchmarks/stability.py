@@ -1,7 +1,8 @@
-"""How AEKT and student-friendly KD fail, and what keeps them stable: the tables of their pages.
+"""How AEKT and student-friendly KD fail and what keeps them stable; prints their pages' tables.
 
-A small student of digits, as in examples/aekt.py and examples/skd.py, with three seeds, under a
-learning rate that is hard on them. It shows how a loss fails, not which method is better.
+Trains the small student of examples/aekt.py and examples/skd.py on digits, with three seeds and a
+learning rate that is high for these losses. The tables show how a loss fails, not which method is
+better.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TABLES: dict[str, dict[str, Make]] = {
 
 
 def main() -> None:
-    """Train every student of both tables, and print the tables."""
+    """Train all students of both tables and print the tables."""
     options = data.options(__doc__)
     options.set_defaults(epochs=40)
     args = options.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
 def run(
     make: Make, teacher: nn.Module, images: data.Images, epochs: int, seed: int
 ) -> tuple[str, str]:
-    """Accuracy of a student, or that it diverged; and the simplifier's agreement if it has one."""
+    """Accuracy of a student, or "diverged"; and the simplifier's agreement if there is one."""
     torch.manual_seed(seed)
     student = regnet([1, 1, 2], [16, 32, 64], len(images.classes))
     ramp = LinearWarmup(max(1, epochs // 4), start=0.1, steps_per_epoch=len(images.plain) // 50)

@@ -1,9 +1,10 @@
-"""letKD in a training step: the library against a layer and loss written the obvious way.
+"""letKD in a training step: the library compared with a straightforward implementation.
 
-Measures whole steps of student and teacher (forward, backward, SGD) and, on given features without
-any network, the KD part alone: layers, teacher's targets, loss and their backward. `floor` is the
-same without a KD layer or loss, `plain` is in _plain.py. All variants take turns in one process;
-memory is measured in fresh ones. Ratios are taken round by round; shown are median and quartiles.
+Measures whole steps of student and teacher (forward, backward, SGD). Also measures the KD part
+alone, on given features without a network: layers, the teacher's targets, loss and backward.
+`floor` is the same step without a KD layer or loss; `plain` is the implementation in _plain.py. All
+variants take turns in one process; memory is measured in fresh processes. Ratios are computed
+within each round; the tables show their median and quartiles.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import os
 from dataclasses import replace
 
-# Idle threads sleep instead of spinning: on a busy machine steps are ten times faster.
+# Idle threads sleep instead of spinning, which makes steps ten times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from _cases import VARIANTS, Case, build
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Case]:
-    """Every pair with a KD layer at one point (letKD-1) and at two (letKD-2)."""
+    """Each pair with a KD layer at one point (letKD-1) and at two points (letKD-2)."""
     cases = {
         f"{name}, letKD-{layers}": replace(case, layers=layers)
         for name, case in CASES.items()
@@ -68,13 +69,13 @@ def chosen(args: argparse.Namespace) -> dict[str, Case]:
 
 
 def alone(case: Case) -> Case:
-    """The same layers on given features."""
+    """The case with the same layers on given features."""
     size = (4, 4) if case.size == (16, 16) else FEATURES[case.networks]
     return replace(case, networks=None, size=size, points=("first", "last"))
 
 
 def measure(report: Report, name: str, case: Case, args: argparse.Namespace) -> None:
-    """Time and memory of every variant of a case."""
+    """Measure time and memory of all variants of a case."""
     print(f"{name} ...", flush=True)
     steps = {variant: build(case, variant, args.device) for variant in VARIANTS}
     report.times_ms[name] = alternate(steps, args.rounds, device=args.device)
@@ -87,7 +88,7 @@ def measure(report: Report, name: str, case: Case, args: argparse.Namespace) -> 
 
 
 def kd_part(report: Report, cases: dict[str, Case], args: argparse.Namespace) -> None:
-    """Layers and loss on given features: the main comparison."""
+    """The main comparison: layers and loss on given features."""
     rows = []
     for pair, case in cases.items():
         name = f"KD part: {pair}"
@@ -101,14 +102,14 @@ def kd_part(report: Report, cases: dict[str, Case], args: argparse.Namespace) ->
     columns = ("pair", "variant", "ms", "of plain", "extra MiB", "of plain")
     note = (
         "Forward of the KD layers, the teacher's targets, the loss and the backward, on random "
-        "features, with a linear classifier behind. Extra memory: the peak above the same without "
-        "KD layers and loss."
+        "features that a linear classifier follows. Extra memory: the peak minus that of the same "
+        "step without KD layers and loss."
     )
     report.add(Table("The KD part alone", columns, rows, note))
 
 
 def memory(report: Report, name: str, ours: str | None = None) -> tuple[str, str]:
-    """MiB above the floor, and as a share of what the plain version takes above it."""
+    """MiB above the floor, and their ratio to those of the plain version."""
     peaks = report.memory_mib.get(name, {})
     floor, plain = peaks.get("floor"), peaks.get("plain")
     if floor is None or plain is None:
@@ -116,13 +117,13 @@ def memory(report: Report, name: str, ours: str | None = None) -> tuple[str, str
     if ours is None:
         return digits(plain - floor), "1"
     extra = peaks[ours] - floor
-    if plain <= floor:  # lost in other memory, as with tiny sizes
+    if plain <= floor:  # tiny sizes: too small to be seen in the peak
         return digits(extra), "-"
     return digits(extra), report.compare(name, "memory", ours, "plain", extra / (plain - floor))
 
 
 def whole_step(report: Report, cases: dict[str, Case], args: argparse.Namespace) -> None:
-    """Student and teacher, forward and backward, and SGD."""
+    """Measure whole steps: student and teacher, forward, backward and SGD."""
     rows = []
     for pair, case in cases.items():
         name = f"step: {pair}"

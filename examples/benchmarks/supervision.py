@@ -1,7 +1,8 @@
-r"""How much the teacher says: its logits, its codebook's assignments, its table of decisions.
+r"""How informative a teacher is: its logits, its codebook assignments and its decisions.
 
-A teacher that knows its training images by heart says little about them. This measures it on the
-images that students see and on test images, which no target is fitted to; no student is trained.
+A teacher that has memorised its training images may say little about them. This script compares the
+teacher's outputs on the images that students see and on test images. All targets are fitted to the
+former. No student is trained.
 
     python examples/benchmarks/supervision.py --regime cifar100-10000 --root DATA \
         --teacher-checkpoint FILE --cache runs --out docs/data/results/cifar100-10000.teacher.json
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def of_tests(regime: Regime) -> Record:
-    """What the teacher says about the test images as they are."""
+    """The teacher's outputs for the test images, without augmentation."""
     args, test = regime.args, regime.splits.test
     points = [args.first.rpartition(":")[2], args.last.rpartition(":")[2]]
     name = regime.facts["recipe_hash"]
@@ -67,7 +68,7 @@ def of_tests(regime: Regime) -> Record:
 
 
 class Places:
-    """A record's features by position."""
+    """The features of a record at every position."""
 
     def __init__(self, record: Record, first: str, last: str) -> None:
         self.record = record
@@ -75,7 +76,7 @@ class Places:
         self.last = last.rpartition(":")[2]
 
     def rows(self, name: str, view: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features ``[n, D]`` and labels ``[n]`` of all positions, some images at a time."""
+        """Features ``[n, D]`` and labels ``[n]`` of all positions, in batches of images."""
         for index in torch.arange(len(self.record.split)).split(500):
             maps = self.record.take(name, torch.full_like(index, view), index).float()
             labels = self.record.split.labels[index]
@@ -84,7 +85,7 @@ class Places:
 
 
 class Rows:
-    """View 0 of one point, iterable again and again as fits need it."""
+    """View 0 of one point; can be iterated several times, as fits need."""
 
     def __init__(self, places: Places, name: str) -> None:
         self.places, self.name = places, name
@@ -94,7 +95,7 @@ class Rows:
 
 
 def of_logits(places: Places, views: list[int]) -> dict[str, float]:
-    """Accuracy, and how sure the teacher is, at each temperature."""
+    """Accuracy, and the teacher's confidence at each temperature."""
     index = torch.arange(len(places.record.split))
     logits = torch.cat(
         [places.record.take("logits", torch.full_like(index, v), index).float() for v in views]
@@ -111,7 +112,7 @@ def of_logits(places: Places, views: list[int]) -> dict[str, float]:
 def of_codebook(
     places: dict[str, tuple[Places, list[int]]], templates: int
 ) -> dict[str, dict[str, float]]:
-    """Perplexity of the assignment and its largest probability, means over positions."""
+    """Perplexity and largest probability of the assignment, averaged over positions."""
     seen = places[SEEN][0]
     targets = CodebookTargets(templates).fit(Rows(seen, seen.last))
     found: dict[str, dict[str, float]] = {}
@@ -135,10 +136,11 @@ def of_codebook(
 def of_decisions(
     seen: Places, places: dict[str, tuple[Places, list[int]]], args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """What the teacher decides at the positions of each sub-class; fitted to the students' images.
+    """The teacher's decisions at the positions of each sub-class, fitted to the students' images.
 
-    ``own sub-class`` and ``own class`` are the shares of positions that are taken for what they
-    are; ``perplexity`` is that of the table's rows, weighted by their positions.
+    ``own sub-class`` and ``own class`` are the shares of positions that the teacher assigns to
+    their own sub-class or class. ``perplexity`` is the mean over the table's rows, weighted by
+    their numbers of positions.
     """
     targets = DecisionTargets(args.subclasses, components=args.components)
     targets.fit(Rows(seen, seen.first))
@@ -166,12 +168,12 @@ def of_decisions(
 
 
 def perplexity(soft: Tensor) -> Tensor:
-    """The exponential of the entropy: how many templates share the probability."""
+    """The exponential of the entropy, which is the effective number of templates."""
     return torch.special.entr(soft).sum(-1).exp()
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
-    """Four digits."""
+    """Round to four digits."""
     return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 

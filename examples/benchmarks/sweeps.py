@@ -1,8 +1,8 @@
-r"""How the layers' accuracy depends on K, sub-classes, alpha and temperature: one at a time.
+r"""How the accuracy of letKD depends on K, sub-classes, alpha and temperature, one at a time.
 
-Each value is a recipe of accuracy.py with one option changed, for some of its seeds. The runs go to
-a file of their own, which report.py compares with the unchanged recipe, seed by seed; resumable as
-accuracy.py is.
+Each value is a recipe of accuracy.py with one option changed, run for some of its seeds. The runs
+are written to a file of their own, which report.py compares with the unchanged recipe, paired by
+seed. Interrupted runs resume as in accuracy.py.
 
     python examples/benchmarks/sweeps.py --root data --cache docs/data/results \
         --out docs/data/results/fashion-mnist-6000.sweeps.jsonl

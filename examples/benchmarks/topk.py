@@ -1,9 +1,10 @@
-r"""What `topk` of a record loses: losses on logits, with k logits kept, against those with all.
+r"""How much `topk` of a record changes the losses on logits, compared with all logits.
 
-A trained teacher's logits of test images are compressed to k logits and the rest's mass, in
-float16, and read back as a record does. A student of another size, trained on the same data, gives
-the other logits. For every loss: its value with all logits, how far the values with k are from it,
-and how far the gradient is, as the length of the difference over the length of the gradient.
+A trained teacher's logits for test images are compressed to k logits and the probability of the
+other classes, in float16, and read back as from a record. The student is a network of another size,
+trained on the same data. The table has, for each loss, the value with all logits, the relative
+difference of the value with k logits, and the relative difference of the gradient: the norm of the
+difference divided by the norm of the gradient.
 
     python examples/benchmarks/topk.py --root CIFAR100 --teacher-checkpoint resnet56.pt \
         --student resnet20 --student-checkpoint resnet20.pt
@@ -39,7 +40,7 @@ LOSSES: dict[str, DistillLoss] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print a Markdown table."""
+    """Measure and print a table in Markdown."""
     args = parse(arguments)
     images, labels = read("cifar100", args.root, args.cache, "test")
     split = Split(images, labels, MEAN, STD)
@@ -50,13 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--root", type=Path, required=True, help="CIFAR-100, as accuracy.py takes it")
-    add("--cache", type=Path, default=Path("runs"), help="of decoded images; default: runs")
+    add("--root", type=Path, required=True, help="folder of CIFAR-100, as for accuracy.py")
+    add("--cache", type=Path, default=Path("runs"), help="for decoded images; default: runs")
     add("--teacher", default="resnet56", help="default: %(default)s")
     add("--teacher-checkpoint", type=Path, required=True)
     add("--student", default="resnet20", help="default: %(default)s")
@@ -67,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def logits_of(name: str, path: Path, split: Split) -> Tensor:
-    """What a network says of all images."""
+    """A network's logits for all images."""
     model: nn.Module = make(name, num_classes=100)
     load_teacher(model, name, path)
     model.eval()
@@ -75,7 +76,7 @@ def logits_of(name: str, path: Path, split: Split) -> Tensor:
 
 
 def rows(ours: Tensor, theirs: Tensor, labels: Tensor, kept: tuple[int, ...]) -> list[list[str]]:
-    """The table: head, rule, the mass that is not kept, and each loss."""
+    """The rows of the table: head, rule, probability of the other classes, and each loss."""
     read_back = {k: through(theirs, k) for k in kept}
     rest = [theirs.softmax(1).sort(1).values[:, :-k].sum(1).mean() for k in kept]
     found = [
@@ -99,7 +100,7 @@ def rows(ours: Tensor, theirs: Tensor, labels: Tensor, kept: tuple[int, ...]) ->
 
 
 def through(logits: Tensor, k: int) -> Tensor:
-    """What a float16 record gives back; all classes are kept as they are."""
+    """The logits read back from a float16 record; with k = all classes they are only rounded."""
     if k >= logits.shape[1]:
         return logits.half().float()
     values, classes = compress(logits, k)
@@ -107,7 +108,7 @@ def through(logits: Tensor, k: int) -> Tensor:
 
 
 def pulled(loss: DistillLoss, ours: Tensor, theirs: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """The mean over batches of 100, and the gradient to the student's logits."""
+    """The mean loss over batches of 100, and its gradient to the student's logits."""
     ours = ours.clone().requires_grad_()
     batches = list(zip(ours.split(100), theirs.split(100), labels.split(100), strict=True))
     total = sum(loss(*batch) for batch in batches) / len(batches)

@@ -67,7 +67,7 @@ def teacher_of(name: str, weights: str, classes: int) -> nn.Module:
     known = [weight.name for weight in models.get_model_weights(name)]
     if weights not in known:
         raise SystemExit(
-            f"{weights} is neither a file nor a name of weights of {name}; there are {known}"
+            f"{weights} is neither a file nor the name of weights of {name}; the names are {known}"
         )
     if classes != 1000:
         raise SystemExit(

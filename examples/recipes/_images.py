@@ -1,4 +1,4 @@
-"""CIFAR as tensors on the device: loaded once, cropped and flipped in batches.
+"""CIFAR as tensors on the device: loaded once, then cropped and flipped in batches.
 
 All images fit on a GPU. Augmenting a batch there takes less time than augmenting one image in a
 worker process.
@@ -56,7 +56,7 @@ class Images:
         return PlainBatches(self, size)
 
     def augmented(self, size: int) -> AugmentedBatches:
-        """Random order, crops and flips; an incomplete last batch is dropped."""
+        """Batches in random order, with crops and flips; an incomplete last batch is dropped."""
         return AugmentedBatches(self, size)
 
     def normalised(self, pixels: Tensor) -> Tensor:

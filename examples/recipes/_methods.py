@@ -83,7 +83,7 @@ COLUMNS = ("teacher", "labels", "kd", "fitnet", "at", "dkd", "quest", "letkd-1",
 
 
 def published(*numbers: float | None) -> dict[str, float]:
-    """Numbers in the order of `COLUMNS`; ``None`` for missing ones."""
+    """The numbers by name, in the order of `COLUMNS`, without the missing ones (``None``)."""
     return {k: v for k, v in zip(COLUMNS, numbers, strict=True) if v is not None}
 
 

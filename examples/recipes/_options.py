@@ -28,23 +28,23 @@ class Options(argparse.ArgumentParser):
         add = self.add_argument
         add("--root", type=Path, help="folder of the data set, in torchvision's format")
         add("--download", action="store_true", help="let torchvision download the data set to ROOT")
-        add("--stand-in", type=int, metavar="N", help="N random images instead of the data set: "
-            "shows that everything runs; accuracies mean nothing")  # fmt: skip
+        add("--stand-in", type=int, metavar="N", help="use N random images instead of the "
+            "data set, to check that all works; accuracies mean nothing")  # fmt: skip
         add("--teacher-checkpoint", type=Path, metavar="FILE", help="weights of the teacher")
-        add("--train-teacher", action="store_true", help="train the teacher first, by the same "
-            "schedule, unless --out has it already")  # fmt: skip
-        add("--seed", type=int, default=0, help="of initial weights and batches; default: 0")
-        add("--epochs", type=int, default=epochs, help="the rate falls at the same fractions of a "
-            "shorter run; default: %(default)s")  # fmt: skip
+        add("--train-teacher", action="store_true", help="train the teacher first, with the same "
+            "schedule, unless it is in --out already")  # fmt: skip
+        add("--seed", type=int, default=0, help="seed of initial weights and batches; default: 0")
+        add("--epochs", type=int, default=epochs, help="the learning rate falls at the same "
+            "fractions of a shorter run; default: %(default)s")  # fmt: skip
         add("--teacher-epochs", type=int, default=epochs, help="default: %(default)s")
-        add("--test-every", type=int, default=10, metavar="N", help="epochs between tests, which "
-            "are only printed: the result is the last epoch's; 0: none; default: 10")  # fmt: skip
-        add("--amp", action="store_true", help="products in bfloat16")
+        add("--test-every", type=int, default=10, metavar="N", help="epochs between printed "
+            "tests; the result is always the last epoch's; 0: no tests; default: 10")  # fmt: skip
+        add("--amp", action="store_true", help="autocast to bfloat16")
         add("--compile", action="store_true", help="compile the student and its losses")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-            help="default: cuda where there is one, else cpu")  # fmt: skip
-        add("--out", type=Path, default=Path("runs", out), help="folder of checkpoints and "
-            "results; a run goes on from the checkpoint there; default: %(default)s")  # fmt: skip
+            help="default: cuda if available, else cpu")  # fmt: skip
+        add("--out", type=Path, default=Path("runs", out), help="folder for checkpoints and "
+            "results; a run resumes from its checkpoint there; default: %(default)s")  # fmt: skip
 
 
 def images_of(name: str, args: argparse.Namespace) -> tuple[Images, Images]:
@@ -53,7 +53,7 @@ def images_of(name: str, args: argparse.Namespace) -> tuple[Images, Images]:
     torch.backends.cudnn.benchmark = True
     if args.stand_in is None:
         return load(name, args.root, download=args.download, device=device)
-    say(f"random images in the place of {name}: the accuracies mean nothing")
+    say(f"random images instead of {name}: the accuracies mean nothing")
     return stand_in(name, args.stand_in, device)
 
 
@@ -78,7 +78,7 @@ def find_teacher(
     images: tuple[Images, Images],
     args: argparse.Namespace,
 ) -> tuple[nn.Module, Recipe]:
-    """The teacher, from a checkpoint, from ``--out``, or trained; and a record about it."""
+    """The teacher, loaded from a checkpoint or from ``--out``, or trained; and facts about it."""
     torch.manual_seed(0)
     teacher = make().to(args.device, memory_format=torch.channels_last)
     path = args.teacher_checkpoint

@@ -130,7 +130,7 @@ def mean_iou(predicted: Tensor, masks: Tensor) -> float:
 
 
 def average_precision(found: list[Boxes], true: list[Boxes], overlap: float = 0.5) -> float:
-    """Area under precision over recall at an IoU of 0.5, averaged over the classes, in %."""
+    """Area under the precision-recall curve at an IoU of 0.5, averaged over classes, in %."""
     return 100 * sum(_of_class(found, true, k, overlap) for k in range(1, CLASSES)) / (CLASSES - 1)
 
 

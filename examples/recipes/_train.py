@@ -164,7 +164,7 @@ class Training:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.epoch, self.seconds = saved["epoch"], saved["seconds"]
         self.fit_seconds = saved["fit_seconds"]
-        say(f"going on after epoch {self.epoch}, from {self.checkpoint}")
+        say(f"resuming after epoch {self.epoch}, from {self.checkpoint}")
 
 
 def autocast(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:

@@ -76,23 +76,23 @@ def teacher_of(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Options(__doc__, "cifar100", 240)
     add = parser.add_argument
     add("--pair", choices=PAIRS, default="resnet56-resnet20", metavar="PAIR",
         help=f"teacher and student: {', '.join(PAIRS)}; default: %(default)s")  # fmt: skip
     add("--method", choices=METHODS, default="letkd-2", metavar="METHOD",
-        help=f"{', '.join(METHODS)}; layers: letKD-2's layers without supervision, the control of "
+        help=f"{', '.join(METHODS)}; layers: letKD-2's layers without supervision, to control for "
         "capacity; default: %(default)s")  # fmt: skip
-    add("--batch-size", type=int, default=64, help="default: %(default)s, the authors'")
+    add("--batch-size", type=int, default=64, help="default: %(default)s, as the authors")
     add("--num-templates", type=int, default=4096, metavar="K",
-        help="centres of the codebook at the end; default: %(default)s, the authors'")  # fmt: skip
+        help="centres of the last codebook; default: %(default)s, as the authors")  # fmt: skip
     add("--temperature", type=float, default=1.0, metavar="T",
-        help="of the codebook; larger is harder; default: %(default)s, the authors'")  # fmt: skip
+        help="of the codebook; larger is harder; default: %(default)s, as the authors")  # fmt: skip
     add("--subclasses", type=int, default=8, metavar="S",
-        help="of each class, letKD-2's first layer; default: %(default)s, theirs")  # fmt: skip
+        help="per class, letKD-2's first layer; default: %(default)s, as the authors")  # fmt: skip
     add("--components", type=int, default=60,
-        help="of its discriminant analysis; default: %(default)s, the authors'")  # fmt: skip
+        help="of its discriminant analysis; default: %(default)s, as the authors")  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -44,10 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("task", choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=64, help="of a student; default: 64")
-    parser.add_argument("--steps", type=int, default=200, help="of a student; default: 200")
+    parser.add_argument("--images", type=int, default=64, help="per student; default: 64")
+    parser.add_argument("--steps", type=int, default=200, help="per student; default: 200")
     parser.add_argument("--teacher-steps", type=int, default=600)
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    parser.add_argument("--out", type=Path, help="file to append the lines to")
     args = parser.parse_args()
     run = segment if args.task == "segmentation" else detect
     test = shapes(TEST_IMAGES, seed=999)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write(args: argparse.Namespace, line: dict[str, object]) -> None:
-    """Print a line, and append it to the file."""
+    """Print a line and append it to the file."""
     text = json.dumps({"task": args.task, **line})
     print(text, flush=True)
     if args.out:
@@ -89,7 +89,7 @@ def segment(
     torch.manual_seed(seed)
     model = segmenter(kind, *size)
     kd = None
-    if losses:  # as maps go in, the losses read class maps
+    if losses:  # the input is a map, so the losses expect class maps
         kd = attach_kd(model, teacher, losses=losses, example=torch.zeros(2, 3, SIDE, SIDE))
 
     def loss(chosen: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def segment(
 
 
 def detect(
-    kind: str,  # noqa: ARG001  # there is one
+    kind: str,  # noqa: ARG001  # there is only one kind
     size: tuple[list[int], int],
     data: Shapes,
     test: Shapes,

@@ -72,13 +72,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Options(__doc__, "iekd_cifar10", 160)
     add = parser.add_argument
     add("--method", choices=("iekd", "kd", "labels"), default="iekd", help="default: %(default)s")
-    add("--weight", type=float, default=50.0, help="of inheritance and of exploration; default: "
+    add("--weight", type=float, default=50.0, help="of both inheritance and exploration; default: "
         "%(default)s, said to be best; the released configuration has 1")  # fmt: skip
-    add("--fit-epochs", type=int, default=30, help="of the teacher's auto-encoder; default: 30")
+    add("--fit-epochs", type=int, default=30, help="for the teacher's auto-encoder; default: 30")
     return parser.parse_args(arguments)
 
 

@@ -122,7 +122,7 @@ def wrapped(student: nn.Module, device: torch.device, args: argparse.Namespace) 
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -131,30 +131,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--pair", choices=PAIRS, default="resnet34-resnet18", metavar="PAIR",
         help=f"teacher and student: {', '.join(PAIRS)}; default: %(default)s")  # fmt: skip
     add("--method", choices=METHODS, default="letkd-2", metavar="METHOD",
-        help=f"{', '.join(METHODS)}; layers: letKD-2's without supervision, the control of "
+        help=f"{', '.join(METHODS)}; layers: letKD-2's without supervision, to control for "
         "capacity; default: %(default)s")  # fmt: skip
     add("--teacher-weights", default="IMAGENET1K_V1", metavar="NAME",
-        help="torchvision's of that name, a file, or 'random'; default: %(default)s")  # fmt: skip
-    add("--seed", type=int, default=0, help="of initial weights and batches; default: 0")
+        help="name of torchvision's weights, file, or 'random'; default: %(default)s")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of initial weights and batches; default: 0")
     add("--epochs", type=int, default=100, help="default: %(default)s, as published")
-    add("--batch-size", type=int, default=256, help="of all processes together; default: 256")
+    add("--batch-size", type=int, default=256, help="sum over all processes; default: 256")
     add("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     add("--num-templates", type=int, default=4096, metavar="K", help="default: %(default)s")
     add("--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s")
     add("--subclasses", type=int, default=8, metavar="S", help="default: %(default)s")
     add("--components", type=int, default=60, help="default: %(default)s")
-    add("--size", type=int, default=224, help="side of the images; default: %(default)s")
-    add("--workers", type=int, default=8, help="of each process, to load images; default: 8")
-    add("--test-every", type=int, default=1, metavar="N", help="epochs between tests, which are "
-        "only printed: the result is the last epoch's; 0: none; default: 1")  # fmt: skip
-    add("--amp", action="store_true", help="products in bfloat16")
+    add("--size", type=int, default=224, help="height and width; default: %(default)s")
+    add("--workers", type=int, default=8, help="per process, to load images; default: 8")
+    add("--test-every", type=int, default=1, metavar="N", help="epochs between printed tests; "
+        "the result is always the last epoch's; 0: no tests; default: 1")  # fmt: skip
+    add("--amp", action="store_true", help="autocast to bfloat16")
     add("--compile", action="store_true", help="compile the student and its losses")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda where there is one, else cpu")  # fmt: skip
-    add("--out", type=Path, default=Path("runs/imagenet"), help="folder of checkpoints and "
-        "results; a run goes on from the checkpoint there; default: %(default)s")  # fmt: skip
-    add("--stand-in", type=int, metavar="N", help="N random images instead of ImageNet: shows that "
-        "everything runs; accuracies mean nothing")  # fmt: skip
+        help="default: cuda if available, else cpu")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/imagenet"), help="folder for checkpoints and "
+        "results; a run resumes from its checkpoint there; default: %(default)s")  # fmt: skip
+    add("--stand-in", type=int, metavar="N", help="use N random images instead of ImageNet, to "
+        "check that all works; accuracies mean nothing")  # fmt: skip
     add("--classes", type=int, default=1000, help="of the random images; default: 1000")
     return parser.parse_args(arguments)
 

@@ -261,9 +261,10 @@ class KDHandle(Learning):
     def _need_fitted(self) -> None:
         unfitted = [term.name for term in self._terms if not term.loss.fitted]
         if unfitted:
+            verb = "is" if len(unfitted) == 1 else "are"
             raise NotFittedError(
-                f"{', '.join(unfitted)} has not learnt from the teacher yet; call kd.fit(loader) "
-                "once before training, or kd.load_state_dict(...) when you resume"
+                f"{', '.join(unfitted)} {verb} not fitted yet; call kd.fit(loader) once before "
+                "training, or kd.load_state_dict(...) when you resume"
             )
         self._fitted = True
 

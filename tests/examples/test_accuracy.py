@@ -41,13 +41,13 @@ def test_splits_are_disjoint_and_complete(splits, image_root):
 
 def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEBIAN", tmp_path)
-    with pytest.raises(SystemExit, match=r"--download fetches it.*dataset-fashion-mnist"):
+    with pytest.raises(SystemExit, match=r"pass --download.*dataset-fashion-mnist"):
         data.load(str(tmp_path), download=False, validation=20)
 
 
 def test_what_is_no_idx_file_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"\0\0\x0d\x01" + bytes(8))
-    with pytest.raises(SystemExit, match="no IDX file of bytes"):
+    with pytest.raises(SystemExit, match="not an IDX file of bytes"):
         data.idx(tmp_path / "x")
 
 
@@ -151,7 +151,7 @@ def test_tuning_leaves_the_test_images_alone(bench, tmp_path):
 def test_unknown_methods_are_named(bench, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench(tmp_path / "runs.jsonl", "--methods", "letKD-3")
-    assert "no method ['letKD-3']; there are ['labels only', 'KD'" in capsys.readouterr().err
+    assert "no method ['letKD-3']; the methods are ['labels only', 'KD'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(recipes(Options(templates=8, subclasses=1))))

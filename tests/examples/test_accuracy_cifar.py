@@ -331,7 +331,7 @@ def test_a_killed_run_goes_on_after_its_last_epoch(method, bench, tmp_path, monk
     monkeypatch.setattr(progress.Progress, "keep", keep)
     monkeypatch.setattr(accuracy.KDHandle, "fit", lambda *args, **kw: fits.append(fit(*args, **kw)))
     (resumed,) = bench(tmp_path / "parts.jsonl", *options)
-    assert "going on after epoch 2" in capsys.readouterr().out
+    assert "resuming after epoch 2" in capsys.readouterr().out
     assert fits == []  # the targets are those of before, nothing is fitted again
     for key in ("test_accuracy", "training_accuracy", "last_terms", "curve", "scales", "probes"):
         assert resumed[key] == whole[key]

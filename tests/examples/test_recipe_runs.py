@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             run(cifar100, tmp_path / "parts", *options)
     parts = run(cifar100, tmp_path / "parts", *options)
-    assert "going on after epoch 1" in capsys.readouterr().out
+    assert "resuming after epoch 1" in capsys.readouterr().out
     keys = ("accuracy", "top5", "recipe")
     assert [parts[key] for key in keys] == [whole[key] for key in keys]
     states = [
@@ -204,7 +204,7 @@ def test_imagenet_from_folders(tmp_path):
         (["--stand-in", "5", "--classes", "6"], "an image per class: 6, not 5"),
         (
             ["--stand-in", "6", "--classes", "6", "--teacher-weights", "V9"],
-            "V9 is neither a file nor a name of weights of resnet34; there are .'IMAGENET1K_V1'.",
+            "V9 is neither a file nor the name of weights of resnet34; the names are .'IMAGENET1K",
         ),
         (["--stand-in", "6", "--classes", "6"], "has 1000 classes, but the images have 6"),
     ],
