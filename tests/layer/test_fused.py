@@ -388,4 +388,4 @@ def test_small_layers_take_the_plain_operations(
     row = next(line for line in kd.summary().splitlines() if line.startswith("0 "))
     ratio = "plain (under 4 templates per channel)"
     wanted = {(32, "normal"): ratio, (8, "low"): "fused, scores recomputed"}
-    assert wanted.get((channels, memory), "fused from 8192 positions a batch") in row
+    assert wanted.get((channels, memory), "fused from 8192 positions per batch") in row
