@@ -298,7 +298,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_regimes(parser)
     add("--out", type=Path, default=Path("runs/accuracy.jsonl"), help="default: %(default)s")
-    add("--cache", type=Path, default=Path("runs"), help="folder; default: %(default)s")
+    add("--cache", type=Path, default=Path("runs"), help="cache folder; default: %(default)s")
     add("--methods", nargs="+", help="default: all; the message for a wrong name lists them")
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
     add("--no-pruning", dest="pruning", action="store_false", help="skip pruning, which is slow")
@@ -310,7 +310,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = group.add_argument
     add("--teacher", default="resnet14", help="default: %(default)s")
     add("--teacher-epochs", type=int, default=15, help="default: %(default)s")
-    add("--validation", type=int, default=5000, help="number of images; default: %(default)s")
+    add("--validation", type=int, default=5000, help="validation images; default: %(default)s")
     add("--images", type=int, default=6000, help="per student; 0: all; default: %(default)s")
     add("--epochs", type=int, default=20, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="default: %(default)s")
@@ -320,7 +320,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--draw", type=int, help="seed to draw the images; default: the run's seed")
     add("--lr", type=float, default=0.1, help="highest learning rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
-    add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
+    add(
+        "--precision",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of training; default: %(default)s",
+    )
     add_options(parser)
     parser.set_defaults(**REGIMES[parser.parse_known_args(arguments)[0].regime])
     args = parser.parse_args(arguments)

@@ -33,6 +33,7 @@ FRACTIONS = (
     210 / 240,
 )  # fractions of the run where the rate falls
 TEACHER_LR = 0.05
+AUTHORS = "default: %(default)s, the authors' value"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,15 +85,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="letkd-2", metavar="METHOD",
         help=f"{', '.join(METHODS)}; layers: letKD-2's layers without supervision, to control for "
         "capacity; default: %(default)s")  # fmt: skip
-    add("--batch-size", type=int, default=64, help="default: %(default)s, as the authors")
+    add("--batch-size", type=int, default=64, help=AUTHORS)
     add("--num-templates", type=int, default=4096, metavar="K",
-        help="centres of the last codebook; default: %(default)s, as the authors")  # fmt: skip
+        help=f"centres of the last codebook; {AUTHORS}")  # fmt: skip
     add("--temperature", type=float, default=1.0, metavar="T",
-        help="of the codebook; larger is harder; default: %(default)s, as the authors")  # fmt: skip
+        help=f"of the codebook; larger gives harder targets; {AUTHORS}")  # fmt: skip
     add("--subclasses", type=int, default=8, metavar="S",
-        help="per class, letKD-2's first layer; default: %(default)s, as the authors")  # fmt: skip
+        help=f"per class, for letKD-2's first layer; {AUTHORS}")  # fmt: skip
     add("--components", type=int, default=60,
-        help="of its discriminant analysis; default: %(default)s, as the authors")  # fmt: skip
+        help=f"of its discriminant analysis; {AUTHORS}")  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -44,27 +44,27 @@ def attach_kd(
     teacher_transform: Transform | Literal["auto"] | None = None,
     memory: str = "normal",
 ) -> KDHandle:
-    """Put KD layers into ``student``, supervised by ``teacher``, by hooks, without editing it.
+    """Add KD layers, supervised by ``teacher``, to ``student`` with hooks; its code is unchanged.
 
     The student keeps its type, its forward, its names and its state-dict keys; the layers' keys are
     additional (``<point>...kd.*``). Both models are run on an example to find shapes; their flags,
-    buffers and the random state are as before afterwards. New layers are drawn from the random
-    state and the student's weights: the same seed and weights give the same layers, and students
-    with other weights get other layers. For copies of one student call ``torch.manual_seed``
-    between. Call it before ``torch.compile``, DDP or FSDP wrap the student. Every parameter exists
-    on return, so make the optimiser after this call, as ``Optimizer([*student.parameters(),
-    *kd.parameters()])``.
+    buffers and the random state are restored. New layers are drawn from the random state and the
+    student's weights: the same seed and weights give the same layers, and students with other
+    weights get other layers. To give copies of one student different layers, call
+    ``torch.manual_seed`` before each call. Call it before ``torch.compile``, DDP or FSDP wrap the
+    student. Every parameter exists on return, so make the optimiser after this call, as
+    ``Optimizer([*student.parameters(), *kd.parameters()])``.
 
     Args:
         student: the model to train. A detector of torchvision is attached in its backbone, whose
             names may begin with ``"backbone."``; train it as a whole.
-        teacher: the model to learn from. It is run in eval mode without gradients and left as it
-            was found. ``None``: layers only, with ``num_templates`` given at the points. A list:
-            losses on logits compare with the teachers' mean logits, KD layers and losses on
-            features with the first teacher, unless a loss names one by its ``teacher_index``. A
-            :class:`RecordedTeacher`: what a teacher said in an earlier :meth:`KDHandle.record`.
+        teacher: the model to learn from. It is run in eval mode without gradients and not changed.
+            ``None``: layers only, with ``num_templates`` given at the points. A list: losses on
+            logits compare with the teachers' mean logits, KD layers and losses on features with
+            the first teacher, unless a loss names one by its ``teacher_index``. A
+            :class:`RecordedTeacher`: the outputs that :meth:`KDHandle.record` wrote.
         at: where the KD layers go: names of modules (the teacher's point has the same name; a name
-            may be a glob such as ``"layer*"``, whose ``*`` stays between dots), a dict
+            may be a glob such as ``"layer*"``, whose ``*`` does not match dots), a dict
             ``{student's name: teacher's name}``, or a list of :class:`KDPoint`. At the last point
             in forward order the default targets are ``CodebookTargets()``, at earlier ones
             ``DecisionTargets()``: one point is letKD-1, two are letKD-2.
@@ -73,9 +73,9 @@ def attach_kd(
             default: two zero images that suit the student.
         teacher_weights: weights of the teachers in the mean of their logits, made to sum to 1;
             default: all equal.
-        teacher_transform: what the images go through before the teacher sees them. ``"auto"``, for
-            timm models: from the mean, std, size and interpolation that the student's
-            ``pretrained_cfg`` states to those of the teacher's. A :class:`Renormalize` for other
+        teacher_transform: converts the images for the teacher. ``"auto"``, for timm models,
+            converts from the mean, std, size and interpolation in the student's
+            ``pretrained_cfg`` to those of the teacher's. Pass a :class:`Renormalize` for other
             models, or any function of the images. Default: none.
         memory: ``"low"``: in training, KD layers never store the scores of all positions but
             recompute them in chunks. ``"normal"`` (default): recompute them only where that costs
@@ -157,7 +157,7 @@ def _seed(student: nn.Module) -> None:
 
 
 def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
-    """Say that KD layers of a handle in use are still there, as when a notebook's cell is rerun."""
+    """Warn of KD layers of an earlier handle that is still in use, as in a cell that is rerun."""
     earlier = [h.name for _, _, h in inserts(student) if h.tape is not tape and h.tape.armed]
     if earlier:
         warn(
@@ -167,7 +167,7 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
 
 
 def _warn_of_other_teachers(terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
-    """Say which terms were fitted to something else, and ``kd.fit`` will leave as they are."""
+    """Warn of terms that were fitted to something else and that ``kd.fit`` will not fit again."""
     for term in terms:
         source = term.learnt_elsewhere(teachers)
         if source is not None:
@@ -179,7 +179,7 @@ def _warn_of_other_teachers(terms: Sequence[Term], teachers: Sequence[Teacher]) 
 
 
 def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
-    """Say which buffers of the teachers do not stay as they are."""
+    """Warn of buffers of the teachers that a forward changes."""
     changed = [name for teacher in teachers for name in teacher.traced.changed_buffers]
     if changed:
         names = ", ".join(map(repr, changed[:3])) + (", ..." if len(changed) > 3 else "")
@@ -225,7 +225,7 @@ def _insert_layers(
 def _check_layers(
     student: nn.Module, traced: Trace, example: tuple[Any, ...], tape: Tape, names: Sequence[str]
 ) -> None:
-    """Two dry runs: the layers run once and disturb nothing, and each reaches the output.
+    """Check in two dry runs that the layers run, change nothing at alpha 0 and reach the output.
 
     Raises:
         AttachError: if one of these does not hold.
@@ -281,7 +281,7 @@ def _terms(
     traced: Trace,
     teachers: Sequence[Teacher],
 ) -> list[Term]:
-    """One term a point, then one a loss; parameters that depend on shapes are made here."""
+    """One term per point, then one per loss; creates the parameters that depend on shapes."""
     if not teachers:
         return []
     terms = []
@@ -324,9 +324,7 @@ def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) ->
 def _one(name: str, traced: Trace, advice: str = "") -> str:
     found = match(name, traced.names, traced.model, traced.label, advice)
     if len(found) > 1:
-        raise ArgumentError(
-            f"a loss reads one point, but {name!r} stands for {found}; give one name"
-        )
+        raise ArgumentError(f"a loss reads one point, but {name!r} matches {found}; give one name")
     return found[0]
 
 

@@ -30,14 +30,14 @@ def attach_mutual(
                 (F.cross_entropy(model(x), y) + kd.loss(y)).backward()
                 opt.step()
 
-    For the simultaneous variant compute both losses before either step. The peer runs in the mode
-    it is in, without gradients: in train mode its batch-norm statistics move twice a batch, as
-    they do in the authors' code.
+    For the simultaneous variant compute both losses before either step. The peer runs in its
+    current mode, without gradients: in train mode its batch-norm statistics are updated twice per
+    batch, as in the authors' code.
 
     Args:
         a: one student.
         b: the other student.
-        losses: what each compares with its peer; the second handle gets copies, with the points of
+        losses: the losses against the peer; the second handle gets copies, with the points of
             ``at`` pairs exchanged. Default: :class:`MutualLoss`. Add
             ``InheritExploreLoss(at=..., coder="online")`` for the inherit-and-explore form.
         example: as in :func:`attach_kd`.

@@ -98,7 +98,7 @@ class Candidates(list[Candidate]):
 
 
 def _grouped(remarks: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Every sentence once, with the names that it is about: the first and the last of many."""
+    """Each sentence once, with its names; of many names only the first and the last."""
     groups: dict[str, list[str]] = {}
     for name, said in remarks:
         if said:

@@ -20,14 +20,14 @@ def resolve_points(at: At, student: Trace, teacher: Trace | None) -> list[KDPoin
 
     Raises:
         NoMatchError: if a name matches nothing.
-        ArgumentError: if a point stands twice, or numbers do not fit together.
+        ArgumentError: if a point is given twice, or numbers do not fit together.
         ArgumentTypeError: if ``at`` has an unsupported type.
     """
     points = [p for item in _items(at) for p in _named(item, student, teacher)]
     names = [point.student for point in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ArgumentError(f"at names {twice} more than once; one KD layer goes to a point")
+        raise ArgumentError(f"at names {twice} more than once; a point takes one KD layer")
     points.sort(key=lambda point: student.call(point.student).order)
     if teacher is None:
         return [_without_teacher(point) for point in points]
@@ -65,7 +65,7 @@ def _named(point: KDPoint, student: Trace, teacher: Trace | None) -> list[KDPoin
     found = match(point.student, student.names, student.model, "student")
     if len(found) > 1 and (point.targets is not None or point.teacher is not None):
         raise ArgumentError(
-            f"KDPoint({point.student!r}) stands for {found}, but has one teacher point or one set "
+            f"KDPoint({point.student!r}) matches {found}, but has one teacher point or one set "
             "of targets; give a KDPoint for each"
         )
     points = []

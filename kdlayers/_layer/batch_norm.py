@@ -38,7 +38,7 @@ def as_affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def update_statistics(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """What a batch norm does to its buffers in training; ``variance`` is the biased one."""
+    """Update the buffers as a batch norm does in training; ``variance`` is the biased one."""
     averages = ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1))))
     for average, value in averages:
         average.lerp_(value.to(average.dtype), norm.momentum)  # type: ignore[union-attr, arg-type]

@@ -127,7 +127,7 @@ class TemplateHead(CosineProjection):
 
     def channels_last(self, x: Tensor) -> Tensor:
         """``x`` with its channels on the last axis, after checking that they are there."""
-        if not is_scripting():  # TorchScript knows no exceptions of ours
+        if not is_scripting():  # TorchScript does not support our exceptions
             self._check(x)
         return x.movedim(self.channel_dim, -1)
 
@@ -170,10 +170,10 @@ class LayerParts(nn.Module):
         self.channel_dim = channel_dim
 
     def enhance(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The new features, and the scores with K in the place of C.
+        """The new features, and the scores with K instead of C.
 
-        Or the latter in two parts, where they are not kept: unit vectors of the shape of x, and the
-        templates ``[K, C]`` whose products with them they are.
+        If the scores are not stored, two tensors take their place: unit vectors in the shape of x,
+        and the templates ``[K, C]``. The scores are the products of the two.
         """
         if not is_scripting():
             if not isinstance(x, Tensor):  # torch.fx traces with symbols
@@ -189,7 +189,7 @@ class LayerParts(nn.Module):
         # Call the modules, so that pruning, weight norm or LoRA around them take effect.
         scores = self.head(x)
         last = scores.movedim(self.channel_dim, -1)
-        # Batch norm wants two axes: positions of all images, templates.
+        # Batch norm gets two axes: positions of all images, templates.
         assignment = F.relu(self.norm(last.flatten(0, -2))).view_as(last)
         value = self.value(assignment).movedim(-1, self.channel_dim)
         return x + (self.alpha * value).to(x.dtype), scores, None
@@ -205,7 +205,7 @@ class LayerParts(nn.Module):
             )
 
     def _may_fuse(self, x: Tensor) -> bool:
-        """Whether a fused path is possible at all, before the parts are checked."""
+        """Whether a fused path is possible, before the parts are checked."""
         if self.memory == "low" or not self.training:
             return True
         channels = x.shape[self.channel_dim] if -x.dim() <= self.channel_dim < x.dim() else 1

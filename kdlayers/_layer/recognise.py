@@ -193,7 +193,7 @@ def recognise_frozen(units: Tensor, matching: Tensor, threshold: Tensor, values:
 
 
 class _Recognised:
-    """The assignment p, a chunk at a time, from kept scores or from the units again."""
+    """The assignment p, one chunk at a time, from stored scores or recomputed from the units."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class _Recognised:
         self.mean_unit = units.to(mean.dtype).mean(dim=0)
         self.centred = (units - self.mean_unit).to(units.dtype)
         if scores is None:
-            # The batch norm's factor as a part of the product, whose bias is beta.
+            # Fold the batch norm's factor into the product; beta is the bias.
             self.folded = (templates * self.factor.unsqueeze(1)).to(units.dtype)
 
     def __getitem__(self, part: slice) -> Tensor:
@@ -230,7 +230,7 @@ class _Recognised:
 def _moments(units: Tensor, templates: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the scores over positions, each ``[K]``."""
     work = work_dtype(units)
-    if scores is None:  # in float64: the few numbers that all scores hang on
+    if scores is None:  # in float64: few numbers, on which all scores depend
         units, templates = units.double(), templates.double()
         centred = units - units.mean(dim=0)
         covariance = centred.T @ centred / len(units)
@@ -252,8 +252,8 @@ def _through_moments(
 ) -> None:
     """Subtract the gradient through the batch's mean and variance, for all positions.
 
-    That is ``shift + slope * (a - mean)`` at each; the shift meets the templates only through the
-    centred units, whose sum is zero.
+    It is ``shift + slope * (a - mean)`` at each position. The shift does not reach the templates,
+    because the sum of the centred units is zero.
     """
     n, templates = len(grad_units), recognised.templates.to(grad_units.dtype)
     centred = recognised.centred.to(grad_units.dtype)

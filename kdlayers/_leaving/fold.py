@@ -54,7 +54,7 @@ class FoldedKDLayer(nn.Module):
 
     @torch.jit.unused
     def chunked(self, device: torch.device) -> bool:
-        """Whether to compute in chunks that stay in the cache; compilers do better alone."""
+        """Whether to compute in chunks that stay in the cache; compilers do better without."""
         quiet = not (torch.is_grad_enabled() or is_tracing() or torch.compiler.is_compiling())
         return quiet and device.type in DEVICES
 
@@ -73,7 +73,7 @@ def folded(
 ) -> Tensor:
     """The layer's features by plain operations."""
     features = x.movedim(channel_dim, -1)
-    # The norms come after the products, on K or C numbers a position rather than before both.
+    # Norms are applied after the products, to K or C numbers per position, rather than before.
     scores = F.linear(features, matching) * inverse_norm(features)
     assignment = F.relu(scores + threshold)
     value = F.linear(assignment.to(x.dtype), values) * inverse_norm(assignment)

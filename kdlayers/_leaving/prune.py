@@ -57,7 +57,7 @@ def prune_templates(
 
     Returns:
         For every KD layer an object with the ``name`` of its point, the number of templates
-        ``before`` and ``after``, and the ``parameters`` and ``macs`` (multiply-adds a position)
+        ``before`` and ``after``, and the ``parameters`` and ``macs`` (multiply-adds per position)
         that were saved.
 
     Raises:

@@ -41,7 +41,7 @@ class LayerDescription:
 
 @dataclass(frozen=True)
 class SavedStudent:
-    """A file's content, checked to be what was written."""
+    """A file's content, after all checks."""
 
     layers: list[LayerDescription]
     state: OrderedDict[str, Any]

@@ -70,7 +70,7 @@ def sharded(model: nn.Module) -> bool:
 
 
 def is_first_process(model: nn.Module) -> bool:
-    """Whether this process writes for all that ``model`` is spread over; True if it is not."""
+    """Whether this process writes the file: the first one if ``model`` is spread over several."""
     for parameter in model.parameters():
         if type(parameter).__name__ == "DTensor":
             coordinate = parameter.device_mesh.get_coordinate()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Looking into torchvision's detectors: their backbone is what both models can be compared in."""
+"""Finds the backbone of torchvision's detectors, where student and teacher are compared."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,10 +28,10 @@ def inside(model: Any) -> Any:
 
 
 class Pictures:
-    """What a detector's backbone gets of a list of pictures: normalised, resized, padded.
+    """The input of a detector's backbone for a list of pictures: normalised, resized, padded.
 
-    The sizes are those of validation, so that every pass of `kd.fit` sees the same images where the
-    detector draws a size at random in training.
+    The sizes are those of validation, so that every pass of `kd.fit` sees the same images, even if
+    the detector draws a random size in training.
     """
 
     def __init__(self, detector: nn.Module) -> None:

@@ -38,7 +38,7 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
 
 
 def _of_detector(model: nn.Module, example: Any) -> Tensor:
-    """What the backbone gets: of a list of pictures, of a batch as it is, or of zero images."""
+    """The backbone's input: from a list of pictures, from a batch, or from zero images."""
     if isinstance(example, tuple) and len(example) == 1:
         example = example[0]
     if isinstance(example, Tensor):
@@ -48,7 +48,7 @@ def _of_detector(model: nn.Module, example: Any) -> Tensor:
     if example is not None:
         raise ArgumentError(
             "example of a detector must be a list of images [C, H, W], or a batch as its backbone "
-            f"gets it, got {type(example).__name__}"
+            f"takes it, got {type(example).__name__}"
         )
     size = getattr(model.transform, "fixed_size", None) or (224, 224)
     return torch.zeros(2, _stated_channels(model) or 3, size[1], size[0])
@@ -60,7 +60,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _stated_channels(model: nn.Module) -> int | None:
-    """Channels of the images: of the convolution that timm names, as timm states, or the first."""
+    """Channels of the images: of timm's first convolution, as timm states, or of any first one."""
     config = _config(model)
     modules = dict(model.named_modules())
     named = modules.get(str(config.get("first_conv")))

@@ -27,7 +27,7 @@ def why_unclear(output: Any) -> str | None:
         for path, tensor in leaves(output)
     )
     return (
-        f"it returns several tensors ({parts}), and neither a name nor a shape tells which of them "
+        f"it returns several tensors ({parts}), and neither a name nor a shape shows which of them "
         "are the logits; return the logits alone, or a dict or named tuple with the key 'logits'"
     )
 

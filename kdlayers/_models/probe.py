@@ -80,7 +80,7 @@ def _shapes(model: nn.Module, args: tuple[Any, ...], paths: Mapping[str, Path]) 
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # about a size that only this run gives
+        warnings.simplefilter("ignore")  # about the size, which only this run uses
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         for name in paths:

@@ -82,12 +82,12 @@ def _equal(a: Tensor | None, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-# What the module classes themselves keep, and what putting a layer in sets on its module.
+# Attributes of nn.Module itself, and the one that inserting a layer sets on its module.
 _INTERNAL = frozenset((*vars(nn.Module()), "__module__"))
 
 
 class _Attributes:
-    """What a module keeps in plain attributes, such as a counter or a cache by image size."""
+    """The plain attributes of a module, such as a counter or a cache by image size."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -100,7 +100,7 @@ class _Attributes:
     def restore(self) -> None:
         """Restore assigned attributes and delete added ones."""
         if type(self.module) is not self.kind:
-            return  # a lazy module has got its shapes, and with them another class
+            return  # a lazy module has been initialised, which changes its class
         own = vars(self.module)
         for key, value in self._own().items():
             if key not in self.values:
@@ -112,7 +112,7 @@ class _Attributes:
 
 
 def _uncompiled() -> Any:
-    """Dry runs of a model that torch.compile holds run plainly: compiling would take long."""
+    """Context in which compiled models run without compilation, which would take long."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

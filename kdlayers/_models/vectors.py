@@ -29,8 +29,8 @@ class Vectors:
 
 
 def class_key(name: str) -> str:
-    """Where the first token of a module's output is kept, beside its grid."""
-    return f"class token of {name}"  # no name of a module: these have no spaces
+    """The key of the first token of a module's output, which is stored next to its grid."""
+    return f"class token of {name}"  # cannot be a module's name, because it has spaces
 
 
 def vectors(
@@ -57,7 +57,7 @@ def vectors(
 
 
 def has_class_token(model: nn.Module, layout: Layout) -> bool:
-    """Whether the first token of ``layout`` is a class token, and no register."""
+    """Whether the first token of ``layout`` is a class token and not a register."""
     if layout.kind != "tokens" or layout.prefix == 0:
         return False
     stated = getattr(model, "has_class_token", None)  # timm's attribute, for models with registers

@@ -124,7 +124,7 @@ def open_record(path: str, dataset: Any) -> RecordedDataset:
         A data set of ``(image, label, key)``.
 
     Raises:
-        RecordError: if the record is damaged or unfinished, or ``dataset`` is another one.
+        RecordError: if the record is damaged or unfinished, or of another data set.
     """
     return from_reader(Reader(Path(path)), dataset)
 
@@ -151,7 +151,7 @@ def from_reader(reader: Reader, dataset: Any) -> RecordedDataset:
 
 
 def register(reader: Reader) -> Reader:
-    """Let `rows_of` find this record by its keys; return it, or the open one."""
+    """Let `rows_of` find this record by its keys; returns it, or the same record if it is open."""
     return _OPEN.setdefault(reader.tag, reader)
 
 
@@ -195,7 +195,7 @@ def is_key(item: object) -> bool:
 
 
 def transform_of(dataset: Any) -> str:
-    """What the data set says about its transforms, without addresses in memory."""
+    """The data set's description of its transforms, without addresses in memory."""
     names = ("transform", "transforms", "target_transform")
     parts = [f"{n}={getattr(dataset, n)!r}" for n in names if getattr(dataset, n, None) is not None]
     return stable(f"{type(dataset).__name__}({', '.join(parts)})")

@@ -1,6 +1,6 @@
 """The files of a record: a JSON description, a raw array for each field, checks for each row.
 
-A row is what the teachers said about one view of one sample. Row ``view * samples + sample`` of
+A row holds the teachers' outputs for one view of one sample. Row ``view * samples + sample`` of
 ``checks.bin`` holds two CRC-32 numbers: of the image that the teachers saw, and of the row's own
 bytes in all fields. The description is written last, so a folder without one is unfinished.
 """
@@ -105,7 +105,7 @@ def parse(text: str, path: Path) -> Description:
         raise _damaged(path, f"its description cannot be read ({error})") from error
     if known != (FORMAT, VERSION):
         raise RecordError(
-            f"{path} says that it is {known[0]!r}, version {known[1]!r}; this kdlayers reads "
+            f"{path} has format {known[0]!r}, version {known[1]!r}; this kdlayers reads "
             f"{FORMAT!r}, version {VERSION}: record again"
         )
     whole = json.dumps({"format": FORMAT, "version": VERSION, **body}, sort_keys=True)

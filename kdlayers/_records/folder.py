@@ -1,4 +1,4 @@
-"""The folder of a record that is being written: its files, its room on the disk, what is done.
+"""The folder of a record that is being written: its files, the free space, the finished batches.
 
 ``unfinished.json`` has the description while rows are missing. ``unfinished.batches`` has a byte
 for each batch of the teachers, which is 1 once the batch is written. A call can therefore continue
@@ -30,7 +30,7 @@ def prepare(path: Path, plan: Description) -> None:
     if any(not file.name.startswith(TEMPORARY) for file in path.iterdir()):
         raise RecordError(f"{path} is not empty and holds no record; pass a new folder")
     _need_space(path, plan)
-    # The plan first: whatever a killed call leaves after it belongs to this record.
+    # Write the plan first, so that all files of an interrupted call belong to this record.
     write_whole(path / PLAN, plan.to_json())
     _allocate(path, plan)
 
@@ -47,7 +47,7 @@ def missing(path: Path, plan: Description) -> list[range]:
 
 
 def announce(path: Path, plan: Description) -> str:
-    """What is going to be written, and how much room there is, in one line."""
+    """One line with the size of the record and the free space."""
     left = sum(map(len, missing(path, plan)))
     rest = "" if left == plan.rows else f" ({size_text(left * plan.row_bytes)} still to write)"
     return (
@@ -57,7 +57,7 @@ def announce(path: Path, plan: Description) -> str:
 
 
 def tidy(path: Path) -> None:
-    """Remove what only an unfinished record has; a killed call may have left it."""
+    """Remove the files that only an unfinished record has."""
     for name in (PLAN, DONE):
         (path / name).unlink(missing_ok=True)
 
@@ -110,7 +110,7 @@ def _allocate(path: Path, plan: Description) -> None:
 
 
 def size_text(count: float) -> str:
-    """A number of bytes to read, such as 3.2 MB."""
+    """A number of bytes as text, such as 3.2 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

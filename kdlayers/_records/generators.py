@@ -1,4 +1,4 @@
-"""Transforms with random generators of their own that can be seeded, as Albumentations has them."""
+"""Seeds transforms that have their own random generators, such as those of Albumentations."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ NAMES = ("transform", "transforms", "target_transform")
 
 @contextmanager
 def own_generators(dataset: Any, value: int) -> Generator[None, None, None]:
-    """Seed the generators of the data set's transforms for a while; the old ones come back.
+    """Context in which the generators of the data set's transforms are seeded.
 
     A transform has such generators if it has ``set_random_seed`` and ``set_random_state``, as
     ``albumentations.Compose`` has from version 1.4.21 on. Generators that cannot be found this way
@@ -28,7 +28,7 @@ def own_generators(dataset: Any, value: int) -> Generator[None, None, None]:
 
 
 def _transforms(dataset: Any) -> list[Any]:
-    """The transforms of a data set, and of those that it is a part of (``Subset``)."""
+    """The transforms of a data set, and of the data sets that it wraps (as ``Subset`` does)."""
     found: list[Any] = []
     while dataset is not None:
         found += [getattr(dataset, n) for n in NAMES if getattr(dataset, n, None) is not None]

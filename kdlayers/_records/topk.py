@@ -1,7 +1,7 @@
-r"""Logits of many classes in few bytes: the largest, and the mass of the others.
+r"""Logits of many classes in few bytes: the largest, and the probability of the others together.
 
-Kept are the :math:`k` largest log probabilities, the log of the probability that is left, and the
-normaliser. Read back, the other classes share the rest equally:
+Stored are the :math:`k` largest log probabilities, the log of the remaining probability, and the
+normaliser. When they are read back, the other classes share the rest equally:
 
 .. math::
     z_c = \log p_c + \log \sum_j e^{z_j} \text{ for the } k \text{ largest}, \qquad
@@ -26,7 +26,7 @@ def compress(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def expand(values: Tensor, kept: Tensor, classes: int) -> Tensor:
-    """The logits ``[B, classes]``, in float32, that :func:`compress` stands for."""
+    """The logits ``[B, classes]``, in float32, from the output of :func:`compress`."""
     values, k = values.float(), kept.shape[1]
     top, rest, total = values[:, :k], values[:, k : k + 1], values[:, k + 1 :]
     others = torch.tensor(float(classes - k), device=values.device).log()

@@ -23,7 +23,7 @@ def view_seed(seed: int, sample: int, view: int) -> int:
 
 @contextmanager
 def seeded(value: int) -> Generator[None, None, None]:
-    """Seed Python's, NumPy's and torch's generators for a while; their states come back."""
+    """Context in which Python's, NumPy's and torch's generators are seeded."""
     numpy = sys.modules.get("numpy")
     python = random.getstate()
     state = torch.get_rng_state()
@@ -42,7 +42,7 @@ def seeded(value: int) -> Generator[None, None, None]:
 
 
 def draw(dataset: Any, seed: int, sample: int, view: int) -> tuple[Any, ...]:
-    """View ``view`` of a sample: the image, a tensor, and what else the data set gives.
+    """View ``view`` of a sample: the image, a tensor, and the data set's other values.
 
     Raises:
         RecordError: if the sample is not a tuple that begins with an image tensor.

@@ -37,11 +37,11 @@ from kdlayers._utils.progress import shown
 from kdlayers.errors import RecordError
 
 Run = Callable[[Tensor], Sequence[Tensor]]
-"""From a batch of images to the tensors of the fields, in order."""
+"""Maps a batch of images to the tensors of the fields, in order."""
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):
-    """The images of all rows, with their checks; what the workers load."""
+    """The images of all rows, with their checksums, for the workers of a loader."""
 
     def __init__(self, dataset: Any, plan: Description) -> None:
         self.dataset, self.plan = dataset, plan
@@ -56,7 +56,7 @@ class _Rows(Dataset[tuple[Tensor, int]]):
 
 
 class _Batches(Sampler[list[int]]):
-    """The rows of each batch, as the loader asks for them."""
+    """The rows of each batch, for the loader."""
 
     def __init__(self, batches: Sequence[range]) -> None:
         self.batches = batches
@@ -71,7 +71,7 @@ class _Batches(Sampler[list[int]]):
 def write_record(
     dataset: Any, path: Path, plan: Description, run: Run, *, num_workers: int, progress: bool
 ) -> None:
-    """Write the record that ``plan`` describes; nothing happens if it is there already.
+    """Write the record that ``plan`` describes, unless it is finished already.
 
     Under ``torch.distributed`` every rank calls this, and writes its part of the batches. A batch
     has the same rows however many ranks there are, hence the same bytes.
@@ -115,7 +115,7 @@ def _write_part(
         batch_sampler=_Batches(batches),
         num_workers=num_workers,
         collate_fn=_collate,
-        generator=torch.Generator(),  # the user's default generator stays as it is
+        generator=torch.Generator(),  # leaves the user's default generator unchanged
     )
     title = f"record, {plan.views} views of {plan.samples} samples, {size_text(plan.total_bytes)}"
     with ExitStack() as stack:
@@ -129,7 +129,7 @@ def _write_part(
 
 
 def _finish(path: Path, plan: Description) -> None:
-    """Write the description, which makes the record whole."""
+    """Write the description, which completes the record."""
     whole = replace(plan, checks=file_digest(path / CHECKS))
     write_whole(path / DESCRIPTION, whole.to_json())
     tidy(path)
@@ -153,9 +153,7 @@ def _arrays(tensors: Sequence[Tensor], plan: Description) -> Iterator[Any]:
                 f"had {field.shape}: a record needs images of one size"
             )
         if not tensor.isfinite().all():
-            raise RecordError(
-                f"the teacher gave NaN or infinity as {field.name}; look at its input"
-            )
+            raise RecordError(f"the teacher gave NaN or infinity as {field.name}; check its input")
         kept = tensor.to("cpu", getattr(torch, field.dtype)).contiguous()
         if not kept.isfinite().all():
             raise RecordError(

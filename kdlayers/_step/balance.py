@@ -14,8 +14,8 @@ STEPS, RATIO = 50, 100.0
 class Balance:
     """Keeps the weighted values of the first steps on their device, and reads them once.
 
-    A step adds one small copy and waits for nothing. Terms whose weight is a function are left
-    out: a schedule is a choice, and a warm-up starts at 0.
+    A step adds one small copy and does not wait for the device. Terms whose weight is a function
+    are left out: a schedule is a choice, and a warm-up starts at 0.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
@@ -33,9 +33,9 @@ class Balance:
             self._compare(names, values)
 
     def _compare(self, names: Sequence[str], values: Tensor) -> None:
-        """Warn of the two terms that lie farthest apart in all steps, ``values[step, term]``."""
+        """Warn of the two terms that differ most in all steps, ``values[step, term]``."""
         ratios = (values[:, :, None] / values[:, None, :]).amin(dim=0)
-        ratios = ratios.where(ratios.isfinite(), 0.0)  # a term that is 0 has nothing to be raised
+        ratios = ratios.where(ratios.isfinite(), 0.0)  # no weight can raise a term that is 0
         if ratios.max() <= RATIO:
             return
         large, small = divmod(int(ratios.argmax()), len(names))
@@ -44,7 +44,7 @@ class Balance:
             f"{names[large]} was more than {RATIO:.0f} times {names[small]} in each of the first "
             f"{STEPS} steps: weighted, their means are {means[large]:.3g} and {means[small]:.3g}. "
             f"Give {names[small]} a larger weight= or {names[large]} a smaller one; "
-            "kd.gradient_norms(y) tells how strong each is"
+            "kd.gradient_norms(y) shows how strong each is"
         )
 
 

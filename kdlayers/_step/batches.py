@@ -1,4 +1,4 @@
-"""What comes out of a data loader: images and labels, checked."""
+"""Checks the batches of a data loader: images and labels."""
 
 from collections.abc import Mapping
 from types import NoneType
@@ -19,14 +19,14 @@ def check_loader(loader: object) -> None:
         return
     raise ArgumentTypeError(
         "kd.fit(loader) takes the training images in batches (images, labels), as a DataLoader or "
-        f"a list gives them, got {type(loader).__name__}; the models are those of attach_kd"
+        f"a list yields them, got {type(loader).__name__}; the models are those of attach_kd"
     )
 
 
 def as_batch(batch: Any, pictures: Pictures) -> Any:
-    """A detector's batch, a list of images with or without targets, as its backbone gets it.
+    """A detector's batch, a list of images with or without targets, as its backbone takes it.
 
-    The targets, one dict an image, are left out: nothing that is fitted reads boxes.
+    The targets, one dict per image, are left out: nothing that is fitted reads boxes.
     """
     if is_list_of_pictures(batch):
         return pictures(batch)
@@ -38,9 +38,9 @@ def as_batch(batch: Any, pictures: Pictures) -> Any:
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Images and labels of a loader's batch: a pair, or images alone.
 
-    Several inputs stand as a tuple or list of tensors in the place of the images, ``((a, b),
-    labels)``, as the default collation makes them; they are returned as a tuple. Dicts are taken
-    with the keys of Hugging Face's image models, ``pixel_values`` and ``labels``.
+    A model with several inputs gets a tuple or list of tensors instead of the images, ``((a, b),
+    labels)``, as the default collation makes them; they are returned as a tuple. Dicts must have
+    the keys of Hugging Face's image models, ``pixel_values`` and ``labels``.
 
     Raises:
         ArgumentError: if the batch is neither.
@@ -70,8 +70,8 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
                 "kd.fit(loader, prepare=...), a function that makes (images, labels) of a batch"
             )
         elif second:
-            found += f", of which the second has shape {shape}, like images: give a "
-            found += "model of two inputs batches ((first, second), labels)"
+            found += f", of which the second has shape {shape}, like images: for a "
+            found += "model with two inputs pass batches ((first, second), labels)"
     elif isinstance(batch, Mapping):
         found = f"a {type(batch).__name__} with the keys {_pairs_of(batch)}"
     else:
@@ -85,6 +85,6 @@ def _pairs_of(batch: Mapping[Any, Any]) -> str:
     images = next((key for key, value in tensors.items() if value.dim() >= 3), "images")
     labels = next((key for key, value in tensors.items() if value.dim() == 1), "labels")
     return (
-        f"{list(batch)}; say how a pair is made of it: kd.fit(loader, prepare=lambda batch: "
+        f"{list(batch)}; pass a function that returns a pair: kd.fit(loader, prepare=lambda batch: "
         f"(batch[{images!r}], batch[{labels!r}]))"
     )

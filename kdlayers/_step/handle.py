@@ -70,7 +70,7 @@ class KDHandle(Learning):
         self._start()
 
     def _start(self) -> None:
-        """Make what is not copied or pickled along, and start to record."""
+        """Create the parts that are neither copied nor pickled, and start recording."""
         _keep_out_of_graphs()
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
@@ -85,7 +85,7 @@ class KDHandle(Learning):
         self._release = finalize(self, end_recording, self.student, self._tape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the student, the teachers and the losses, and record anew."""
+        """Copies and pickles hold the student, the teachers and the losses, but no recordings."""
         kept = ("student", "step", "_teachers", "_terms", "_tape", "_pictures")
         return {name: self.__dict__[name] for name in kept}
 
@@ -107,15 +107,14 @@ class KDHandle(Learning):
 
         .. math:: L = \sum_i w_i(\text{step}) \, L_i
 
-        Runs the teacher on the same images. The task's own loss, such as cross-entropy, stays
-        yours. Each training forward is read once.
+        Runs the teacher on the same images. Add the task's own loss, such as cross-entropy,
+        yourself. Each training forward is read once.
 
         Args:
             targets: labels as the losses need them: class indices ``[B]``, or probabilities
                 ``[B, classes]`` after mixup, CutMix or label smoothing.
             logits: the student's logits, if it was run inside :meth:`batch`.
-            recorded: the keys of the batch, if a record takes the place of the teachers; see
-                :meth:`record`.
+            recorded: the keys of the batch, if a record replaces the teachers; see :meth:`record`.
 
         Returns:
             A scalar tensor with gradients into the student and the train-only parameters.
@@ -144,7 +143,7 @@ class KDHandle(Learning):
     def criterion(self, criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
         """A script's own loss function with :meth:`loss` added to it while the student trains.
 
-        For scripts that hand ``criterion`` to the function with their loop. In eval mode, and under
+        For scripts that pass ``criterion`` to the function with their loop. In eval mode, and under
         ``torch.no_grad()``, it is the criterion alone.
 
         Args:
@@ -180,10 +179,11 @@ class KDHandle(Learning):
         logits: Any = None,
         recorded: Tensor | None = None,
     ) -> dict[str, float]:
-        """Norm of each term's gradient, to choose weights: call it for a batch, in place of `loss`.
+        """Norm of each term's gradient, to choose weights: call it for a batch, instead of `loss`.
 
-        Norms are over the student's parameters that every term reaches. ``.grad`` stays as it is,
-        the step is not counted, and the forward is read, so run the student again for a step.
+        Norms are over the student's parameters that every term reaches. ``.grad`` does not change,
+        and the step is not counted. The forward cannot be read again by `loss`, so run the student
+        again for a training step.
 
         Args:
             targets: labels; this, ``logits`` and ``recorded`` as for :meth:`loss`.
@@ -204,7 +204,7 @@ class KDHandle(Learning):
 
     @contextmanager
     def batch(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Record whatever the student does inside, for forwards that do not call ``student(x)``.
+        """Record the student's forward in the block, for code that does not call ``student(x)``.
 
         Use it around ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
         student that is part of a larger model; the arguments are the teacher's inputs. Then call
@@ -237,21 +237,21 @@ class KDHandle(Learning):
         self._tape.ahead = Ahead(args, kwargs, versions, self._plan.teach(args, kwargs))
 
     def clear(self) -> None:
-        """Forget recorded forwards, after a training forward whose KD loss is not wanted."""
+        """Forget recorded forwards; call it after a training forward that needs no KD loss."""
         self._tape.fail()
         self._tape.consume()
 
     # ---------------------------------------------------------------- detaching and removal
 
     def detach(self) -> None:
-        """Drop the teacher, the recording and the train-only parts; the KD layers stay."""
+        """Remove the teacher, the recording and the train-only parts; the KD layers stay."""
         self._release()
         self._teachers, self._terms, self.terms = [], [], {}
         self._plan, self._ranks = Plan((), ()), None
         self._watch = OptimiserWatch(None, (), {})
 
     def remove(self) -> None:
-        """Like :meth:`detach`, and also remove the KD layers: the student is as it was before."""
+        """Like :meth:`detach`, and also remove the KD layers, which restores the student."""
         self.detach()
         take_out(self.student, self._tape)
         unguard_hooks()
@@ -271,7 +271,7 @@ class KDHandle(Learning):
     def _read(
         self, targets: Tensor | None, logits: Any, recorded: Tensor | None, compiling: bool
     ) -> tuple[Plan, list[Pair], Tensor | None]:
-        """What the terms of the last forward compare, and the labels; the teacher runs here."""
+        """The tensors that the terms compare, and the labels. Runs the teacher."""
         if not self._teachers:
             self._need_teacher("loss")
         if not self._fitted:
@@ -317,9 +317,9 @@ class KDHandle(Learning):
 
 
 def _keep_out_of_graphs() -> None:
-    """Let torch.compile leave a step's checks and its teacher alone.
+    """Exclude a step's checks and its teacher from torch.compile.
 
-    Done when the first handle is made, because it imports the compiler, which takes long.
+    Called when the first handle is made, because it imports the compiler, which takes long.
     """
     for name in ("_read", "_done"):
         method = getattr(KDHandle, name)

@@ -163,7 +163,7 @@ class CloseForward:
 
 
 def watch_backward(tape: Tape, forward: Forward, logits: Tensor) -> None:
-    """Let a backward pass through the logits close their forward: it asked for no KD loss."""
+    """Let a backward pass through the logits discard their forward, which needed no KD loss."""
     generation, token, fired = tape.generation, ref(forward), False
 
     def close(_: Tensor) -> None:

@@ -38,7 +38,7 @@ class Learning(Attachment):
 
         Runs the teacher over the loader, one pass for all points together: a codebook takes up to
         two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not run,
-        and no random state is disturbed. While a codebook or decisions are fitted, each pass starts
+        and no random state changes. While a codebook or decisions are fitted, each pass starts
         from ``seed``, so that a loader that shuffles or augments gives every pass the same data:
         torch, Python's ``random``, NumPy and the generators of the loader, its samplers and its
         data set are seeded, and restored at the end. Workers are restarted for each pass. Later
@@ -54,7 +54,7 @@ class Learning(Attachment):
                 targets.
             prepare: a function that turns a batch into ``(images, labels)``, for loaders of other
                 dicts, or if your loop normalises its batches. Default: none.
-            seed: seed of clustering and of the loader's own randomness; default 0.
+            seed: seed of the clustering and of the loader's randomness; default 0.
             progress: show a bar on a terminal, where tqdm is installed; default True.
             refit: also fit again what is fitted already; default: only what is missing.
 
@@ -112,10 +112,11 @@ class Learning(Attachment):
             views: number of augmented views of each sample; default 8.
             batch_size: images in a forward of the teachers; default 256.
             num_workers: processes that load images; default 0, none.
-            dtype: of what is written: ``"float16"`` (default) or ``"float32"``, which gives the
+            dtype: dtype of the record: ``"float16"`` (default) or ``"float32"``, which gives the
                 live teacher's numbers exactly.
-            topk: of logits keep this many of the largest, and the rest's mass; default: all.
-            seed: of the views; default 0.
+            topk: number of the largest logits to store, with the probability of the others
+                together; default: all.
+            seed: seed of the views; default 0.
             progress: print the size of the record and the free space before the teachers run, and
                 show a bar on a terminal, where tqdm is installed; default True.
 

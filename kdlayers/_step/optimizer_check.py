@@ -105,6 +105,6 @@ def parameter_groups(
     for term in terms:
         added[term.name] = list(term.loss.parameters())
         if term.scores and term.point in layers:
-            # The loss has a gradient for the templates whatever alpha is.
+            # The loss has a gradient for the templates, for any alpha.
             added[term.name].append(layers[term.point].head.weight)
     return own, added

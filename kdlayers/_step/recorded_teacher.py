@@ -1,4 +1,4 @@
-"""A teacher that is not in memory: what it said lies in a record."""
+"""A teacher that is not in memory: its outputs are read from a record."""
 
 from collections.abc import Iterable
 from os import PathLike
@@ -15,7 +15,7 @@ from kdlayers.errors import AttachError
 
 
 class RecordedTeacher:
-    """What teachers said in :meth:`kdlayers.KDHandle.record`, in the place of their models.
+    """The teachers' outputs that :meth:`kdlayers.KDHandle.record` wrote, instead of their models.
 
     Pass it to :func:`kdlayers.attach_kd` as ``teacher``, with points and losses that were recorded.
     The teachers need not be in memory. Each call of ``kd.loss`` then needs ``recorded=key``, and
@@ -55,12 +55,12 @@ class RecordedTeacher:
 
 
 class AbsentModel(nn.Module):
-    """Stands for a teacher that was recorded, and cannot run."""
+    """Replaces the model of a recorded teacher; it cannot run."""
 
     def __init__(self, kind: str, weights: str, taps: Iterable[str], reader: Reader) -> None:
         super().__init__()
         self.reader = reader  # open for as long as a handle learns from it
-        for tap in taps:  # the names under which a user asks for points
+        for tap in taps:  # the names of the points
             place: nn.Module = self
             for part in tap.split("."):
                 if part not in dict(place.named_children()):
@@ -71,7 +71,7 @@ class AbsentModel(nn.Module):
         """The hash of the recorded teacher's weights."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """Say that there is nothing to run."""
+        """Raise an error, because there is no model to run."""
         raise AttachError(
             f"the teacher ({self.kind}) is a record and cannot run: train with batches (x, y, key) "
             "of the recorded data set and kd.loss(y, recorded=key), and fit with a loader of them"
@@ -79,7 +79,7 @@ class AbsentModel(nn.Module):
 
 
 def traces_of(reader: Reader) -> list[Trace]:
-    """Dry runs of the recorded teachers, as far as the record tells: taps and logits."""
+    """Dry runs of the recorded teachers, with what the record has: taps and logits."""
     about = reader.description.about
     shapes = {field.name: field.shape for field in reader.description.fields}
     traces = []

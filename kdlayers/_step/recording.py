@@ -1,4 +1,4 @@
-"""Writing what the teachers say of a data set, and reading it in the place of their forward."""
+"""Writes the teachers' outputs for a data set, and reads them instead of running the teachers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -47,7 +47,7 @@ def record(
     seed: int,
     progress: bool,
 ) -> RecordedDataset:
-    """Write a record of what ``plan`` reads of its teachers; see `KDHandle.record`."""
+    """Write a record of what ``plan`` reads from its teachers; see `KDHandle.record`."""
     _check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, topk=topk)
     if not check_repeatable(dataset, seed, views) and views > 1:
         warn(
@@ -137,7 +137,7 @@ def _names(terms: Sequence[Term]) -> Iterator[tuple[str, Term]]:
 
 
 def _kind(term: Term) -> str | None:
-    """How a field's rows lie; None where they are not pooled."""
+    """The layout of a field's rows; None if they are not pooled."""
     layout = term.teacher_layout
     if layout is None or not term.on_grid:
         return None
@@ -184,7 +184,7 @@ def read_batch(
     if len(rows) != logits.shape[0]:
         raise RecordError(
             f"recorded= holds {len(rows)} keys for a forward of {logits.shape[0]} images; pass the "
-            "keys of the very batch that the student got"
+            "keys of the same batch that the student got"
         )
     if reader.check_inputs and (step < FIRST_STEPS or step % EVERY == 0):
         _check_image(reader, rows, forward, step % len(rows))

@@ -48,13 +48,13 @@ def _path(slot: Slot) -> str:
     plain = slot.why_plain(slot.norm.weight.device)
     if plain is not None:
         return f"plain ({plain})"
-    how = "scores kept" if slot.keeps_scores() else "scores computed again"
+    how = "scores stored" if slot.keeps_scores() else "scores recomputed"
     if slot.memory == "low":
         return f"fused, {how}"
     templates = slot.head.num_templates
     if not worthwhile(2**62, slot.head.in_channels, templates):
-        return f"plain (under {chunks.LEAST_RATIO} templates a channel)"
-    return f"fused from {-(-chunks.LEAST_SCORES // templates)} positions a batch, {how}"
+        return f"plain (under {chunks.LEAST_RATIO} templates per channel)"
+    return f"fused from {-(-chunks.LEAST_SCORES // templates)} positions per batch, {how}"
 
 
 def _loss_rows(terms: Sequence[Term]) -> list[tuple[str, ...]]:

@@ -28,7 +28,7 @@ from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 Taught: TypeAlias = tuple[Tensor | None, dict[str, Tensor]]
-"""A teacher's logits, None where nothing asked for them, and its taps."""
+"""A teacher's logits, or None if no loss reads them, and its taps."""
 
 
 class Teacher:
@@ -50,7 +50,7 @@ class Teacher:
         self.weight = weight
         """Its share in the mean of several teachers' logits."""
         self.transform = transform
-        """What the images go through before it sees them."""
+        """Converts the images for this teacher."""
         self.eval_mode = eval_mode
         """False for the peer of mutual learning, which runs in the mode it is in."""
         self.lock = lock_of(model)
@@ -59,15 +59,15 @@ class Teacher:
         self._place: tuple[Mapping[str, Tensor | None], str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles take the model along, and its copy has a lock of its own."""
+        """Copies and pickles include the model; the copy of the model has its own lock."""
         fields = (self.model, self.traced, self.called, self.weight, self.transform, self.eval_mode)
         return Teacher, fields
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         """A deep copy runs the same frozen model, unless that was copied before, or is a peer.
 
-        Moving averages and trainers deep-copy what holds a handle; a copy of the teacher would only
-        take memory. A pickle takes the model along.
+        Moving averages and trainers deep-copy objects that hold a handle; a copy of the teacher
+        would only take memory. A pickle includes the model.
         """
         make, fields = self.__reduce__()
         if not self.eval_mode or id(self.model) in memo:
@@ -116,7 +116,7 @@ class Teacher:
         return found, features
 
     def _like(self) -> Tensor:
-        """The first floating parameter or buffer: its device and dtype are the model's."""
+        """The first floating-point parameter or buffer, for the model's device and dtype."""
         if self._place is not None:
             tensor = self._place[0].get(self._place[1])
             if tensor is not None and tensor.is_floating_point():
@@ -132,7 +132,7 @@ class Teacher:
     def _forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], logits: bool
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The output, None where the forward ended early, and the taps."""
+        """The output, or None if the forward ended early, and the taps."""
         ends, missing = not logits and self._stoppable(), set(names)
         given = mapped((args, kwargs), torch.clone) if self.traced.changes_input else (args, kwargs)
         taps, hooks, training = [], [], []
@@ -178,7 +178,7 @@ class Teacher:
         return output, features
 
     def _point(self, name: str) -> "_Point":
-        """Where features are taken; looked up again where the module was replaced meanwhile."""
+        """The point of this name; found again if its module was replaced in the meantime."""
         found = self._points.get(name)
         if found is None or found.module is not self.model.get_submodule(name):
             module, site = self.model.get_submodule(name), hook_site(self.model, name)
@@ -187,7 +187,7 @@ class Teacher:
         return found
 
     def _stoppable(self) -> bool:
-        """Whether a forward may be left early: not a graph's, a peer's, or with parts gathered."""
+        """Whether a forward may end early: not of a compiled model, a peer or a sharded model."""
         plain = self.called is self.model and self.eval_mode
         return plain and not any(hasattr(p, "placements") for p in self.model.parameters())
 
@@ -218,7 +218,7 @@ class _Tap:
     version: int | None = field(init=False)
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        """Record the features, or a copy where a later module changes them in place."""
+        """Record the features, or a copy if a later module changes them in place."""
         path = self.point.call.path
         features = pick(output, path) if path else output
         self.features = features.clone() if self.copies else features
@@ -239,8 +239,8 @@ def _failed(model: nn.Module, inputs: Any, error: Exception) -> CaptureError:
     shapes = [f"{tensor.dtype} {list(tensor.shape)}" for _, tensor in leaves(inputs)]
     return CaptureError(
         f"the teacher ({type(model).__name__}) could not run on a batch of {', '.join(shapes)}: "
-        f"{error}; it gets the student's images: if it needs others, say how they are made from "
-        "these by attach_kd(..., teacher_transform=...)"
+        f"{error}; it gets the student's images: if it needs others, convert them with "
+        "attach_kd(..., teacher_transform=...)"
     )
 
 

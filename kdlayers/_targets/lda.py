@@ -125,7 +125,7 @@ def _whitening(scatter: Scatter, means: Tensor, rows: Tensor, classes: int) -> T
     if not bool(kept.any()):
         raise FitError(
             "the features do not vary within any class, so there is no covariance to whiten; check "
-            "the teacher's point and that the data hold several images a class"
+            "the teacher's point and that the data hold several images per class"
         )
     whitening: Tensor = vectors[:, kept] * inverse.unsqueeze(1) / values[kept].sqrt()
     return whitening.flip(1)

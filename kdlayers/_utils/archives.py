@@ -1,4 +1,4 @@
-"""Files of torch.save: written as a whole, and read after checking that nothing is damaged."""
+"""Files of torch.save: written atomically, and checked for damage before they are read."""
 
 import os
 import zipfile
@@ -16,10 +16,10 @@ from kdlayers.errors import CheckpointError
 
 
 def write_archive(content: Any, path: str | os.PathLike[str] | BinaryIO) -> None:
-    """Write ``content`` with torch.save: as a whole to a path, or into a file object.
+    """Write ``content`` with torch.save: atomically to a path, or into a file object.
 
     Raises:
-        OSError: if the file cannot be written; one that was there is then as it was.
+        OSError: if the file cannot be written; an existing file is then unchanged.
     """
     wanted = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)  # read_archive compares them
@@ -36,13 +36,13 @@ FROM_CHECKPOINT = (
     "path). A timm checkpoint is read by `with torch.serialization.safe_globals(["
     "argparse.Namespace]): checkpoint = torch.load(path, weights_only=True)`"
 )
-"""How a training checkpoint becomes a student."""
+"""Advice for messages: how to make a student's file from a training checkpoint."""
 
 
 def read_archive(path: str | os.PathLike[str] | BinaryIO) -> tuple[Any, str]:
-    """What `write_archive` wrote, on the CPU, and what to call the file in messages.
+    """The content of a file of `write_archive`, on the CPU, and the file's name for messages.
 
-    Reads no code. ``torch.load`` alone does not compare the archive's checksums; here they are.
+    Reads no code. Compares the archive's checksums, which ``torch.load`` alone does not.
 
     Raises:
         CheckpointError: if the file is damaged, or not one that ``torch.save`` wrote.
@@ -81,7 +81,7 @@ def _read(file: BinaryIO, label: str) -> Any:
 
 
 def _check_archive(file: BinaryIO) -> Counter[int]:
-    """Compare every checksum; how often data of each size is stored, in bytes."""
+    """Compare all checksums; returns how often data of each size in bytes is stored."""
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()

@@ -63,7 +63,7 @@ def _add(digest: _Digest, tree: Any, depth: int, left: list[int]) -> None:
 def _add_tensor(digest: _Digest, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype} {list(tensor.shape)} {tensor.layout}\n".encode())
     if tensor.is_meta or tensor.layout is not torch.strided:
-        return  # whoever reads the state refuses them
+        return  # the reader of the state refuses them
     why = why_hollow(tensor)
     if why is not None:
         raise CheckpointError(f"the state is damaged: a tensor {why}")

@@ -14,8 +14,8 @@ _ENTRIES_ELSEWHERE = 2**24
 """On accelerators a chunk must keep the whole device busy: 64 MiB."""
 
 LEAST_SCORES, LEAST_RATIO = 2**19, 4
-"""The fused operators are faster from this many scores and this many templates a channel, measured
-on a CPU. With fewer, the plain operations need little memory anyway."""
+"""The fused operators are faster from this many scores and templates per channel on, measured on a
+CPU. With fewer, the plain operations need little memory anyway."""
 
 
 def chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:

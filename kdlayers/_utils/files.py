@@ -15,16 +15,16 @@ TEMPORARY = ".kdlayers-"
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
-    """A new file, open for writing, that takes the place of ``path`` when the block has ended.
+    """A new file, open for writing, that replaces ``path`` at the end of the block.
 
     The data goes to ``.kdlayers-*.tmp`` in the same folder, is flushed to the disk, and is then
     renamed, which the operating system does in one step. After an error, a full disk or a killed
-    process, ``path`` is as it was; only a killed process leaves its temporary file. Several writers
-    do not mix: the last one to end wins. Links are followed, and an existing file keeps its mode.
-    Devices and pipes cannot be replaced and are written directly.
+    process, ``path`` is unchanged; only a killed process leaves its temporary file. If there are
+    several writers, the last one to finish wins. Links are followed, and an existing file keeps its
+    mode. Devices and pipes cannot be replaced and are written directly.
 
     Raises:
-        OSError: if the file cannot be written, also where the block turned this into another error.
+        OSError: if the file cannot be written, even if the block raised another error for this.
     """
     target = Path(path).resolve()
     found = target.stat() if target.exists() else None
@@ -71,7 +71,7 @@ class _Watched:
             raise
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Pass all data to the operating system."""
         self._file.flush()
 
 

@@ -12,7 +12,7 @@ _MAKING = Lock()
 def lock_of(model: nn.Module) -> RLock:
     """The lock of ``model``, which the same thread may take again.
 
-    It is kept apart from the model, so that copies and pickles of the model do without it.
+    It is stored outside the model, so that copies and pickles of the model do not include it.
     """
     with _MAKING:
         return _LOCKS.setdefault(model, RLock())

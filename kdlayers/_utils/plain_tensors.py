@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def why_not_plain(value: Any) -> str | None:
-    """What is wrong with ``value`` as an entry of a state, in words; None for a plain tensor.
+    """Why ``value`` cannot be an entry of a state, in words; None for a plain tensor.
 
-    A plain tensor has its values in memory, all of them: an expanded tensor in a small file may
-    declare any size.
+    A plain tensor has all its values in memory. An expanded tensor in a small file may declare any
+    size.
     """
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__}, not a tensor"
@@ -24,12 +24,12 @@ def why_not_plain(value: Any) -> str | None:
 
 
 def why_hollow(value: Tensor) -> str | None:
-    """As `why_not_plain`, for a tensor in memory: whether it declares more than it holds."""
+    """As `why_not_plain`, for a tensor in memory that declares more bytes than it holds."""
     declared = value.numel() * value.element_size()
     held = value.untyped_storage().nbytes()
     return None if declared <= held else f"declares {declared} bytes but holds {held}"
 
 
 def finite(value: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in it."""
+    """Whether it has neither NaN nor infinity."""
     return not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())

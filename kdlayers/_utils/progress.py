@@ -7,7 +7,7 @@ from typing import Any
 
 
 def shown(batches: Iterable[Any], title: str, wanted: bool) -> Iterable[Any]:
-    """``batches``, under a bar called ``title`` if that is ``wanted`` and possible."""
+    """``batches``, with a progress bar called ``title`` if it is ``wanted`` and possible."""
     if not wanted or not sys.stderr.isatty() or find_spec("tqdm") is None:
         return batches
     from tqdm import tqdm

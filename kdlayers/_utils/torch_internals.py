@@ -27,7 +27,7 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything else happens when the module is called."""
+    """Whether calling the module does more than run its forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -37,7 +37,7 @@ def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
-    """Take away the forward hooks and pre-hooks for which ``unwanted`` is true."""
+    """Remove the forward hooks and pre-hooks for which ``unwanted`` is true."""
     tables: tuple[dict[int, Callable[..., Any]], ...] = (
         module._forward_hooks,
         module._forward_pre_hooks,

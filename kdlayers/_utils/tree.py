@@ -10,7 +10,7 @@ Path: TypeAlias = tuple[int | str, ...]
 
 def leaves(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
     """Every tensor of ``tree`` with the keys that lead to it, in order."""
-    # Lists and a tuple of types: older torch.compile, which this runs under, knows no generators.
+    # Lists and a tuple of types, because older versions of torch.compile cannot trace generators.
     if isinstance(tree, Tensor):
         return [(path, tree)]
     found: list[tuple[Path, Tensor]] = []

@@ -52,5 +52,5 @@ def _put_back(module: nn.Module, held: dict[str, tuple[Any, Any]]) -> None:
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     found = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    # Nobody can write to an expanded tensor: several of its elements are one number.
+    # An expanded tensor cannot be written to: several of its elements share one number.
     return [t for t in found if not t.is_meta and (t.is_quantized or why_hollow(t) is None)]

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however many calls lie between."""
+"""Warnings that point at the user's line, for any depth of calls."""
 
 import os
 import warnings
@@ -14,9 +14,9 @@ _INSIDE = tuple(f"{package}{os.sep}" for package in _PACKAGES)
 
 
 def warn(message: str) -> None:
-    """Give a `KDLayersWarning` at the innermost line that is neither kdlayers' nor torch's.
+    """Issue a `KDLayersWarning` at the innermost line that is neither kdlayers' nor torch's.
 
-    Not under a compiler, which cannot trace a warning.
+    It does nothing under a compiler, which cannot trace a warning.
     """
     if not torch.compiler.is_compiling():
         warnings.warn(message, KDLayersWarning, stacklevel=_level())

@@ -76,7 +76,7 @@ def aekt(
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
 
     Raises:
-        ShapeError: if the tensors are not logits of one shape with one label a sample.
+        ShapeError: if the tensors are not logits of one shape with one label per sample.
         ArgumentTypeError: if the labels are not a tensor of numbers.
         ArgumentError: if a label, a number or a word is out of range.
 

@@ -1,4 +1,4 @@
-"""What every closed form does with its arguments: check them, widen them, reduce the values."""
+"""Helpers of all closed forms: they check arguments, widen dtypes and reduce values."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -143,7 +143,7 @@ def logits(student: Tensor, teacher: Tensor) -> None:
 
 
 def is_map(value: object) -> bool:
-    """Whether it is a tensor of four axes, which stands for a class map where logits are read."""
+    """Whether it is a tensor of four axes, which losses on logits read as a class map."""
     return isinstance(value, Tensor) and value.dim() == 4
 
 
@@ -156,7 +156,7 @@ def scores(student: Tensor, teacher: Tensor) -> None:
 
 
 def class_maps(student: Tensor, teacher: Tensor, *, sized: bool = True) -> None:
-    """Raise unless both are class maps of the same images and classes, ``sized``: of one size."""
+    """Raise unless both are class maps of the same images and classes; ``sized``: and one size."""
     floats("student", student)
     floats("teacher", teacher)
     axes = None if sized else 2

@@ -1,4 +1,4 @@
-"""Logits split into the target class and the others, once for all terms that need it."""
+"""Splits logits into the target class and the others, once for all terms that need this."""
 
 from typing import NamedTuple
 

@@ -29,7 +29,7 @@ def dist(
     with Pearson's correlation :math:`\rho`: over the classes of a sample (inter-class relation),
     and over the samples of a class (intra-class relation). Both are 0 where the student's
     probabilities are a linear function of the teacher's, so a student of another scale is not
-    punished. The gradient flows to both arguments.
+    penalised. The gradient flows to both arguments.
 
     Args:
         student: logits, ``[B, K]``, any real floating-point type, ``K >= 2``.

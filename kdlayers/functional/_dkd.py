@@ -44,7 +44,7 @@ def tckd(
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
 
     Raises:
-        ShapeError: if the tensors are not logits of one shape with one label a sample.
+        ShapeError: if the tensors are not logits of one shape with one label per sample.
         ArgumentTypeError: if the labels are not a tensor of numbers.
         ArgumentError: if a label is out of range, or ``temperature`` or ``reduction`` is unusable.
 
@@ -155,7 +155,7 @@ def dkd(
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
 
     Raises:
-        ShapeError: if the tensors are not logits of one shape with one label a sample.
+        ShapeError: if the tensors are not logits of one shape with one label per sample.
         ArgumentTypeError: if the labels are not a tensor of numbers.
         ArgumentError: if a label is out of range or negative, or a number is unusable.
 

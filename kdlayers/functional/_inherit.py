@@ -41,12 +41,12 @@ def inheritance(
         K = X X^\top, \; L = Y Y^\top
 
     CKA is uninformative in small batches: independent factors of 2048 entries reach 0.97 at 64
-        samples.
+    samples.
 
     Args:
         student: factor, ``[B, ...]``, D entries for each sample.
         teacher: factor of the same shape.
-        p: 1 (default, as published) or 2, for ``measure="norm"`` only. With 2, 1e-12 is added under
+        p: 1 (default, as published) or 2; for ``measure="norm"`` only. With 2, 1e-12 is added under
             the root, so that equal factors have a gradient of 0 instead of NaN.
         measure: ``"norm"`` (default), ``"cosine"`` or ``"cka"``.
         scale: ``"mean"`` (default, as published) or ``"sqrt_dim"`` (our extension): times

@@ -1,4 +1,4 @@
-"""Labels that are probabilities, as mixup, CutMix and label smoothing give them."""
+"""Labels that are probabilities, as mixup, CutMix and label smoothing produce them."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def classes_of(targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
 
     Args:
         targets: ``[..., classes]``, non-negative; rows need not sum to 1.
-        classes: C, how many there must be.
+        classes: C, the number of classes.
 
     Returns:
         Class indices ``[..., m]`` and shares ``[..., m]``, with m the largest number of classes

@@ -1,4 +1,4 @@
-"""What the losses on relations between the samples of a batch share."""
+"""Helpers of the losses on relations between the samples of a batch."""
 
 from torch import Tensor
 

@@ -24,7 +24,7 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: features ``[B, ...]`` of 3 samples or more, any real floating-point type;
-            everything but the first axis is one vector a sample.
+            all axes but the first form one vector per sample.
         teacher: features ``[B, ...]`` of the same samples.
 
     Returns:

@@ -9,7 +9,7 @@ from kdlayers.functional._relations import samples
 
 @full_precision
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Similarity-preserving distillation: which samples of a batch are like each other.
+    r"""Similarity-preserving distillation: which samples of a batch are similar to each other.
 
     .. math::
         L = \frac{1}{B^2} \big\| \tilde G^S - \tilde G^T \big\|_F^2, \qquad
@@ -20,7 +20,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: features ``[B, ...]`` of 2 samples or more, any real floating-point type;
-            everything but the first axis is one vector a sample.
+            all axes but the first form one vector per sample.
         teacher: features ``[B, ...]`` of the same samples.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any
 from kdlayers._step.handle import KDHandle
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
-"""The two packages have classes of their own: of the one that the script has imported."""
+"""Lightning's two packages have separate classes; the script has imported one of them."""
 _pl: Any = import_module(next((name for name in _NAMES if name in sys.modules), _NAMES[0]))
 _Callback: Any = _pl.Callback
 
@@ -16,8 +16,8 @@ _Callback: Any = _pl.Callback
 class KDCallback(_Callback):  # pyright: ignore[reportUntypedBaseClass]
     """Moves the teachers to the device, calls ``kd.fit`` once, and saves ``kd.state_dict()``.
 
-    The handle's state is part of Lightning's checkpoints. A resumed run has it before `fit`, which
-    then finds nothing left to fit.
+    The handle's state is part of Lightning's checkpoints. A resumed run loads it before `fit`,
+    which then has nothing to fit.
 
     Args:
         kd: the handle.
@@ -29,16 +29,16 @@ class KDCallback(_Callback):  # pyright: ignore[reportUntypedBaseClass]
         self.loader = loader
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """The model is on its device by now, the processes are connected, checkpoints loaded."""
+        """Fit now: the model is on its device, processes are connected, checkpoints are loaded."""
         for teacher in self.kd._teachers:  # pyright: ignore[reportPrivateUsage]
             teacher.model.to(pl_module.device)
         if self.loader is not None:
             self.kd.fit(self.loader, progress=trainer.is_global_zero)
 
     def state_dict(self) -> dict[str, Any]:
-        """Targets, train-only parameters and the step."""
+        """Return the targets, the train-only parameters and the step."""
         return self.kd.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What :meth:`state_dict` gave."""
+        """Load what :meth:`state_dict` has returned."""
         self.kd.load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""A task of timm's train script with a distillation added to its loss."""
+"""A task of timm's train script with a distillation loss added to its own."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ class KDTask:
     .. math:: L = L_\text{task} + L_\text{KD}
 
     Everything else is the task's own: EMA, compilation, DDP, evaluation. timm's checkpoints then
-    hold ``kd.state_dict()`` as well, and a resumed run takes it back. It needs no import of timm,
-    and is no ``nn.Module``: the teacher gets into no checkpoint.
+    hold ``kd.state_dict()`` as well, and a resumed run loads it. It does not import timm, and it is
+    not an ``nn.Module``, so no checkpoint contains the teacher.
 
     Args:
         task: the task that the script has made, such as ``ClassificationTask`` or one of timm's own
@@ -50,15 +50,15 @@ class KDTask:
         self.kd = kd
 
     def __getattr__(self, name: str) -> Any:
-        """What is not the wrapper's own is the task's."""
-        if name.startswith("__") or name == "task":  # copies and pickles ask before it is there
+        """Forward all other attributes to the task."""
+        if name.startswith("__") or name == "task":  # copying and pickling ask before it exists
             raise AttributeError(name)
         return getattr(self.task, name)
 
     def __call__(self, images: Any, target: Tensor) -> dict[str, Tensor]:
-        """The task's results; ``loss`` with the distillation added, ``kd_loss`` alone.
+        """The task's results, with the distillation loss added to ``loss``, and as ``kd_loss``.
 
-        In eval mode, which the handle does not record, they are the task's as they are.
+        In eval mode, which the handle does not record, the results are only the task's.
         """
         result: dict[str, Tensor] = self.task(images, target)
         if not self.kd.student.training:
@@ -67,17 +67,17 @@ class KDTask:
         return {**result, "loss": result["loss"] + loss, "kd_loss": loss}
 
     def prepare_distributed(self, *args: Any, **kwargs: Any) -> "KDTask":
-        """The task's, which wraps the student in DDP."""
+        """Call the task's method, which wraps the student in DDP."""
         self.task.prepare_distributed(*args, **kwargs)
         return self
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """The task's, and the train-only ones."""
+        """Return the task's parameters and the train-only parameters."""
         own = self.task.get_clip_parameters(exclude_head=exclude_head)
         return [*own, *self.kd.parameters()]
 
     def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """The task's, with the handle's state once, beside the weights that are trained."""
+        """Return the task's state; the handle's state is stored with the trained weights only."""
         state: dict[str, Any] = self.task.get_checkpoint_state(ema=ema, **kwargs)
         if not ema:
             state["task_state"] = {**state.get("task_state", {}), KEY: self.kd.state_dict()}
@@ -86,7 +86,7 @@ class KDTask:
     def load_checkpoint_state(
         self, state_dict: dict[str, Any], task_state: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """What :meth:`get_checkpoint_state` gave; a plain student's checkpoint is taken too."""
+        """Load a state of :meth:`get_checkpoint_state`, or a checkpoint of a plain student."""
         own = dict(task_state or {})
         kd = own.pop(KEY, None)
         self.task.load_checkpoint_state(state_dict, own or None, **kwargs)

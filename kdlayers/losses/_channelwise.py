@@ -72,9 +72,9 @@ class ChannelWiseLoss(ProjectedLoss):
         return maps
 
     def _make(self, student: Tensor, teacher: Tensor) -> None:
-        if student.shape[1] != teacher.shape[1]:  # equal channels are compared as they are
+        if student.shape[1] != teacher.shape[1]:  # equal channels need no convolution
             super()._make(student, teacher)
 
     def extra_repr(self) -> str:
-        """Shows the temperature besides weight and at."""
+        """Shows temperature, weight and at."""
         return f"temperature={self.temperature}, {super().extra_repr()}"

@@ -1,4 +1,4 @@
-"""What losses on class maps ``[B, K, H, W]`` share: one size, and the pixels that count."""
+"""Helpers of losses on class maps ``[B, K, H, W]``: resizing, and the pixels that count."""
 
 import torch
 from torch import Tensor

@@ -101,7 +101,7 @@ class AutoEncoderFitter:
         epochs: number of passes.
         power: 1 for the mean absolute error, 2 for the mean squared one.
         lr: learning rate.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
     """
 
     varied = True
@@ -159,7 +159,7 @@ class AutoEncoderFitter:
         return self._coder
 
     def end_pass(self) -> bool:
-        """Report the pass; after the last one hand the auto-encoder over."""
+        """Report the pass; after the last one pass the auto-encoder to ``done``."""
         error, batches = all_sum(torch.stack([self._error, self._error.new_tensor(self._batches)]))
         if self._coder is None or not batches:
             raise FitError(

@@ -62,6 +62,6 @@ class DISTLoss(LogitLoss):
         )
 
     def extra_repr(self) -> str:
-        """Shows the three numbers besides weight and at."""
+        """Shows beta, gamma, temperature, weight and at."""
         numbers = f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
         return f"{numbers}, {super().extra_repr()}"

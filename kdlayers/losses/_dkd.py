@@ -31,7 +31,7 @@ class DKDLoss(LogitLoss):
     Raises:
         ArgumentError: if a number is out of range; at the call, if a label is.
         ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
-        ShapeError: at the call, if the tensors are not logits of one shape with a label a sample.
+        ShapeError: at the call, if the tensors are not logits of one shape with a label per sample.
 
     Warns:
         KDLayersWarning: at the call, with two classes, where the non-target term is always 0.
@@ -81,7 +81,7 @@ class DKDLoss(LogitLoss):
         )
 
     def extra_repr(self) -> str:
-        """Shows the three numbers before weight and at."""
+        """Shows alpha, beta, temperature, weight and at."""
         numbers = f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
         extra = ", standardize=True" if self.standardize else ""
         return f"{numbers}{extra}, {super().extra_repr()}"

@@ -76,5 +76,5 @@ class FeatureLoss(ProjectedLoss):
         return read(student, teacher, self.tokens)
 
     def extra_repr(self) -> str:
-        """Shows the options besides weight and at."""
+        """Shows distance, tokens, weight and at."""
         return f"distance={self.distance!r}, tokens={self.tokens!r}, {super().extra_repr()}"

@@ -1,4 +1,4 @@
-"""Inheritance and exploration: half of the features follows the teacher, half leaves it."""
+"""Inheritance and exploration: half of the features follow the teacher, the others differ."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args

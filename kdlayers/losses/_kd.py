@@ -91,6 +91,6 @@ class KDLoss(LogitLoss):
         return temperature**2 * kd(ours, theirs, temperature=1.0, reduction=reduction)
 
     def extra_repr(self) -> str:
-        """Shows the temperature before weight and at."""
+        """Shows temperature, weight and at."""
         extra = ", standardize=True" if self.standardize else ""
         return f"temperature={self.temperature}{extra}, {super().extra_repr()}"

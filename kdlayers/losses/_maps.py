@@ -1,4 +1,4 @@
-"""What the losses on feature maps share."""
+"""Helpers of the losses on feature maps."""
 
 from torch import Tensor
 from torch.nn import functional as F

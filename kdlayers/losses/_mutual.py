@@ -56,5 +56,5 @@ class MutualLoss(LogitLoss):
         return kd(student, teacher.detach(), temperature=self.temperature)
 
     def extra_repr(self) -> str:
-        """Shows the temperature before weight and at."""
+        """Shows temperature, weight and at."""
         return f"temperature={self.temperature}, {super().extra_repr()}"

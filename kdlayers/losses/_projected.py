@@ -1,4 +1,4 @@
-"""What losses share that compare the teacher's features with projected features of the student."""
+"""Base of losses that compare the teacher's features with projected features of the student."""
 
 from typing import ClassVar
 
@@ -41,7 +41,7 @@ class ProjectedLoss(DistillLoss):
         self.teacher_norm = None
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
-        """Make the projector for these widths; try one of the user's own."""
+        """Make the projector for these widths, or try the user's own."""
         student, teacher = self._ready(student, teacher)
         if self.projector_kind is None:
             self.to(student.device)
@@ -49,7 +49,7 @@ class ProjectedLoss(DistillLoss):
                 self._projected(student, teacher)
 
     def _ready(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as `_read` gives them; what is still missing is made for them."""
+        """Both tensors from `_read`; makes projector and norm if they do not exist yet."""
         student, teacher = self._read(student, teacher)
         self._make(student, teacher)
         if self.normalize_teacher and self.teacher_norm is None:
@@ -90,8 +90,8 @@ class ProjectedLoss(DistillLoss):
         projected: Tensor = student if projector is None else projector(student)
         if projected.shape != teacher.shape:
             raise ShapeError(
-                f"the projector of {kind} must give the teacher's shape {check.shape(teacher)}, it "
-                f"made {check.shape(projected)} of {check.shape(student)}"
+                f"the projector of {kind} must return the teacher's shape {check.shape(teacher)}, "
+                f"but returned {check.shape(projected)} for {check.shape(student)}"
                 + ('; pass projector="linear"' if projector is None else "")
             )
         return projected

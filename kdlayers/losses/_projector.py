@@ -14,8 +14,8 @@ def make_projector(
 
     Args:
         kind: one of the two.
-        student: channels that go in.
-        teacher: channels that come out.
+        student: number of input channels.
+        teacher: number of output channels.
         maps: whether the features are maps ``[B, C, H, W]``, and not vectors or tokens.
         bias: whether the layers have one.
     """
@@ -43,7 +43,7 @@ def projector_like(state: dict[str, Tensor], name: str) -> nn.Module | None:
 
 
 def widths(projector: nn.Module) -> tuple[int, int] | None:
-    """Channels in and out of a projector made here; None for a module of the user's."""
+    """Input and output channels of a projector made here; None for a module of the user."""
     layers = [projector[0], projector[-1]] if isinstance(projector, nn.Sequential) else [projector]
     if not all(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in layers):
         return None

@@ -19,7 +19,7 @@ def read(student: Tensor, teacher: Tensor, tokens: str) -> tuple[Tensor, Tensor]
 
 
 def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Every position of both: maps on one grid, two vectors, or tokens of one number."""
+    """All positions of both: maps on one grid, two vectors, or the same number of tokens."""
     _check(student, teacher)
     if student.dim() == 3 or teacher.dim() == 3:
         if student.dim() != teacher.dim() or student.shape[1] != teacher.shape[1]:
@@ -37,7 +37,7 @@ def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_vectors(student: Tensor, teacher: Tensor, *, class_token: bool) -> tuple[Tensor, Tensor]:
-    """One vector ``[B, C]`` an image of both: the first token, or the mean over positions."""
+    """One vector ``[B, C]`` per image of both: the first token, or the mean over positions."""
     _check(student, teacher)
     return _vector(student, class_token), _vector(teacher, class_token)
 

@@ -16,8 +16,8 @@ class RKDLoss(DistillLoss):
 
     .. math:: L = \lambda_D \, L_\mathrm{distance} + \lambda_A \, L_\mathrm{angle}
 
-    compares how the samples of a batch lie to each other: the distances of every two of them, and
-    the angles of every three. See :func:`kdlayers.functional.rkd_distance` and
+    compares the positions of a batch's samples relative to each other: the distances of every two
+    of them, and the angles of every three. See :func:`kdlayers.functional.rkd_distance` and
     :func:`~kdlayers.functional.rkd_angle`. Nothing is learnt, and the widths may differ. The whole
     features of a sample are one vector, so give the point after global pooling, as the paper does;
     maps work too. The teacher is detached. Time grows with the cube of the batch.
@@ -71,5 +71,5 @@ class RKDLoss(DistillLoss):
         return rkd(student, teacher.detach(), self.distance, self.angle)
 
     def extra_repr(self) -> str:
-        """Shows both weights besides weight and at."""
+        """Shows both weights of the terms, weight and at."""
         return f"distance={self.distance}, angle={self.angle}, {super().extra_repr()}"

@@ -210,7 +210,7 @@ class StudentFriendlyKDLoss(LogitLoss):
 
 
 def _masked(softened: Tensor) -> Tensor:
-    """Where the teacher has no such class: a logit of -inf. The simplifier sees 0 there."""
+    """Mask of the logits of -inf, where the teacher lacks the class. The simplifier sees 0."""
     return softened.isneginf()
 
 

@@ -79,7 +79,7 @@ class TemplateLoss(DistillLoss):
         """The divergence: scores ``[..., K]``, features ``[..., D]`` at the same positions.
 
         With ``templates`` ``[K, C]``, ``student`` holds unit vectors ``[..., C]``. Their products
-        with the templates are the scores, which are then never kept for all positions.
+        with the templates are the scores, which are then never stored for all positions.
         """
         check.floats("student", student)
         check.floats("teacher", teacher)

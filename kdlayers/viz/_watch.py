@@ -69,7 +69,7 @@ def watched(student: nn.Module, layer: LayerParts, images: Tensor) -> list[tuple
 
     def hook(_module: nn.Module, args: Any, output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
-        if after is not args[0]:  # a slot passes on what a parent gives it that runs its children
+        if after is not args[0]:  # a slot returns its input if a parent runs it as a child
             # Copies, because later modules may change them in place.
             seen.append((args[0].detach().clone(), after.detach().clone()))
 

@@ -325,7 +325,7 @@ def test_templates_learn_below_frozen_modules():
 def test_the_summary_says_which_path_is_taken():
     student = Net()
     kd = attach_kd(student, Net(), [KDPoint("last", targets=CodebookTargets(4))])
-    assert "fused from 0 positions a batch, scores computed again" in kd.summary()
+    assert "fused from 0 positions per batch, scores recomputed" in kd.summary()
     assert "training: plain torch operations, or fused operators, which are faster" in kd.summary()
     student.last[1].kd.norm = nn.SyncBatchNorm(4)
     assert "plain (SyncBatchNorm)" in kd.summary()
@@ -386,6 +386,6 @@ def test_small_layers_take_the_plain_operations(
     found = layer.enhance(torch.randn(1, channels, positions // 8, 8))[2]
     assert (found is not None) == fused
     row = next(line for line in kd.summary().splitlines() if line.startswith("0 "))
-    ratio = "plain (under 4 templates a channel)"
-    wanted = {(32, "normal"): ratio, (8, "low"): "fused, scores computed again"}
-    assert wanted.get((channels, memory), "fused from 8192 positions a batch") in row
+    ratio = "plain (under 4 templates per channel)"
+    wanted = {(32, "normal"): ratio, (8, "low"): "fused, scores recomputed"}
+    assert wanted.get((channels, memory), "fused from 8192 positions per batch") in row

@@ -209,14 +209,14 @@ def test_a_module_of_ones_own_is_tried_without_a_trace():
         (
             lambda: FeatureLoss(projector=None)(torch.rand(2, 3), torch.rand(2, 4)),
             ShapeError,
-            r'must give the teacher\'s shape \[2, 4\].*pass projector="linear"',
+            r'must return the teacher\'s shape \[2, 4\].*pass projector="linear"',
         ),
         (
             lambda: FeatureLoss(tokens="pooled", projector=Own(5)).build(
                 torch.rand(2, 3), torch.rand(2, 4)
             ),
             ShapeError,
-            r"must give the teacher's shape \[2, 4\], it made \[2, 5\] of \[2, 3\]",
+            r"must return the teacher's shape \[2, 4\], but returned \[2, 5\] for \[2, 3\]",
         ),
         (
             lambda: FeatureLoss()(torch.rand(2, 9, 3), torch.rand(2, 4, 3)),

@@ -253,7 +253,11 @@ TRAINING = [
         ArgumentError,
         r"\(images, labels\) of tensors, got a tuple \(Tensor, list\)$",
     ),
-    (model_to_fit, ArgumentTypeError, "a DataLoader or a list gives them, got Sequential; the mod"),
+    (
+        model_to_fit,
+        ArgumentTypeError,
+        "a DataLoader or a list yields them, got Sequential; the mod",
+    ),
     (images_to_fit, ArgumentTypeError, r"in batches \(images, labels\), as .* got Tensor"),
     (
         grey_images,
