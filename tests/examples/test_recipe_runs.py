@@ -48,7 +48,7 @@ def test_cifar100_runs_every_method(method, tiny, tmp_path, capsys):
     line = run(cifar100, tmp_path, *tiny, *SMALL, "--batch-size", "50", "--method", method)
     output = capsys.readouterr().out
     assert json.loads(output.splitlines()[-1]) == line
-    assert "random images in the place of cifar100: the accuracies mean nothing" in output
+    assert "random images instead of cifar100: the accuracies mean nothing" in output
     assert line["data"] == "100 random images"
     assert (line["pair"], line["method"], line["epochs"]) == ("tiny", method, 2)
     assert 0 <= line["accuracy"] <= line["top5"] <= 100

@@ -241,7 +241,11 @@ TRAINING = [
     (empty_loader, FitError, "empty loader"),
     (closed_loader, FitError, "empty loader"),
     (one_shot_loader, FitError, "pass a DataLoader or a list of batches"),
-    (dict_loader, ArgumentError, r"a dict with the keys \['images'\]; say .*\(loader, prepare="),
+    (
+        dict_loader,
+        ArgumentError,
+        r"a dict with the keys \['images'\]; pass a function .*\(loader, prepare=",
+    ),
     (data_set, ArgumentError, r"a tuple \(Tensor, int\), one .*DataLoader\(dataset, batch_size=64"),
     (
         data_set_of_tensors,
@@ -357,7 +361,7 @@ def test_the_call_that_the_error_shows_for_dicts_works(keys):
     kd, loader = fitted_from(keys)
     with pytest.raises(ArgumentError, match="expects batches") as caught:
         kd.fit(loader)
-    exec(str(caught.value).partition("made of it: ")[2], {"kd": kd, "loader": loader})
+    exec(str(caught.value).partition("returns a pair: ")[2], {"kd": kd, "loader": loader})
     assert "not fitted" not in kd.summary()
 
 
