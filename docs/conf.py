@@ -37,6 +37,10 @@ html_theme = "furo"
 html_title = f"kdlayers {release}"
 html_static_path = ["_static"]
 html_css_files = ["kdlayers.css"]
+html_theme_options = {
+    "light_css_variables": {"diff-added": "#116329", "diff-removed": "#a40e26"},
+    "dark_css_variables": {"diff-added": "#7ee787", "diff-removed": "#ffa198"},
+}
 mathjax = find_spec("sphinx-mathjax-offline")
 if mathjax is not None and mathjax.origin is not None:
     # One file of that package, with the fonts in it, in the place of a download by the reader.

@@ -274,7 +274,7 @@ def write_table(results: dict[str, dict[str, object]]) -> None:
     lines += [*(failures or ["Nothing."]), "", "## All models", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, r in results.items():
-        cells = [name, f"`{r['point']}`", str(r["layout"])]
+        cells = [name, f"`{r['point']}`" if r["point"] else "", str(r["layout"])]
         marks = {"pass": "pass", "-": "-"}
         cells += [marks.get(str(r[stage]), "fails") for stage in STAGES]
         lines.append("| " + " | ".join(cells) + " |")
