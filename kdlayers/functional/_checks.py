@@ -224,11 +224,11 @@ def in_range(name: str, indices: Tensor, classes: int) -> None:
 def readable(tensor: Tensor) -> bool:
     """Whether a value of ``tensor`` can be read at no cost.
 
-    Not on an accelerator, where reading waits for the device; nor in a graph of ``torch.compile``
-    or under ``torch.func``.
+    Reading from an accelerator waits for the device. Fake and distributed tensors, the graphs of
+    ``torch.compile`` and the tensors of ``torch.func`` have no values to read.
     """
-    on_cpu = tensor.device.type == "cpu"
-    return on_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling() and not is_functional(tensor)
 
 
 def shape(tensor: Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdlayers import functional as kdf
 from kdlayers.errors import ArgumentError, ArgumentTypeError, KDLayersWarning, ShapeError
@@ -185,3 +186,12 @@ def test_empty_batches_raise_a_clear_error(call, reduction, monkeypatch):
     monkeypatch.setitem(globals(), "Y", Y[:0])
     with pytest.raises(ShapeError, match=r"got \[0, 5\]: .* skip empty batches"):
         call(torch.zeros(0, 5), torch.zeros(0, 5), reduction=reduction)
+
+
+def test_kd_on_fake_tensors_gives_a_fake_scalar():
+    with FakeTensorMode():
+        student = torch.randn(4, 5, requires_grad=True)
+        value = kdf.kd(student, torch.randn(4, 5))
+        value.backward()
+        assert value.shape == ()
+        assert student.grad.shape == (4, 5)
