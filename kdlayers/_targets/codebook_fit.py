@@ -98,9 +98,11 @@ def _check_size(rows: Tensor) -> None:
 def _check_enough(sample: Sample, k: int) -> None:
     rows = len(sample.rows)
     if rows < k:
+        fewer = max(1, rows // 16)
         raise FitError(
             f"CodebookTargets({k}) needs at least {k} positions, but the batches hold {rows}; pass "
-            f"more data or lower num_templates to at most {max(1, rows // 16)}"
+            f"more data, or choose a smaller codebook, such as KDPoint(..., "
+            f"targets=CodebookTargets({fewer})) with {rows // fewer} positions for each centre"
         )
     distinct = len(sample.tags.unique())
     if distinct < k:

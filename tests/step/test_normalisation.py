@@ -99,10 +99,10 @@ def test_bad_images_and_interpolation():
 # ---------------------------------------------------------------- timm's statements
 
 
-def timm_pair(teacher="test_efficientnet"):
+def timm_pair(teacher="test_efficientnet", **options):
     timm = pytest.importorskip("timm")
     student = timm.create_model("test_resnet", num_classes=5)
-    return student, timm.create_model(teacher, num_classes=5)
+    return student, timm.create_model(teacher, num_classes=5, **options)
 
 
 def test_auto_gives_the_teacher_its_own_normalisation():
@@ -118,14 +118,15 @@ def test_auto_gives_the_teacher_its_own_normalisation():
     assert not torch.allclose(value, kd_of(logits, plain), rtol=1e-3)
 
 
-def test_auto_gives_a_teacher_of_one_size_that_size():
-    student, teacher = timm_pair("test_vit")
+@pytest.mark.parametrize(("options", "size"), [({}, 160), ({"img_size": 64}, 64)])
+def test_auto_gives_a_teacher_of_one_size_that_size(options, size):
+    student, teacher = timm_pair("test_vit", **options)
     seen = []
     teacher.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     kd = attach_kd(student, teacher, losses=[KDLoss()], teacher_transform="auto")
     student.train()(pictures(size=96))
     kd.loss()
-    assert seen[-1] == (4, 3, 160, 160)
+    assert seen[-1] == (4, 3, size, size)
 
 
 def test_auto_serves_each_of_several_teachers():

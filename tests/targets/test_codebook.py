@@ -228,6 +228,17 @@ def test_wide_features_take_fewer_rows_a_centre():
     assert reservoir.sample_size(2**18, 16000, 4096) == 16 * 16000
 
 
+def test_too_few_rows_say_what_to_type():
+    said = (
+        "CodebookTargets(4096) needs at least 4096 positions, but the batches hold 640; pass more "
+        "data, or choose a smaller codebook, such as KDPoint(..., targets=CodebookTargets(40)) "
+        "with 16 positions for each centre"
+    )
+    with pytest.raises(FitError, match=re.escape(said)):
+        CodebookTargets(4096).fit([(torch.randn(640, 4), None)])
+    CodebookTargets(40).fit([(torch.randn(640, 4), None)])
+
+
 def test_few_distinct_rows_warn():
     features = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(20, 1)
     with pytest.warns(KDLayersWarning, match="only 2 distinct .* lower num_templates to 2 or less"):
