@@ -135,9 +135,12 @@ def draw_sweeps(lines: Sequence[Line], runs: Runs, path: Path) -> bool:
         return False
     from matplotlib.figure import Figure  # imported here: nothing else needs it
 
-    figure = Figure((3.2 * len(known), 2.8), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(known), squeeze=False)[0]
-    for panel, (sweep, by_value) in zip(panels, known, strict=True):
+    rows, columns = -(-len(known) // 2), min(2, len(known))
+    figure = Figure((3.4 * columns, 2.8 * rows), dpi=120, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in panels[len(known) :]:
+        unused.set_visible(False)
+    for panel, (sweep, by_value) in zip(panels, known, strict=False):
         places = range(len(by_value))
         for seed in sorted({line["seed"] for own in by_value.values() for line in own}):
             has = [{x["seed"]: x["test_accuracy"] for x in own} for own in by_value.values()]
