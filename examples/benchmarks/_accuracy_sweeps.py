@@ -53,7 +53,7 @@ SWEEPS = {
         "letKD-1", ("templates",), (16, 32, 128, 256), -1, "templates", "templates K of the layer"
     ),
     "temperature": Sweep(
-        "letKD-1", ("temperature",), (0.1, 1.0), -1, "temperature", "temperature of the codebook"
+        "letKD-1", ("temperature",), (0.1, 1.0), -1, "temperature", "sharpness of the codebook"
     ),
     "subclasses": Sweep(
         "letKD-2", ("subclasses",), (1, 4, 16), 0, "subclasses", "sub-classes of each class"
