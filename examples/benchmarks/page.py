@@ -76,9 +76,12 @@ def order(file: Path) -> tuple[int, str]:
 def page(reports: list[dict]) -> str:
     """The text of the page."""
     parts = [INTRODUCTION, reached(reports), slower(reports)]
+    last = ""
     for report in reports:
-        where = " (GPU)" if report["machine"]["gpu"] else ""
-        parts.append(f"## {report['title']}{where}")
+        title = report["title"] + (" (GPU)" if report["machine"]["gpu"] else "")
+        if title != last:
+            parts.append(f"## {title}")
+        last = title
         parts += [Table(**table).markdown(level=3) for table in report["tables"]]
         parts.append(f"`{command(report)}`  \n{measured_on(report['machine'])}")
     return "\n\n".join(parts) + "\n"
