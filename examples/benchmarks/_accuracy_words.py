@@ -76,7 +76,7 @@ def tuning_table(lines: Sequence[Line]) -> str:
         )
     rows.sort(key=lambda row: list(base).index(row[0]))
     note = (
-        "Measured on the validation images, with seeds that are not reported above. The test "
+        "Measured on the validation images. The test "
         "images were not used. The other rows of a method show the change from its first row."
     )
     return f"{note}\n\n{table(('', 'changed', 'seeds', 'accuracy %', 'mean'), rows)}"

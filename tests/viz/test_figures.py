@@ -271,7 +271,11 @@ def test_every_public_name_is_documented():
 
 def test_docs_show_small_figures_that_exist():
     pages = [path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))]
-    shown = {name for text in pages for name in re.findall(r"\((figures/[^)]+)\)", text)}
+    shown = {
+        name
+        for text in pages
+        for name in re.findall(r"(?:\(|^```{image} )(figures/[^)\n]+)", text, re.M)
+    }
     assert len(shown) >= 4
     assert sum((DOCS / name).stat().st_size for name in shown) < 600_000
     assert {f"figures/{file.name}" for file in (DOCS / "figures").iterdir()} == shown
