@@ -282,7 +282,9 @@ def test_another_architecture_needs_names_for_both(
 def test_students_are_saved_with_their_layers(bench, splits, tmp_path):
     options = ("--methods", "KD", "letKD-2 + KD", "--seeds", "3", "--save", str(tmp_path / "s"))
     _, line = bench(tmp_path / "runs.jsonl", *options)
-    (saved,) = (tmp_path / "s").iterdir()  # a student without layers has nothing to show
-    assert saved.name == "letKD-2-KD-seed-3.pt"
+    found = sorted(file.name for file in (tmp_path / "s").iterdir())
+    both = ["letKD-2-KD-seed-3.kd.pt", "letKD-2-KD-seed-3.pt"]
+    assert found == ["KD-seed-3.kd.pt", *both]  # a student without layers has none to show
+    saved = tmp_path / "s" / both[1]
     student = load_student(new_model("resnet8", splits, 0, width=4), saved)
     assert accuracy.accuracy(student, splits.test) == line["test_accuracy"]
