@@ -16,6 +16,7 @@ P = ParamSpec("P")
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 NARROW = (torch.float16, torch.bfloat16)
 """The dtypes in which nothing is summed."""
+_DISPATCH = "__torch_dispatch__"
 
 
 def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -227,8 +228,10 @@ def readable(tensor: Tensor) -> bool:
     Reading from an accelerator waits for the device. Fake and distributed tensors, the graphs of
     ``torch.compile`` and the tensors of ``torch.func`` have no values to read.
     """
-    plain = type(tensor) is Tensor and tensor.device.type == "cpu"
-    return plain and not torch.compiler.is_compiling() and not is_functional(tensor)
+    # Fake and distributed tensors dispatch on their own; other subclasses are read like tensors.
+    usual = getattr(type(tensor), _DISPATCH) is getattr(Tensor, _DISPATCH)
+    on_cpu = usual and tensor.device.type == "cpu"
+    return on_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
 
 
 def shape(tensor: Tensor) -> list[int]:

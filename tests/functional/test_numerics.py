@@ -195,3 +195,11 @@ def test_kd_on_fake_tensors_gives_a_fake_scalar():
         value.backward()
         assert value.shape == ()
         assert student.grad.shape == (4, 5)
+
+
+def test_labels_of_a_subclass_are_checked_like_others():
+    class Labels(torch.Tensor):
+        pass
+
+    with pytest.raises(ArgumentError, match=r"targets must lie in 0\.\.4 for 5 classes"):
+        kdf.dkd(*logits(), torch.tensor([0, 2, 1, 5]).as_subclass(Labels))
