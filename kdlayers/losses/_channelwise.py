@@ -17,9 +17,9 @@ class ChannelWiseLoss(ProjectedLoss):
 
     .. math:: L = \frac{T^2}{B C} \sum_{b,c} \mathrm{KL}( \phi(f^T_{bc}) \,\|\, \phi(f^S_{bc}) )
 
-    with the softmax :math:`\phi` over positions: the student learns where each channel is active.
-    Maps are compared on the smaller grid. Where the numbers of channels differ, a train-only 1x1
-    convolution without bias makes them equal. See :func:`kdlayers.functional.channelwise`.
+    with the softmax :math:`\phi` over positions; see :func:`kdlayers.functional.channelwise`. The
+    teacher is detached. Maps are compared on the smaller grid; a train-only 1x1 convolution without
+    bias matches different numbers of channels. The student learns where each channel is active.
 
     Args:
         temperature: above 0. Default 4; the authors' code and mmrazor have 1.
@@ -28,7 +28,7 @@ class ChannelWiseLoss(ProjectedLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
-        ShapeError: if the tensors are not maps ``[B, C, H, W]`` of two positions or more.
+        ShapeError: if not maps ``[B, C, H, W]`` of one batch and 2 positions, or channels change.
 
     Example:
         >>> import torch
