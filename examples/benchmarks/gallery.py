@@ -7,7 +7,7 @@ First let accuracy.py save two students, then call this with the same options:
         --seeds 0 --methods letKD-2 "AEKT chi2" --save runs/students
     python examples/benchmarks/gallery.py (the same options)
 
-The figures are written to docs/figures; docs/gallery.md shows them.
+The figures are written to runs/figures, or to the folder of --figures.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CURVES = ("labels only", "KD", "letKD-1", "letKD-2", "letKD-2 + KD")
 def main(arguments: list[str] | None = None) -> None:
     """Load what was saved, and draw it."""
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--figures", type=Path, default=Path("docs/figures"))
+    own.add_argument("--figures", type=Path, default=Path("runs/figures"))
     folder, rest = own.parse_known_args(arguments)
     args = parse(rest)
     torch.set_num_threads(args.threads)
@@ -89,8 +89,8 @@ def layer_figures(regime: Regime, saved: Path) -> dict[str, Figure]:
         view = viz.layer_view(student, images, name)
         usage = viz.template_usage(student, test.batches(250), name)
         short = name.replace(".", "-")
-        figures |= {f"matches-{short}": viz.plot_matches(view, pixels)}
-        figures |= {f"usage-{short}": viz.plot_usage(usage)}
+        figures[f"matches-{short}"] = viz.plot_matches(view, pixels)
+        figures[f"usage-{short}"] = viz.plot_usage(usage)
     return figures
 
 
@@ -121,7 +121,7 @@ def relations(regime: Regime, saved: Path) -> Tensor:
 
 
 def curves(lines: Sequence[Line], seed: int) -> Figure:
-    """Each term over the epochs, a line a method."""
+    """Each term over the epochs, one line per method."""
     from matplotlib.figure import Figure  # only here: --help works without
 
     runs = {line["method"]: line["curve"] for line in lines if line["seed"] == seed}
@@ -140,7 +140,7 @@ def curves(lines: Sequence[Line], seed: int) -> Figure:
 
 
 def class_names(args: argparse.Namespace) -> list[str]:
-    """Those of the class folders, or of torchvision's files."""
+    """The names of the class folders, or the names that torchvision has."""
     folder = Path(args.root) / "test"
     if folder.is_dir():
         return sorted(child.name for child in folder.iterdir())
