@@ -76,12 +76,12 @@ class Attachment:
         return {hook.name: hook.slot(module).as_layer() for hook, module in own}
 
     def state_dict(self) -> dict[str, Any]:
-        """Targets, train-only parameters and the step, as tensors and numbers.
+        """Targets, train-only parameters, the step, and a hash of each teacher's weights.
 
         Save it with the state of the student and of the optimiser to resume training exactly. The
         tensors are copies. The state includes a checksum of them.
         """
-        return state_of(self._terms, self.step)
+        return state_of(self._terms, self._teachers, self.step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state that :meth:`state_dict` returned. The losses need not be fitted again.
@@ -91,6 +91,10 @@ class Attachment:
         Raises:
             CheckpointError: if the state belongs to other losses, or to KD layers or a teacher of
                 other sizes, or if it is damaged, modified, or of an unknown version.
+
+        Warns:
+            KDLayersWarning: if a teacher's weights are not those that the state was saved with. A
+                sharded teacher, and a student of :func:`kdlayers.attach_mutual`, is not compared.
         """
         self.step = load_state(self._terms, self._teachers, slots(self.student), state)
         self._look_again()

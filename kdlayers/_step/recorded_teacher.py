@@ -78,20 +78,20 @@ class AbsentModel(nn.Module):
         )
 
 
-def traces_of(reader: Reader) -> list[Trace]:
-    """Dry runs of the recorded teachers, with what the record has: taps and logits."""
+def traces_of(reader: Reader, batch: int) -> list[Trace]:
+    """Dry runs of the recorded teachers on ``batch`` images, with the record's taps and logits."""
     about = reader.description.about
     shapes = {field.name: field.shape for field in reader.description.fields}
     traces = []
     for index, known in enumerate(about["teachers"]):
         taps = [tap for teacher, tap in about["taps"].values() if teacher == index]
         model = AbsentModel(known["class"], known["weights"], taps, reader)
-        logits = torch.zeros(2, about["classes"][index])
+        logits = torch.zeros(batch, about["classes"][index])
         calls: dict[str, Call] = {}
         layouts: dict[str, Layout] = {}
         for name, (teacher, tap) in about["taps"].items():
             if teacher == index and tap not in calls:
-                shape, cpu = (2, *shapes[name]), torch.device("cpu")
+                shape, cpu = (batch, *shapes[name]), torch.device("cpu")
                 calls[tap] = Call(tap, (), shape, torch.float32, cpu, len(calls))
                 layouts[tap] = Layout(about["layouts"][name] or "vector")
         traces.append(Trace(model, calls, logits, (1, 1), "recorded teacher", _layouts=layouts))

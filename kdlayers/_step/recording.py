@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlayers._models.layouts import Layout
 from kdlayers._records.dataset import (
@@ -21,10 +21,9 @@ from kdlayers._records.files import Description, Field, Reader
 from kdlayers._records.topk import compress, expand
 from kdlayers._records.views import check_repeatable, draw, image_check
 from kdlayers._records.write import write_record
-from kdlayers._step.recorded_teacher import AbsentModel
+from kdlayers._step.fingerprint import weights_hash
 from kdlayers._step.tape import Forward
 from kdlayers._step.terms import Plan, Term
-from kdlayers._utils.checksums import checksum
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, RecordError
@@ -268,8 +267,3 @@ def check_teachers(plan: Plan, reader: Reader) -> None:
                 f"the record {reader.path} was made with another teacher {index}: {what} differ; "
                 "attach the teacher that was recorded, or call kd.record(...) into a new folder"
             )
-
-
-def weights_hash(model: nn.Module) -> str:
-    """The checksum of a model's parameters and buffers, with their names."""
-    return model.weights if isinstance(model, AbsentModel) else checksum(model.state_dict())

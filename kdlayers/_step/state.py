@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._layer.layer import LayerParts
+from kdlayers._step.fingerprint import fingerprints, warn_of_others
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Term
 from kdlayers._utils.checksums import checksum
@@ -16,14 +17,15 @@ from kdlayers._utils.undo import all_or_nothing
 from kdlayers.errors import CheckpointError, KDLayersError
 from kdlayers.losses import TemplateLoss
 
-VERSION = 2
-"""Version 1 had no checksum."""
+VERSION = 3
+"""Version 1 had no checksum, and version 2 no fingerprints of the teachers."""
 
 
-def state_of(terms: Sequence[Term], step: int) -> dict[str, Any]:
-    """Copies of the losses' states, the step, and a checksum of both."""
+def state_of(terms: Sequence[Term], teachers: Sequence[Teacher], step: int) -> dict[str, Any]:
+    """Copies of the losses' states, the step, the teachers' fingerprints, and a checksum."""
     losses = {term.name: _copied(term.loss.state_dict()) for term in terms}
-    state = {"version": VERSION, "step": step, "losses": losses}
+    known = fingerprints(teachers)
+    state = {"version": VERSION, "step": step, "losses": losses, "teachers": known}
     return {**state, "checksum": checksum(state)}
 
 
@@ -49,8 +51,11 @@ def load_state(
     Raises:
         CheckpointError: if the state does not fit these losses, layers and teachers, or is
             damaged. The losses then keep their previous state.
+
+    Warns:
+        KDLayersWarning: if the teachers' weights are not those of the saved handle.
     """
-    losses, step, sealed = _parts(state)
+    losses, step, saved, sealed = _parts(state)
     ours, theirs = [term.name for term in terms], list(losses)
     if set(ours) != set(theirs):
         raise CheckpointError(
@@ -63,11 +68,13 @@ def load_state(
         for term in terms:
             _load(term, losses[term.name])
             _check_sizes(term, teachers, layers)
+    if saved is not None:
+        warn_of_others(teachers, saved)
     return step
 
 
-def _parts(state: object) -> tuple[dict[str, Any], int, bool]:
-    """The losses' states, the step, and whether a checksum protects them."""
+def _parts(state: object) -> tuple[dict[str, Any], int, list[object] | None, bool]:
+    """The losses' states, the step, the teachers, and whether a checksum protects them."""
     version = state.get("version") if isinstance(state, dict) else type(state).__name__
     if not isinstance(state, dict) or type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
@@ -81,14 +88,17 @@ def _parts(state: object) -> tuple[dict[str, Any], int, bool]:
             "the result of kd.state_dict()"
         )
     if version == 1:
-        return losses, step, False
+        return losses, step, None, False
     content = {"version": version, "step": step, "losses": losses}
+    saved = state.get("teachers")
+    if version > 2:
+        content["teachers"] = saved
     if state.get("checksum") != checksum(content):
         raise CheckpointError(
             "the state of a KDHandle is damaged, or was changed after kd.state_dict() returned it: "
             "its checksum is wrong; load it from another copy of the file"
         )
-    return losses, step, True
+    return losses, step, saved if isinstance(saved, list) else None, True
 
 
 def _check(term: Term, state: object, sealed: bool) -> None:

@@ -276,7 +276,8 @@ def make_teachers(
         ArgumentError: if the weights, or the teachers' classes, do not fit together.
     """
     if isinstance(given, RecordedTeacher):
-        return _recorded_teachers(given, weights, transform)
+        batch = next((len(t) for _, t in leaves(example) if t.dim() > 1), 2)
+        return _recorded_teachers(given, weights, transform, batch)
     models: list[nn.Module] = []
     if given is not None:
         models = [given] if isinstance(given, nn.Module) else list(given)
@@ -310,6 +311,7 @@ def _recorded_teachers(
     given: RecordedTeacher,
     weights: Sequence[float] | None,
     transform: Transform | Literal["auto"] | None,
+    batch: int,
 ) -> list[Teacher]:
     if weights is not None or transform is not None:
         raise ArgumentError(
@@ -317,7 +319,7 @@ def _recorded_teachers(
             "leave them out with RecordedTeacher(path)"
         )
     shares = [known["weight"] for known in given.reader.description.about["teachers"]]
-    traces = traces_of(given.reader)
+    traces = traces_of(given.reader, batch)
     return [Teacher(t.model, t, t.model, w) for t, w in zip(traces, shares, strict=True)]
 
 

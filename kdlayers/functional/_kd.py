@@ -65,11 +65,13 @@ def kd(
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
     """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
     shares, difference = teacher.exp(), teacher - student
-    if not (check.readable(difference) and isfinite(difference.detach().sum().item())):
-        # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf. This
-        # is a quarter of the loss's time, so it is skipped where all is known to be finite.
-        difference = difference.masked_fill(shares == 0, 0.0)
     elements = shares * difference
+    total = elements.sum() if check.readable(elements) else None
+    if total is None or not isfinite(total.item()):
+        # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf. The
+        # mask is a quarter of the loss's time, so it is left out where the sum is finite.
+        elements = shares * difference.masked_fill(shares == 0, 0.0)
+        total = elements.sum()
     if reduction == "mean":  # one sum over everything, then one product
-        return elements.sum() * (factor * student.shape[1] / student.numel())
+        return total * (factor * student.shape[1] / student.numel())
     return check.reduce(elements.sum(dim=1) * factor, reduction)

@@ -55,6 +55,10 @@ def standardize(logits: Tensor) -> Tensor:
 def standardized(logits: Tensor, temperature: float) -> Tensor:
     """Standardised logits over the temperature, unchecked: one division for both."""
     deviation, mean = torch.std_mean(logits, dim=1, keepdim=True)
-    # Over infinity equal logits get no gradient; over the constant they would get a huge one.
-    scale = (deviation + _EPS).masked_fill(deviation == 0, torch.inf)
-    return (logits - mean) / (scale if temperature == 1 else scale * temperature)
+    scale = deviation + _EPS
+    if temperature != 1:
+        scale = scale * temperature
+    if not (check.readable(deviation) and deviation.detach().min().item() > 0):
+        # Over infinity equal logits get no gradient; over the constant they would get a huge one.
+        scale = scale.masked_fill(deviation == 0, torch.inf)
+    return (logits - mean) / scale

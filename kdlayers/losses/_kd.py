@@ -5,6 +5,7 @@ from torch import Tensor
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
 from kdlayers.functional._checks import Reduction
+from kdlayers.functional._kd import divergence
 from kdlayers.functional._standardize import standardized
 from kdlayers.losses._base import LogitLoss, Weight
 from kdlayers.losses._class_maps import counted, mean_where, resized
@@ -87,8 +88,10 @@ class KDLoss(LogitLoss):
         if not self.standardize:
             return kd(student, teacher, temperature=temperature, reduction=reduction)
         check.scores(student, teacher)
-        ours, theirs = (standardized(logits, temperature) for logits in (student, teacher))
-        return temperature**2 * kd(ours, theirs, temperature=1.0, reduction=reduction)
+        ours, theirs = (
+            standardized(logits, temperature).log_softmax(dim=1) for logits in (student, teacher)
+        )
+        return divergence(ours, theirs, reduction, temperature**2)
 
     def extra_repr(self) -> str:
         """Shows temperature, weight and at."""

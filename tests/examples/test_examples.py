@@ -15,6 +15,7 @@ from kdlayers import load_student
 from tests.examples import EXAMPLES
 
 SCRIPTS = sorted(file for file in EXAMPLES.glob("*.py") if file.name != "data.py")
+FRAMEWORKS = sorted((EXAMPLES / "frameworks").glob("*.py"))
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.\d+(?:e[-+]?\d+)?|nan|inf)\b", re.IGNORECASE)
 
 # What each prints: names in front of an accuracy, and terms that it logs.
@@ -163,11 +164,12 @@ def test_a_folder_of_ones_own_images(tmp_path):
         run("skd", tmp_path, "--data", tmp_path)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", [*SCRIPTS, *FRAMEWORKS], ids=lambda script: script.stem)
 def test_they_are_short_and_complete(script):
     text = script.read_text("utf-8")
     assert len(text.splitlines()) <= 100
-    assert f"python examples/{script.name}" in text or f"examples/{script.name} --quick" in text
+    path = f"examples/{script.relative_to(EXAMPLES).as_posix()}"
+    assert f"python {path}" in text or f"{path} --quick" in text
     assert "kd.loss(" in text or "KDTrainer(" in text  # which calls it
     local = {file.stem for file in EXAMPLES.rglob("*.py")}
     imported = re.findall(r"^(?:from|import) (\w+)", text, re.M)
@@ -175,7 +177,7 @@ def test_they_are_short_and_complete(script):
 
 
 def test_there_are_not_too_many():
-    assert len(SCRIPTS) <= 14
+    assert len(SCRIPTS) <= 12
     assert len((EXAMPLES / "data.py").read_text("utf-8").splitlines()) <= 100
     assert [file.name for file in EXAMPLES.glob("_*")] in ([], ["__pycache__"])
 
@@ -184,5 +186,6 @@ def test_there_are_not_too_many():
 def test_a_page_names_every_script(folder):
     page = (EXAMPLES / folder / "README.md").read_text("utf-8")
     scripts = [file.name for file in (EXAMPLES / folder).glob("[a-z]*.py")]
+    scripts += [f"frameworks/{file.name}" for file in FRAMEWORKS if not folder]
     assert [name for name in scripts if f"`{name}`" not in page] == []
     assert len(page.splitlines()) <= 45

@@ -105,10 +105,10 @@ def test_two_processes(tmp_path):
 
 @needs("lightning")
 def test_lightning_goes_on_where_it_stopped(tmp_path):
-    run("lightning_module", tmp_path, "--epochs", 1)
+    run("frameworks/lightning_module", tmp_path, "--epochs", 1)
     before = load(tmp_path / "last.ckpt")
     options = ("--epochs", 2, "--resume", tmp_path / "last.ckpt")
-    run("lightning_module", tmp_path, *options)
+    run("frameworks/lightning_module", tmp_path, *options)
     after = load(tmp_path / "last.ckpt")
     assert before["kd"]["step"] == before["global_step"] == 8
     assert after["kd"]["step"] == after["global_step"] == 16
@@ -120,9 +120,11 @@ def test_lightning_goes_on_where_it_stopped(tmp_path):
 
 @needs("accelerate")
 def test_accelerate_goes_on_where_it_stopped(tmp_path):
-    first = run("accelerate_loop", tmp_path, "--epochs", 1)
+    first = run("frameworks/accelerate_loop", tmp_path, "--epochs", 1)
     before = load(tmp_path / "state" / "custom_checkpoint_0.pkl")
-    second = run("accelerate_loop", tmp_path, "--epochs", 1, "--resume", tmp_path / "state")
+    second = run(
+        "frameworks/accelerate_loop", tmp_path, "--epochs", 1, "--resume", tmp_path / "state"
+    )
     after = load(tmp_path / "state" / "custom_checkpoint_0.pkl")
     assert (before["step"], after["step"]) == (8, 16)
     assert "epoch 0, step 8: loss" in first
@@ -135,9 +137,9 @@ def test_accelerate_goes_on_where_it_stopped(tmp_path):
 @needs("transformers")
 @needs("accelerate")
 def test_trainer_goes_on_where_it_stopped(tmp_path):
-    run("hf_trainer", tmp_path)
+    run("frameworks/hf_trainer", tmp_path)
     before, whole = (load(tmp_path / f"checkpoint-{step}" / "kd.pt") for step in (8, 16))
-    run("hf_trainer", tmp_path, "--resume", tmp_path / "checkpoint-8")
+    run("frameworks/hf_trainer", tmp_path, "--resume", tmp_path / "checkpoint-8")
     after = load(tmp_path / "checkpoint-16" / "kd.pt")
     assert whole["step"] == after["step"] == 16
     assert before["step"] == 8

@@ -297,6 +297,20 @@ def test_a_record_takes_the_place_of_the_teacher(tmp_path):
         absent.loss(y)
 
 
+@pytest.mark.parametrize("images", [1, 5])
+def test_a_recorded_teacher_takes_an_example_of_any_number_of_images(images, tmp_path):
+    (live, _), recorded, _ = setup("all", "same grid", tmp_path)
+    place = {
+        "teacher": RecordedTeacher(tmp_path / "record"),
+        "example": torch.zeros(images, 3, 8, 8),
+    }
+    absent = attach_kd(Net(6), **place, **LOSSES["all"]())
+    absent.student.load_state_dict(live.student.state_dict())
+    absent.load_state_dict(live.state_dict())
+    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
+    assert torch.equal(step(absent, x, y, recorded=key)[0], step(live, x, y)[0])
+
+
 def test_a_recorded_teacher_fits_from_its_record(tmp_path):
     (_, kd), recorded, teacher = setup("codebook", "same grid", tmp_path)
     student = Net(6)

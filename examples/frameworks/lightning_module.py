@@ -1,22 +1,24 @@
 """letKD in a LightningModule, with the teacher outside it and the targets in the checkpoint.
 
-python examples/lightning_module.py --quick
-python examples/lightning_module.py --quick --resume runs/lightning_module/last.ckpt
+python examples/frameworks/lightning_module.py --quick [--resume runs/lightning_module/last.ckpt]
 """
 
 from __future__ import annotations
 
-import data
+import sys
+from pathlib import Path
+
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchvision.models.regnet import BlockParams, RegNet
 
 from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDPoint, attach_kd, save_student
 
-FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
 
 
 class Distilled(pl.LightningModule):
@@ -26,15 +28,15 @@ class Distilled(pl.LightningModule):
         super().__init__()
         self.student = student
         self.kd = None  # the handle is not a module, so state_dict() leaves it out
-        self.outside = (teacher, images)  # in a tuple, so that the teacher is not a submodule
+        self.outside = lambda: (teacher, images)  # neither a submodule nor copied by averaging
 
     def configure_model(self) -> None:
         """Attach here: the processes are connected, and DDP and the optimiser do not exist yet."""
-        teacher, images = self.outside
+        teacher, images = self.outside()
         if teacher is None or self.kd is not None:  # called by every fit and validate
             return
-        first = KDPoint(FIRST, targets=DecisionTargets(subclasses=2))
-        points = [first, KDPoint(LAST, targets=CodebookTargets(32))]
+        first = KDPoint("trunk_output.block3.block3-0", targets=DecisionTargets(subclasses=2))
+        points = [first, KDPoint("trunk_output.block3", targets=CodebookTargets(32))]
         losses = [AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)]
         self.kd = attach_kd(self.student, teacher, points, losses=losses, example=images.example)
 
@@ -45,12 +47,11 @@ class Distilled(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Fit the targets, each process on its shard. A resumed run has fitted targets already."""
-        teacher, images = self.outside
+        teacher, images = self.outside()
         if self.kd is not None:
             teacher.to(self.device)  # Lightning moves submodules only
-            ranks = (self.trainer.world_size, self.trainer.global_rank)
-            sampler = DistributedSampler(images.plain, *ranks, shuffle=False)
-            self.kd.fit(DataLoader(images.plain, 50, sampler=sampler))
+            shard = range(self.trainer.global_rank, len(images.plain), self.trainer.world_size)
+            self.kd.fit(DataLoader(images.plain, 50, sampler=shard))
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """The usual loss, plus the distillation loss."""

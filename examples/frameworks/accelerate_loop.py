@@ -1,14 +1,16 @@
 """letKD in a loop with Hugging Face Accelerate: attach, prepare, register the handle, resume.
 
-    python examples/accelerate_loop.py --quick
-    python examples/accelerate_loop.py --quick --resume runs/accelerate_loop/state
+    python examples/frameworks/accelerate_loop.py --quick
+    python examples/frameworks/accelerate_loop.py --quick --resume runs/accelerate_loop/state
 
 AEKT's loss shows how to train a loss that has parameters of its own.
 """
 
 from __future__ import annotations
 
-import data
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -18,6 +20,9 @@ from torch.utils.data import DataLoader
 from torchvision.models.regnet import BlockParams, RegNet
 
 from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDPoint, attach_kd, save_student
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
 
 FIRST, LAST = "trunk_output.block3.block3-0", "trunk_output.block3"
 

@@ -1,21 +1,24 @@
 """letKD with Hugging Face's Trainer: a small ResNet of transformers learns from a larger one.
 
-python examples/hf_trainer.py --quick
-python examples/hf_trainer.py --quick --resume runs/hf_trainer/checkpoint-8
+python examples/frameworks/hf_trainer.py --quick
+python examples/frameworks/hf_trainer.py --quick --resume runs/hf_trainer/checkpoint-8
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import data
 import torch
 import transformers as hf
 from torch.utils.data import DataLoader, default_collate
 
 from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, KDPoint, attach_kd, save_student
 from kdlayers.integrations.transformers import KDTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
 
 SETTINGS = {"learning_rate": 3e-3, "per_device_train_batch_size": 50}
 SETTINGS |= {"report_to": "none", "save_strategy": "epoch"}
