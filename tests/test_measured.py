@@ -104,3 +104,17 @@ def test_what_the_front_page_says_of_fashion_mnist():
     assert better == {("fashion-mnist-6000-resnet20", "DKD")}
     text = " ".join((DOCS.parent / "README.md").read_text("utf-8").split())
     assert "On Fashion-MNIST only DKD beats it with the same student, with one of two" in text
+
+
+def test_what_a_recorded_step_takes():
+    file = DOCS / "data" / "performance" / "recorded_step.json"
+    found = json.loads(file.read_text("utf-8"))["comparisons"]
+    text = " ".join((DOCS / "recorded.md").read_text("utf-8").split())
+    sentences = {
+        "live teacher": "{} to {} of the time of the same step with the live teacher",
+        "in memory": "{} to {} of the time of the step whose teacher's tensors are in memory",
+    }
+    for other, sentence in sentences.items():
+        medians = [c["ratio"]["middle"] for c in found if c["alternative"] == other]
+        assert len(medians) == 6
+        assert sentence.format(f"{min(medians):.2f}", f"{max(medians):.2f}") in text
