@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from _accuracy_words import Line, bold, difference, plus_minus, table
 
@@ -22,15 +22,16 @@ class Sweep:
         method: the method whose option is changed.
         option: name of the option; for alpha, names of two options.
         values: the values to try, without the value of the unchanged recipe.
-        layer: the layer whose recipe has the value: 0 is the first, -1 the last, ``None`` both.
-        entry: name of the value in the layer's recipe.
+        layer: the layer whose recipe has the value: 0 is the first, -1 the last, ``None`` both, and
+            ``"all"`` stands for the recipe of the method.
+        entry: name of the value in that recipe.
         words: what the value is, in words.
     """
 
     method: str
     option: tuple[str, ...]
     values: tuple[Value, ...]
-    layer: int | None
+    layer: int | Literal["all"] | None
     entry: str
     words: str
 
@@ -44,7 +45,8 @@ class Sweep:
         layers = line["recipe"]["layers"]
         if self.layer is None:
             return layers[0][self.entry], layers[-1][self.entry]
-        found: Value = layers[self.layer][self.entry]
+        where = line["recipe"] if self.layer == "all" else layers[self.layer]
+        found: Value = where[self.entry]
         return found
 
 
@@ -65,6 +67,14 @@ SWEEPS = {
         None,
         "alpha",
         "alpha of the first and the last layer",
+    ),
+    "layer weight": Sweep(
+        "letKD-2 + KD",
+        ("layer-weight-beside",),
+        (1.0, 10.0),
+        "all",
+        "layer_weight",
+        "weight of the layers' losses",
     ),
 }
 
@@ -90,6 +100,8 @@ def groups(
 
 def blanked(recipe: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     """A recipe without the value of a sweep."""
+    if sweep.layer == "all":
+        return {key: value for key, value in recipe.items() if key != sweep.entry}
     layers = [dict(layer) for layer in recipe["layers"]]
     for layer in layers if sweep.layer is None else [layers[sweep.layer]]:
         layer.pop(sweep.entry)

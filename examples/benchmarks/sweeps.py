@@ -1,4 +1,4 @@
-r"""How the accuracy of letKD depends on K, sub-classes, alpha and temperature, one at a time.
+r"""How the accuracy of letKD depends on K, sub-classes, alpha, sharpness and weight, one by one.
 
 Each value is a recipe of accuracy.py with one option changed, run for some of its seeds. The runs
 are written to a file of their own, which report.py compares with the unchanged recipe, paired by

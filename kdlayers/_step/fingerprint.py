@@ -25,8 +25,10 @@ def fingerprints(teachers: Sequence[Teacher]) -> list[str | None]:
 
 
 def _unknown(teacher: Teacher) -> bool:
-    sharded = any(hasattr(p, "placements") for p in teacher.model.parameters())
-    return sharded or not teacher.eval_mode
+    model = teacher.model
+    parts = any(hasattr(p, "placements") for p in model.parameters())  # FSDP2
+    parts = parts or any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules())  # FSDP1
+    return parts or not teacher.eval_mode
 
 
 def warn_of_others(teachers: Sequence[Teacher], saved: Sequence[object]) -> None:

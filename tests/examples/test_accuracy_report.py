@@ -223,6 +223,19 @@ def test_a_sweep_is_compared_with_the_unchanged_recipe(bench, image_root, tmp_pa
     assert groups(SWEEPS["templates"], [other], unchanged) == {}
 
 
+def test_a_weight_of_the_whole_recipe_is_swept_too():
+    layers = [{"at": "last", "templates": 8}]
+
+    def line(seed, weight, layers=layers):
+        recipe = {"layers": layers, "layer_weight": weight}
+        return {"method": "letKD-2 + KD", "seed": seed, "recipe": recipe}
+
+    unchanged = [line(seed, 3.0) for seed in range(3)]
+    tried = [line(0, 1.0), line(1, 10.0), line(0, 1.0, [{"at": "last", "templates": 4}])]
+    found = groups(SWEEPS["layer weight"], tried, unchanged)
+    assert found == {1.0: tried[:1], 3.0: unchanged[:2], 10.0: tried[1:2]}
+
+
 def test_the_committed_pages_are_made_from_the_committed_lines():
     folder = report.PAGE.parent
     made = report.pages(report.DATA)
