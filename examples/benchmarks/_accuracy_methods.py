@@ -243,14 +243,10 @@ def attach(
         steps: number of batches in an epoch, for the warm-ups.
         classes: number of the student's classes, if the teacher has other classes.
     """
-    weight: float | Schedule = recipe.get("layer_weight", 1.0)
-    if "layer_epochs" in recipe:
-        weight = weight * Cosine(recipe["layer_epochs"], steps_per_epoch=steps)
-    layers = [point(layer, weight, classes) for layer in recipe.get("layers", [])]
+    layers, losses = parts(recipe, steps, classes)
     if layers and not recipe["supervised"]:
         attach_kd(student, at=layers, example=example).detach()
         layers = []
-    losses = [loss(part, steps) for part in recipe["losses"]]
     kd = None
     if layers or losses:
         kd = attach_kd(student, teacher, layers, losses=losses, example=example)
@@ -259,6 +255,17 @@ def attach(
             if isinstance(module, TemplateHead):
                 module.scale.fill_(recipe["head_scale"])
     return kd
+
+
+def parts(
+    recipe: Recipe, steps: int, classes: int | None = None
+) -> tuple[list[KDPoint], list[DistillLoss]]:
+    """The points and the losses of a recipe, with the arguments of `attach`."""
+    weight: float | Schedule = recipe.get("layer_weight", 1.0)
+    if "layer_epochs" in recipe:
+        weight = weight * Cosine(recipe["layer_epochs"], steps_per_epoch=steps)
+    layers = [point(layer, weight, classes) for layer in recipe.get("layers", [])]
+    return layers, [loss(part, steps) for part in recipe["losses"]]
 
 
 def point(layer: Recipe, weight: float | Schedule, classes: int | None = None) -> KDPoint:

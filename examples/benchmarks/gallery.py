@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from _accuracy_cifar import KINDS
-from _accuracy_methods import chosen, loss, point, recipes
+from _accuracy_methods import chosen, parts, recipes
 from _accuracy_regimes import Regime, prepared
 from _accuracy_train import new_model
 from _accuracy_words import Line
@@ -98,8 +98,7 @@ def restored(regime: Regime, name: str, saved: Path) -> tuple[list[KDPoint], lis
     """The points and losses of a method with what a run has learnt."""
     splits = regime.splits
     recipe = recipes(chosen(regime.args), splits.classes)[name]
-    points = [point(layer, 1.0, splits.classes) for layer in recipe.get("layers", [])]
-    losses = [loss(part, 1) for part in recipe["losses"]]
+    points, losses = parts(recipe, 1, splits.classes)
     student = new_model(recipe["student"], splits, 0, width=recipe["width"])
     kd = attach_kd(student, regime.teacher, points, losses=losses, example=splits.blank(2))
     kd.load_state_dict(torch.load(saved.with_suffix(".kd.pt"), weights_only=True))
