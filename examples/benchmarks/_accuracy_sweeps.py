@@ -71,7 +71,7 @@ SWEEPS = {
     "layer weight": Sweep(
         "letKD-2 + KD",
         ("layer-weight-beside",),
-        (1.0, 10.0),
+        (1.0, 30.0),
         "all",
         "layer_weight",
         "weight of the layers' losses",
