@@ -62,6 +62,14 @@ def files() -> dict[str, bytes]:
     return made
 
 
+@cache
+def teacher():
+    """The same teacher for all handles: a state warns if it is loaded beside another."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Net(6)
+
+
 def handle():
     """A handle with fitted targets of both kinds and a loss with parameters."""
     points = [
@@ -69,7 +77,7 @@ def handle():
         KDPoint("last", targets=CodebookTargets(4)),
     ]
     losses = [FitNetLoss(at="first")]
-    kd = attach_kd(Net(4), Net(6), points, losses=losses, example=IMAGES)
+    kd = attach_kd(Net(4), teacher(), points, losses=losses, example=IMAGES)
     kd.fit([(IMAGES, LABELS)])
     return kd
 
