@@ -89,7 +89,7 @@ def _parts(state: object) -> tuple[dict[str, Any], int, list[object] | None, boo
         )
     if version == 1:
         return losses, step, None, False
-    content = {"version": version, "step": step, "losses": losses}
+    content: dict[str, Any] = {"version": version, "step": step, "losses": losses}
     saved = state.get("teachers")
     if version > 2:
         content["teachers"] = saved
