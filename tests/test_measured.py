@@ -106,6 +106,36 @@ def test_what_the_front_page_says_of_fashion_mnist():
     assert "On Fashion-MNIST only DKD beats it with the same student, with one of two" in text
 
 
+def test_what_the_front_page_says_of_cifar100():
+    runs = accuracies("cifar100-10000")
+    both, kd = runs["letKD-2 + KD"], runs["KD"]
+    assert len(both) >= 3
+    assert both.keys() == kd.keys()
+    gains = [both[seed] - kd[seed] for seed in sorted(kd)]
+    low, high = stats.ttest_1samp(gains, 0).confidence_interval()
+    text = " ".join((DOCS.parent / "README.md").read_text("utf-8").split())
+    assert f"beats KD by {mean(gains):.1f} points [{low:.1f}, {high:.1f}]" in text
+    assert verdict(both, kd) == 1
+    open_yet = verdict(both, runs["wider, same MACs + KD"]) == 0
+    assert open_yet == ("three seeds do not decide" in text)
+
+
+def test_what_the_weight_of_the_layers_does_on_cifar100():
+    file = DOCS / "data" / "results" / "cifar100-10000.tuning.jsonl"
+    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    accuracy = {
+        run["recipe"]["layer_weight"]: run["validation_accuracy"]
+        for run in found
+        if run["method"] == "letKD-2 + KD"
+        and run["recipe"]["head_scale"] == 3.0
+        and run["recipe"]["layers"][1]["templates"] == 512
+    }
+    first, second, third = (f"{accuracy[weight]:.1f}" for weight in (1.0, 3.0, 10.0))
+    for page in ("letkd.md", "results-cifar100-10000.md"):
+        text = " ".join((DOCS / page).read_text("utf-8").split())
+        assert f"{first}, {second} and {third} %" in text
+
+
 def test_what_a_recorded_step_takes():
     file = DOCS / "data" / "performance" / "recorded_step.json"
     found = json.loads(file.read_text("utf-8"))["comparisons"]
