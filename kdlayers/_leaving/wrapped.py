@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from kdlayers._models.wrappers import sharded
 from kdlayers.errors import ArgumentTypeError, AttachError
 
 # Recognised by class name, so that their packages need not be imported.
@@ -62,11 +63,6 @@ def refuse_wrapped(model: nn.Module) -> None:
             f"the model is wrapped in {wrapper} already, which would not synchronise the "
             "parameters of the KD layers; call load_student(model, path) first, then wrap the model"
         )
-
-
-def sharded(model: nn.Module) -> bool:
-    """Whether a parameter is spread over several processes (FSDP2, tensor parallelism)."""
-    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
 
 
 def is_first_process(model: nn.Module) -> bool:

@@ -30,10 +30,15 @@ def unwrap(model: nn.Module, label: str) -> tuple[nn.Module, nn.Module]:
     return inner, model
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether a parameter is spread over several processes (FSDP2, tensor parallelism)."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
 def _refuse_sharded(student: nn.Module) -> None:
-    sharded = any(type(p).__name__ == "DTensor" for p in student.parameters())
-    if sharded or isinstance(student, DistributedDataParallel):
-        wrapper = "FSDP" if sharded else "DistributedDataParallel"
+    split = sharded(student)
+    if split or isinstance(student, DistributedDataParallel):
+        wrapper = "FSDP" if split else "DistributedDataParallel"
         raise AttachError(
             f"the student is wrapped in {wrapper} already, which would not synchronise parameters "
             "added now; call attach_kd(student, ...) first, then wrap the student"

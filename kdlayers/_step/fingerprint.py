@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from kdlayers._models.wrappers import sharded
 from kdlayers._step.recorded_teacher import AbsentModel
 from kdlayers._step.teacher import Teacher
 from kdlayers._utils.checksums import checksum
@@ -25,10 +26,8 @@ def fingerprints(teachers: Sequence[Teacher]) -> list[str | None]:
 
 
 def _unknown(teacher: Teacher) -> bool:
-    model = teacher.model
-    parts = any(hasattr(p, "placements") for p in model.parameters())  # FSDP2
-    parts = parts or any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules())  # FSDP1
-    return parts or not teacher.eval_mode
+    fsdp1 = any(hasattr(module, "_fsdp_wrapped_module") for module in teacher.model.modules())
+    return fsdp1 or sharded(teacher.model) or not teacher.eval_mode
 
 
 def warn_of_others(teachers: Sequence[Teacher], saved: Sequence[object]) -> None:

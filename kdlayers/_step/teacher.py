@@ -15,7 +15,7 @@ from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, image_size, trace
 from kdlayers._models.vectors import class_key
-from kdlayers._models.wrappers import check_pair, unwrap
+from kdlayers._models.wrappers import check_pair, sharded, unwrap
 from kdlayers._step.call import for_teacher
 from kdlayers._step.normalisation import automatic, warn_of_difference
 from kdlayers._step.recorded_teacher import RecordedTeacher, traces_of
@@ -189,7 +189,7 @@ class Teacher:
     def _stoppable(self) -> bool:
         """Whether a forward may end early: not of a compiled model, a peer or a sharded model."""
         plain = self.called is self.model and self.eval_mode
-        return plain and not any(hasattr(p, "placements") for p in self.model.parameters())
+        return plain and not sharded(self.model)
 
 
 @dataclass

@@ -65,13 +65,15 @@ def kd(
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
     """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
     shares, difference = teacher.exp(), teacher - student
-    elements = shares * difference
-    total = elements.sum() if check.readable(elements) else None
-    if total is None or not isfinite(total.item()):
+    readable = check.readable(difference)
+    if not readable:
+        difference = difference.masked_fill(shares == 0, 0.0)
+    axes = tuple(range(student.dim())) if reduction == "mean" else (1,)
+    values = (shares * difference).sum(dim=axes)
+    if readable and not isfinite(values.detach().sum().item()):
         # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf. The
-        # mask is a quarter of the loss's time, so it is left out where the sum is finite.
-        elements = shares * difference.masked_fill(shares == 0, 0.0)
-        total = elements.sum()
+        # mask is a quarter of the loss's time, so it is left out where the result is finite.
+        values = (shares * difference.masked_fill(shares == 0, 0.0)).sum(dim=axes)
     if reduction == "mean":  # one sum over everything, then one product
-        return total * (factor * student.shape[1] / student.numel())
-    return check.reduce(elements.sum(dim=1) * factor, reduction)
+        return values * (factor * student.shape[1] / student.numel())
+    return check.reduce(values * factor, reduction)
