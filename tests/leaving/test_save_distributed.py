@@ -1,18 +1,16 @@
 """Two processes: an FSDP2 student is saved as a whole, and a DDP student pruned alike in both."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from kdlayers import KDPoint, attach_kd, load_student, prune_templates, save_student
 from kdlayers._step.sites import slots
 from tests.nets import Net, batch
+from tests.two_ranks import connect, on_two_ranks
 
 pytestmark = pytest.mark.slow
 IMAGES, _ = batch(12)
@@ -31,10 +29,8 @@ def student():
     return model.eval()
 
 
-def worker(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def worker(rank, folder):
+    connect(rank)
     sharded = student()
     fully_shard(sharded.last)
     fully_shard(sharded)
@@ -45,14 +41,10 @@ def worker(rank, port, folder):
     report = prune_templates(wrapped, [IMAGES[rank::2]])
     save_student(wrapped, f"{folder}/pruned{rank}.pt")
     torch.save([(layer.name, layer.after) for layer in report], f"{folder}/report{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    on_two_ranks(worker, tmp_path)
     assert {path.name for path in Path(tmp_path).glob("sharded*")} == {"sharded0.pt"}
     loaded = load_student(Net(4).eval(), tmp_path / "sharded0.pt")
     assert torch.equal(loaded(IMAGES), student()(IMAGES))

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing
 
 from kdlayers.losses import InheritExploreLoss
+from tests.two_ranks import connect, on_two_ranks
 
 
 def batches(rank):
@@ -18,15 +17,13 @@ def fit(rank):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    connect(rank)
     torch.save(fit(rank).state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_ranks_take_the_mean_of_their_weights_after_a_pass(tmp_path):
-    multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2)
+    on_two_ranks(work, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = [fit(rank).state_dict() for rank in range(2)]
     for key, value in first.items():

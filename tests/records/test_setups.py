@@ -1,7 +1,6 @@
 """Training setups read records as they read the live teacher: each against it, on equal views."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from kdlayers.errors import RecordError
 from tests.records.data import FlipAndCrop, Squares
 from tests.records.test_files import contents
 from tests.records.test_training import EXAMPLE, Net
+from tests.two_ranks import connect, on_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -184,19 +184,6 @@ def test_every_sample_of_every_view_has_its_own_mirror_image(tmp_path):
 # ------------------------------------------------------------------ two processes
 
 
-def start(rank, port):
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-
-
-def run_two(function, *args):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(function, (port, *map(str, args)), nprocs=2)
-
-
 def eval_norms(kd):
     """Batch norm over part of a batch is another function; eval mode makes ranks comparable."""
     for module in kd.student.modules():
@@ -204,8 +191,8 @@ def eval_norms(kd):
             module.eval()
 
 
-def two_ranks(rank, port, path, wrapper):
-    start(rank, port)
+def two_ranks(rank, path, wrapper):
+    connect(rank)
     kds = [attached(RecordedTeacher(path)), attached()]
     kds[0].load_state_dict(kds[1].state_dict())
     recorded = open_record(path, data())
@@ -235,7 +222,6 @@ def two_ranks(rank, port, path, wrapper):
                 grads = [g.full_tensor() if hasattr(g, "full_tensor") else g
                          for g in (mine.grad, theirs.grad)]  # fmt: skip
                 assert torch.equal(*grads)
-    dist.destroy_process_group()
 
 
 needs_processes = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -245,29 +231,28 @@ needs_processes = pytest.mark.skipif(not dist.is_available(), reason="torch with
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 def test_two_processes_get_the_live_teachers_gradients(wrapper, tmp_path):
     attached().record(data(), tmp_path / "record", progress=False, **SETTINGS)
-    run_two(two_ranks, tmp_path / "record", wrapper)
+    on_two_ranks(two_ranks, tmp_path / "record", wrapper)
 
 
-def record_together(rank, port, path):
-    start(rank, port)
+def record_together(rank, path):
+    connect(rank)
     kd = attached()
     batches = []
     kd._plan.teachers[0].model.register_forward_hook(lambda _, args, __: batches.append(args[0]))
     recorded = kd.record(data(), path, progress=False, **SETTINGS)
     assert [len(x) for x in batches] == [1, *[8] * 4]  # one for the shapes, half of 64 rows
     assert len(recorded) == 32
-    dist.destroy_process_group()
 
 
 @needs_processes
 def test_two_processes_write_the_bytes_of_one(tmp_path):
     attached().record(data(), tmp_path / "one", progress=False, **SETTINGS)
-    run_two(record_together, tmp_path / "two")
+    on_two_ranks(record_together, tmp_path / "two")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def fail_together(rank, port, path):
-    start(rank, port)
+def fail_together(rank, path):
+    connect(rank)
     kd = attached()
     other = Squares(31 + rank, transform=FlipAndCrop())
     with pytest.raises(RecordError, match=r"rank 1 calls .* with another data set"):
@@ -277,9 +262,8 @@ def fail_together(rank, port, path):
     )
     with pytest.raises(RecordError, match="rank 0 failed: the teacher gave NaN" if rank else "NaN"):
         kd.record(data(), f"{path}/nan", progress=False, **SETTINGS)
-    dist.destroy_process_group()
 
 
 @needs_processes
 def test_what_fails_on_one_process_is_an_error_on_all(tmp_path):
-    run_two(fail_together, tmp_path)
+    on_two_ranks(fail_together, tmp_path)

@@ -1,7 +1,5 @@
 """Two processes on one machine: gradients, train-only parameters and fits are synchronised."""
 
-import os
-import socket
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +15,7 @@ from kdlayers import CodebookTargets, DecisionTargets, DistillLoss, KDPoint, att
 from kdlayers._step.sites import slots
 from kdlayers.errors import AttachError
 from tests.nets import Net, batch
+from tests.two_ranks import connect, on_two_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,13 +62,11 @@ def one_step(called, student, kd, images, labels, accumulate=1):
     return grads
 
 
-def worker(rank, port, folder, find_unused, accumulate, late):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def worker(rank, folder, find_unused, accumulate, late):
     images, labels = batch(12)
     mine = slice(rank, None, 2)
     student, kd = build(images, rank) if late else (None, None)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    connect(rank)
     if not late:
         student, kd = build(images, rank)
     # Fit sees this rank's half; one process sees all.
@@ -80,15 +77,12 @@ def worker(rank, port, folder, find_unused, accumulate, late):
     grads = one_step(called, student, kd, images[mine], labels[mine], accumulate)
     states = kd.state_dict()["losses"]
     torch.save({"grads": grads, "losses": states}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
-def sharded_worker(rank, port, folder, granularity):
+def sharded_worker(rank, folder, granularity):
     from torch.distributed.fsdp import fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    connect(rank)
     images, labels = batch(12)
     mine = slice(rank, None, 2)
     student, kd = build(images)
@@ -106,13 +100,12 @@ def sharded_worker(rank, port, folder, granularity):
     grads = {name: p.grad.full_tensor() for name, p in student.named_parameters()}
     grads |= {f"loss {i}": p.grad for i, p in enumerate(kd.parameters())}
     torch.save(grads, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("granularity", ["whole", "each part"])
 def test_fully_sharded_students_have_the_gradients_of_one_process(granularity):
     with tempfile.TemporaryDirectory() as folder:
-        run(sharded_worker, folder, granularity)
+        on_two_ranks(sharded_worker, folder, granularity)
         sharded = torch.load(Path(folder) / "0.pt", weights_only=True)
     images, labels = batch(12)
     student, kd = build(images)
@@ -127,20 +120,13 @@ def test_fully_sharded_students_have_the_gradients_of_one_process(granularity):
         )
 
 
-def run(function, *args):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(function, (port, *args), nprocs=2)
-
-
 @pytest.mark.parametrize(
     ("find_unused", "accumulate", "late"),
     [(False, 1, False), (True, 1, False), (False, 3, False), (False, 1, True)],
 )
 def test_two_processes_equal_one_on_the_whole_batch(find_unused, accumulate, late):
     with tempfile.TemporaryDirectory() as folder:
-        run(worker, folder, find_unused, accumulate, late)
+        on_two_ranks(worker, folder, find_unused, accumulate, late)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for a, b in zip(ranks[0]["grads"], ranks[1]["grads"], strict=True):
         assert torch.equal(a, b)

@@ -1,6 +1,5 @@
 """Ranks that differ: a step without KD loss, uneven batches, a destroyed process group."""
 
-import os
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
 from kdlayers.errors import CaptureError
 from tests.nets import Net, batch
-from tests.step.test_distributed import run
+from tests.two_ranks import connect, on_two_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,16 +33,14 @@ def build(losses):
     return student, kd
 
 
-def connected(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def connected(rank):
+    connect(rank)
     return slice(rank, None, 2)
 
 
-def asymmetric(rank, port, folder):
+def asymmetric(rank, folder):
     """Three steps; in the second one rank 1 has no KD loss."""
-    mine = connected(rank, port)
+    mine = connected(rank)
     student, kd = build([FitNetLoss(at="first"), KDLoss()])
     called = DistributedDataParallel(student)
     parameters = [*student.parameters(), *kd.parameters()]
@@ -58,12 +55,11 @@ def asymmetric(rank, port, folder):
         grads.append([p.grad.clone() for p in parameters])
         optimiser.step()
     torch.save(grads, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_a_rank_without_a_kd_loss_contributes_zeros():
     with tempfile.TemporaryDirectory() as folder:
-        run(asymmetric, folder)
+        on_two_ranks(asymmetric, folder)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for ours, theirs in zip(*ranks, strict=True):
         assert all(map(torch.equal, ours, theirs))
@@ -83,9 +79,9 @@ def test_a_rank_without_a_kd_loss_contributes_zeros():
         optimiser.step()
 
 
-def joined(rank, port, folder, losses):
+def joined(rank, folder, losses):
     """Rank 0 has two batches and rank 1 has one."""
-    mine = connected(rank, port)
+    mine = connected(rank)
     student, kd = build([KDLoss()] if losses == "without" else [FitNetLoss(at="first")])
     called = DistributedDataParallel(student)
     expected = nullcontext()
@@ -101,12 +97,12 @@ def joined(rank, port, folder, losses):
 @pytest.mark.parametrize("losses", ["with", "without"])
 def test_uneven_batches_work_only_for_losses_without_parameters(losses):
     with tempfile.TemporaryDirectory() as folder:
-        run(joined, folder, losses)
+        on_two_ranks(joined, folder, losses)
         assert len(list(Path(folder).glob("*.done"))) == 2
 
 
-def disconnected(rank, port, folder):
-    mine = connected(rank, port)
+def disconnected(rank, folder):
+    mine = connected(rank)
     student, kd = build([FitNetLoss(at="first")])
     called = DistributedDataParallel(student)
     (F.cross_entropy(called(IMAGES[mine]), LABELS[mine]) + kd.loss(LABELS[mine])).backward()
@@ -120,27 +116,26 @@ def disconnected(rank, port, folder):
 
 def test_training_continues_after_the_process_group_is_destroyed():
     with tempfile.TemporaryDirectory() as folder:
-        run(disconnected, folder)
+        on_two_ranks(disconnected, folder)
         assert len(list(Path(folder).glob("*.done"))) == 2
 
 
-def late(rank, port, folder):
+def late(rank, folder):
     """Attached before the process group exists, with other values; no KD loss in the first step."""
     torch.manual_seed(rank)
     student, teacher = Net(4), Net(6)
     point = KDPoint("last", targets=CodebookTargets(num_templates=4))
     kd = attach_kd(student, teacher, [point], losses=[FitNetLoss(at="first")], example=IMAGES[:2])
-    mine = connected(rank, port)
+    mine = connected(rank)
     called = DistributedDataParallel(student)
     F.cross_entropy(called(IMAGES[mine]), LABELS[mine]).backward()
     kd.fit([(IMAGES[mine], LABELS[mine])], progress=False)
     (F.cross_entropy(called(IMAGES[mine]), LABELS[mine]) + kd.loss(LABELS[mine])).backward()
     torch.save([p.detach() for p in kd.parameters()], Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_parameters_are_broadcast_in_the_first_forward():
     with tempfile.TemporaryDirectory() as folder:
-        run(late, folder)
+        on_two_ranks(late, folder)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(map(torch.equal, *ranks))

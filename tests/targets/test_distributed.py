@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing
 
 from kdlayers import CodebookTargets, DecisionTargets
 from kdlayers._targets import codebook_fit, decision_fit
+from tests.two_ranks import connect, on_two_ranks
 
 pytestmark = pytest.mark.slow
 ALL, MORE = 300, 2400
@@ -42,17 +41,15 @@ def fit_all(rank):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
     small_samples(setattr)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    connect(rank)
     torch.save(fit_all(rank), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    on_two_ranks(work, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
