@@ -68,6 +68,9 @@ def _active_ddp() -> nn.Module | None:
     return found
 
 
+# Whether an autocast is active for any device.
+is_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
 # Whether torch.func has wrapped a tensor, whose numbers then cannot be read, as under vmap.
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # no stub names it
 is_functional: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlayers._utils.torch_internals import is_functional
+from kdlayers._utils.torch_internals import is_any_autocast, is_functional
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 P = ParamSpec("P")
@@ -24,12 +24,14 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        device, narrow = None, False  # a plain loop, because small losses take little longer
+        narrow = False  # a plain loop, because small losses take little longer
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                device = device or value.device.type
-                narrow = narrow or value.dtype in NARROW
-        if device is None or not (narrow or torch.is_autocast_enabled(device)):
+            if isinstance(value, Tensor) and value.dtype in NARROW:
+                narrow = True
+        if not (narrow or is_any_autocast()):
+            return function(*args, **kwargs)
+        device = _device((*args, *kwargs.values()))
+        if device is None:
             return function(*args, **kwargs)
         wide = [_widened(arg) for arg in args]
         named = {key: _widened(arg) for key, arg in kwargs.items()}
@@ -37,6 +39,10 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
             return function(*wide, **named)  # type: ignore[arg-type]  # the same types, wider
 
     return wrapper
+
+
+def _device(values: Sequence[object]) -> str | None:
+    return next((value.device.type for value in values if isinstance(value, Tensor)), None)
 
 
 def _widened(value: object) -> object:
@@ -228,10 +234,11 @@ def readable(tensor: Tensor) -> bool:
     Reading from an accelerator waits for the device. Fake and distributed tensors, the graphs of
     ``torch.compile`` and the tensors of ``torch.func`` have no values to read.
     """
+    kind = type(tensor)
     # Fake and distributed tensors dispatch on their own; other subclasses are read like tensors.
-    usual = getattr(type(tensor), _DISPATCH) is getattr(Tensor, _DISPATCH)
-    on_cpu = usual and tensor.device.type == "cpu"
-    return on_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
+    if kind is not Tensor and getattr(kind, _DISPATCH) is not getattr(Tensor, _DISPATCH):
+        return False
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
 
 
 def shape(tensor: Tensor) -> list[int]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction, full_precision
+from kdlayers.functional._standardize import standardized
 
 
 @full_precision
@@ -62,18 +63,33 @@ def kd(
     return divergence(ours, theirs, reduction, temperature**2)
 
 
+@full_precision
+def standardized_kd(
+    student: Tensor, teacher: Tensor, temperature: float, reduction: Reduction
+) -> Tensor:
+    """:func:`kd` of standardised logits; see :func:`kdlayers.functional.standardize`."""
+    check.scores(student, teacher)
+    ours, theirs = standardized(student, temperature), standardized(teacher, temperature)
+    return divergence(ours.log_softmax(dim=1), theirs.log_softmax(dim=1), reduction, temperature**2)
+
+
 def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: float) -> Tensor:
     """``factor`` times KL(teacher || student) of log-probabilities ``[B, n, ...]``, reduced."""
     shares, difference = teacher.exp(), teacher - student
     readable = check.readable(difference)
     if not readable:
-        difference = difference.masked_fill(shares == 0, 0.0)
-    axes = tuple(range(student.dim())) if reduction == "mean" else (1,)
+        difference = _without_infinity(shares, difference)
+    axes = None if reduction == "mean" else 1  # None: all
     values = (shares * difference).sum(dim=axes)
-    if readable and not isfinite(values.detach().sum().item()):
-        # A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf. The
-        # mask is a quarter of the loss's time, so it is left out where the result is finite.
-        values = (shares * difference.masked_fill(shares == 0, 0.0)).sum(dim=axes)
+    total = values.detach().sum() if values.dim() else values
+    if readable and not isfinite(total.item()):
+        # The mask is a quarter of the loss's time, so it is left out where the result is finite.
+        values = (shares * _without_infinity(shares, difference)).sum(dim=axes)
     if reduction == "mean":  # one sum over everything, then one product
         return values * (factor * student.shape[1] / student.numel())
     return check.reduce(values * factor, reduction)
+
+
+def _without_infinity(shares: Tensor, difference: Tensor) -> Tensor:
+    """A share of 0, as of a masked class with the logit -inf, adds 0 rather than 0 * inf."""
+    return difference.masked_fill(shares == 0, 0.0)

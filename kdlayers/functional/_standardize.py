@@ -10,6 +10,7 @@ from kdlayers.functional._checks import full_precision
 _EPS = 1e-7
 
 
+@full_precision
 def standardize(logits: Tensor) -> Tensor:
     r"""Standardise the logits of each sample over the classes.
 
@@ -51,14 +52,16 @@ def standardize(logits: Tensor) -> Tensor:
     return standardized(logits, 1.0)
 
 
-@full_precision
 def standardized(logits: Tensor, temperature: float) -> Tensor:
-    """Standardised logits over the temperature, unchecked: one division for both."""
+    """Standardised logits, of float32 or wider, over the temperature: one division for both."""
     deviation, mean = torch.std_mean(logits, dim=1, keepdim=True)
     scale = deviation + _EPS
     if temperature != 1:
         scale = scale * temperature
-    if not (check.readable(deviation) and deviation.detach().min().item() > 0):
+    unequal = check.readable(deviation) and (
+        not logits.requires_grad or deviation.detach().min().item() > 0
+    )
+    if not unequal:
         # Over infinity equal logits get no gradient; over the constant they would get a huge one.
         scale = scale.masked_fill(deviation == 0, torch.inf)
     return (logits - mean) / scale

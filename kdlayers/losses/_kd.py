@@ -5,8 +5,7 @@ from torch import Tensor
 from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
 from kdlayers.functional._checks import Reduction
-from kdlayers.functional._kd import divergence
-from kdlayers.functional._standardize import standardized
+from kdlayers.functional._kd import standardized_kd
 from kdlayers.losses._base import LogitLoss, Weight
 from kdlayers.losses._class_maps import counted, mean_where, resized
 
@@ -84,14 +83,9 @@ class KDLoss(LogitLoss):
         return mean_where(self._divergence(student, teacher, "none"), counts)
 
     def _divergence(self, student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
-        temperature = self.temperature
-        if not self.standardize:
-            return kd(student, teacher, temperature=temperature, reduction=reduction)
-        check.scores(student, teacher)
-        ours, theirs = (
-            standardized(logits, temperature).log_softmax(dim=1) for logits in (student, teacher)
-        )
-        return divergence(ours, theirs, reduction, temperature**2)
+        if self.standardize:
+            return standardized_kd(student, teacher, self.temperature, reduction)
+        return kd(student, teacher, temperature=self.temperature, reduction=reduction)
 
     def extra_repr(self) -> str:
         """Shows temperature, weight and at."""
