@@ -68,11 +68,16 @@ def dist(
             f"{check.shape(student)}; use drop_last=True in the DataLoader, or gamma=0"
         )
     ours, theirs = (_centred(logits, temperature) for logits in (student, teacher))
-    total = beta * (1 - cosine(ours, theirs, 1, _EPS).mean())
+    total = _weighted(beta, cosine(ours, theirs, 1, _EPS))
     if gamma:
         ours, theirs = (p - p.mean(dim=0, keepdim=True) for p in (ours, theirs))
-        total = total + gamma * (1 - cosine(ours, theirs, 0, _EPS).mean())
-    return temperature**2 * total
+        total = total + _weighted(gamma, cosine(ours, theirs, 0, _EPS))
+    return total if temperature == 1 else temperature**2 * total
+
+
+def _weighted(weight: float, correlations: Tensor) -> Tensor:
+    """``weight`` times one minus the mean."""
+    return weight - weight * correlations.mean()
 
 
 def _centred(logits: Tensor, temperature: float) -> Tensor:

@@ -32,6 +32,8 @@ def check_map(name: str, value: Tensor) -> None:
 
 def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps on the smaller grid, axis by axis; the larger one is average-pooled."""
+    if student.shape[2:] == teacher.shape[2:]:
+        return student, teacher
     height, width = map(min, student.shape[2:], teacher.shape[2:])
     size = (height, width)
     ours, theirs = (
