@@ -4,16 +4,18 @@ First let accuracy.py save two students, then call this with the same options:
 
     python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
         --teacher-checkpoint resnet56.pt --cache runs --out docs/data/results/cifar100-10000.jsonl \
-        --seeds 0 --methods letKD-2 "AEKT chi2" --save runs/students
-    python examples/benchmarks/gallery.py (the same options)
+        --seeds 0 --methods "letKD-2 + KD" "AEKT chi2" --save runs/students
+    python examples/benchmarks/gallery.py --without-images (the same options)
 
-The figures are written to runs/figures, or to the folder of --figures.
+The figures are written to runs/figures, or to the folder of --figures. --without-images leaves out
+the figures that show images of the data set, for data whose images must not be published.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from _accuracy_regimes import Regime, prepared
 from _accuracy_train import new_model
 from _accuracy_words import Line
 from accuracy import parse, saved_at, teacher_recipe
+from PIL import Image
 from report import read
 from torch import Tensor
 from torchvision import datasets
@@ -41,7 +44,7 @@ from kdlayers import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LAYERS, RELATIONS = "letKD-2", "AEKT chi2"
+LAYERS, RELATIONS = "letKD-2 + KD", "AEKT chi2"
 SHOWN = 5
 TERMS = {
     "cross-entropy": "cross-entropy",
@@ -56,40 +59,49 @@ def main(arguments: list[str] | None = None) -> None:
     """Load what was saved, and draw it."""
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--figures", type=Path, default=Path("runs/figures"))
-    folder, rest = own.parse_known_args(arguments)
+    own.add_argument("--without-images", action="store_true")
+    options, rest = own.parse_known_args(arguments)
     args = parse(rest)
     torch.set_num_threads(args.threads)
     regime, seed = prepared(args, teacher_recipe(args)), args.seeds[0]
     students = {name: saved_at(args.save, name, seed) for name in (LAYERS, RELATIONS)}
     names, matrix = class_names(args), relations(regime, students[RELATIONS])
-    figures = layer_figures(regime, students[LAYERS])
+    figures = layer_figures(regime, students[LAYERS], images=not options.without_images)
     figures["decisions"] = viz.plot_decisions(decisions(regime, students[LAYERS]), names, top=12)
     figures["relations"] = viz.plot_relations(matrix, names, top=12)
     figures["curves"] = curves(read(args.out), seed)
-    folder.figures.mkdir(parents=True, exist_ok=True)
+    options.figures.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        file = folder.figures / f"gallery-{name}.png"
-        figure.savefig(file, dpi=110)
+        file = options.figures / f"gallery-{name}.png"
+        save(figure, file)
         print(file, flush=True)
 
 
-def layer_figures(regime: Regime, saved: Path) -> dict[str, Figure]:
-    """What each layer matched on one test image of each of five classes, and on all of them."""
+def save(figure: Figure, file: Path) -> None:
+    """Write a PNG of 128 colours, a third of the usual size."""
+    with BytesIO() as whole:
+        figure.savefig(whole, dpi=110)
+        Image.open(whole).convert("RGB").quantize(128).save(file, optimize=True)
+
+
+def layer_figures(regime: Regime, saved: Path, *, images: bool) -> dict[str, Figure]:
+    """What each layer matched: on one test image of each of five classes, and on all of them."""
     recipe = recipes(chosen(regime.args), regime.splits.classes)[LAYERS]
     fresh = new_model(recipe["student"], regime.splits, 0, width=recipe["width"])
     student = load_student(fresh, saved)
     test = regime.splits.test
     first = torch.stack([(test.labels == label).nonzero()[0, 0] for label in range(SHOWN)])
     few = test.take(first)
-    images = few.batches(SHOWN)[0][0]
+    inputs = few.batches(SHOWN)[0][0]
     pixels = few.images.reshape(SHOWN, -1, *few.images.shape[-2:]) / 255
     figures = {}
     for layer in recipe["layers"]:
         name = layer["at"].partition(":")[0]
-        view = viz.layer_view(student, images, name)
         usage = viz.template_usage(student, test.batches(250), name)
         short = name.replace(".", "-")
-        figures[f"matches-{short}"] = viz.plot_matches(view, pixels)
+        if images:
+            view = viz.layer_view(student, inputs, name)
+            figures[f"matches-{short}"] = viz.plot_matches(view, pixels)
         figures[f"usage-{short}"] = viz.plot_usage(usage)
     return figures
 
@@ -106,7 +118,7 @@ def restored(regime: Regime, name: str, saved: Path) -> tuple[list[KDPoint], lis
 
 
 def decisions(regime: Regime, saved: Path) -> DecisionTargets:
-    """The targets of letKD-2's first layer."""
+    """The targets of the first layer, the teacher's decisions."""
     points, _ = restored(regime, LAYERS, saved)
     (found,) = (p.targets for p in points if isinstance(p.targets, DecisionTargets))
     return found
@@ -122,6 +134,7 @@ def relations(regime: Regime, saved: Path) -> Tensor:
 def curves(lines: Sequence[Line], seed: int) -> Figure:
     """Each term over the epochs, one line per method."""
     from matplotlib.figure import Figure  # only here: --help works without
+    from matplotlib.ticker import MaxNLocator
 
     runs = {line["method"]: line["curve"] for line in lines if line["seed"] == seed}
     runs = {name: runs[name] for name in CURVES if name in runs}
@@ -133,6 +146,7 @@ def curves(lines: Sequence[Line], seed: int) -> Figure:
                 panel.plot([epoch[term] for epoch in curve], color=colour, label=name)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("epoch", fontsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.lines:
             panel.legend(fontsize=8)
     return figure

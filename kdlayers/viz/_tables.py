@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMED = 30
-"""Up to this many classes have their names along the axes."""
+"""Up to this many classes have their names along the axes, and lines between them."""
 
 
 def plot_decisions(
@@ -32,8 +32,8 @@ def plot_decisions(
     """The teacher's decisions among sub-classes as an image, and the classes it confuses most.
 
     On the left P, ``[K, K]``: the row is the sub-class that a position belongs to, the column the
-    one that the teacher takes it for. Lines separate the classes. Shades show the square root, so
-    that rare decisions are visible. On the right :func:`strongest_pairs` of
+    one that the teacher takes it for. Lines separate up to 30 classes. Shades show the square root,
+    so that rare decisions are visible. On the right :func:`strongest_pairs` of
     :func:`class_decisions`.
 
     Args:
@@ -64,7 +64,7 @@ def plot_decisions(
     pairs = strongest_pairs(class_decisions(targets), names, top=top)
     figure, left, right = _two_sides("plot_decisions")
     drawn = _image(left, decisions.sqrt(), names, vmin=0, vmax=1, cmap="magma_r")
-    for edge in range(1, classes):
+    for edge in range(1, classes if classes <= NAMED else 1):
         for line in (left.axhline, left.axvline):
             line(edge * subclasses - 0.5, color="#888888", linewidth=0.5)
     left.set_ylabel(f"belongs to (sub-classes of {classes} classes)")

@@ -33,15 +33,16 @@ def test_figures_of_a_student_of_the_benchmark(tmp_path, image_root):
 def test_the_gallery_shows_what_two_runs_have_learnt(tmp_path, tmp_path_factory, bench, image_root):
     students = ["--save", str(tmp_path / "students"), "--seeds", "1"]
     out = tmp_path / "runs.jsonl"
-    bench(out, *students, "--methods", "letKD-2", "AEKT chi2")
+    bench(out, *students, "--methods", "letKD-2 + KD", "AEKT chi2")
     saved = sorted(file.name for file in (tmp_path / "students").iterdir())
-    assert saved == ["AEKT-chi2-seed-1.kd.pt", "letKD-2-seed-1.kd.pt", "letKD-2-seed-1.pt"]
+    layers = ["letKD-2-KD-seed-1.kd.pt", "letKD-2-KD-seed-1.pt"]
+    assert saved == ["AEKT-chi2-seed-1.kd.pt", *layers]
     cache = tmp_path_factory.getbasetemp() / "teachers"  # where `bench` has them
     given = ["--root", str(image_root), "--cache", str(cache), "--out", str(out)]
-    figures = ["--figures", str(tmp_path / "figures")]
-    load("gallery").main([*given, *TINY, *students, *figures])
-    found = {file.stem for file in (tmp_path / "figures").iterdir()}
-    layers = {
-        f"gallery-{kind}-{at}" for kind in ("matches", "usage") for at in ("last", "layer3-0")
-    }
-    assert found == layers | {"gallery-decisions", "gallery-relations", "gallery-curves"}
+    usual = {"decisions", "relations", "curves", "usage-last", "usage-layer3-0"}
+    with_images = {"matches-last", "matches-layer3-0"}
+    for folder, also, expected in (("all", [], with_images), ("few", ["--without-images"], set())):
+        figures = ["--figures", str(tmp_path / folder), *also]
+        load("gallery").main([*given, *TINY, *students, *figures])
+        found = {file.stem.removeprefix("gallery-") for file in (tmp_path / folder).iterdir()}
+        assert found == usual | expected

@@ -161,6 +161,15 @@ def test_plot_decisions_separates_and_names_classes(decisions):
     assert widths == pytest.approx([100 * pair.value for pair in wanted])
 
 
+def test_plot_decisions_of_many_classes_has_neither_lines_nor_names():
+    batches = [(torch.randn(124, 3), torch.arange(124) % 31)]
+    figure = viz.plot_decisions(DecisionTargets(1, components=1).fit(batches), top=3)
+    image, pairs = figure.axes[:2]
+    assert image.get_ylabel() == "belongs to (sub-classes of 31 classes)"
+    assert list(image.lines) == list(image.get_yticks()) == []
+    assert len(pairs.patches) == 3
+
+
 def test_plot_relations_leaves_the_diagonal_out():
     relations = torch.tensor([[5.0, 0.1, -0.4], [0.0, 6.0, 0.2], [0.0, 0.0, 7.0]])
     figure = viz.plot_relations(relations, ["cat", "dog", "car"])
