@@ -53,6 +53,7 @@ class Options:
     dkd_beta: float = option(2.0, "beta of DKDLoss and AEKTLoss")
     aekt_weight: float = option(0.2, "weight of AEKTLoss after its warm-up")
     aekt_clip: float = option(10.0, "ratio_clip of AEKTLoss")
+    aekt_gamma: float = option(1.0, "gamma of AEKTLoss; the form ratio gets a tenth of it")
     warmup: int = option(4, "warm-up epochs of DKDLoss and AEKTLoss")
     skd_grad_scale: float = option(0.01, "simplifier_grad_scale of StudentFriendlyKDLoss")
     fitnet_weight: float = option(10.0, "weight of FitNetLoss")
@@ -120,8 +121,8 @@ def dkd(o: Options) -> Recipe:
 
 def aekt(o: Options, form: str) -> Recipe:
     changes = {"loss": "AEKTLoss", "form": form, "weight": o.aekt_weight, "ratio_clip": o.aekt_clip}
-    # The authors' summary has no weights; this form diverges with a gamma of 1.
-    return dkd(o) | changes | {"gamma": 0.1 if form == "ratio" else 1.0}
+    # The authors' summary has no weights; the form ratio diverges with a gamma of 1.
+    return dkd(o) | changes | {"gamma": o.aekt_gamma * (0.1 if form == "ratio" else 1.0)}
 
 
 def skd(o: Options, base: Recipe) -> Recipe:

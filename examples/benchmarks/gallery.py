@@ -14,10 +14,13 @@ the figures that show images of the data set, for data whose images must not be 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the networks of the examples
 
 import torch
 from _accuracy_cifar import KINDS
