@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from _tables import measured_on
@@ -39,7 +39,11 @@ SCRIPTS = (
 
 def main() -> None:
     """Write the table between the two marks."""
-    docs = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("docs", type=Path, nargs="?", default=Path("docs"), help="folder of pages")
+    docs = parser.parse_args().docs
     page = docs / "frameworks.md"
     text = page.read_text("utf-8")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)

@@ -42,6 +42,14 @@ def run(folder, script, *options):
     return report
 
 
+@pytest.mark.parametrize("script", sorted(FOLDER.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_script_explains_itself_in_a_process_of_its_own(script):
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {script.name}")
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs each script once."""
