@@ -149,6 +149,14 @@ def test_what_the_weight_of_the_layers_does_on_cifar100():
     for page in ("letkd.md", "results-cifar100-10000.md"):
         text = " ".join((DOCS / page).read_text("utf-8").split())
         assert f"{first}, {second} and {third} %" in text
+    one, ten = (
+        run["validation_accuracy"]
+        for weight in (1.0, 10.0)
+        for run in found
+        if run["method"] == "letKD-2" and run["recipe"]["layer_weight"] == weight
+    )
+    sentence = f"letKD-2 alone has {ten:.1f} % of the validation images, with weight 1 {one:.1f} %"
+    assert sentence in text
 
 
 def test_what_a_recorded_step_takes():
