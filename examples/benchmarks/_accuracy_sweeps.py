@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from _accuracy_words import Line, bold, difference, plus_minus, table
+from _png import save_png
 
 Value = int | float | tuple[float, float]
 Runs = dict[str, list[Line]]
@@ -148,7 +149,7 @@ def draw_sweeps(lines: Sequence[Line], runs: Runs, path: Path) -> bool:
     from matplotlib.figure import Figure  # imported here: nothing else needs it
 
     rows, columns = -(-len(known) // 2), min(2, len(known))
-    figure = Figure((3.4 * columns, 2.8 * rows), dpi=120, layout="constrained")
+    figure = Figure((3.4 * columns, 2.8 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in panels[len(known) :]:
         unused.set_visible(False)
@@ -163,5 +164,5 @@ def draw_sweeps(lines: Sequence[Line], runs: Runs, path: Path) -> bool:
         panel.set_xlabel(sweep.words, fontsize=9)
         panel.set_title(sweep.method, fontsize=10)
     panels[0].set_ylabel("test accuracy %", fontsize=9)
-    figure.savefig(path)
+    save_png(figure, path, dpi=120)
     return True

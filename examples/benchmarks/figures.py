@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the networks of 
 
 import torch
 from _accuracy_data import MEAN, STD, Split, load
+from _png import save_png
 from models.cifar_resnet import make
 from torch import nn
 
@@ -46,7 +47,7 @@ def draw(student: nn.Module, name: str, test: Split, out: Path) -> None:
     }
     for kind, figure in figures.items():
         file = out / f"{kind}-{name.replace('.', '-')}.png"
-        figure.savefig(file, dpi=110)
+        save_png(figure, file)
         print(file, flush=True)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +27,8 @@ from _accuracy_methods import chosen, parts, recipes
 from _accuracy_regimes import Regime, prepared
 from _accuracy_train import new_model
 from _accuracy_words import Line
+from _png import save_png
 from accuracy import parse, saved_at, teacher_recipe
-from PIL import Image
 from report import read
 from torch import Tensor
 from torchvision import datasets
@@ -76,15 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.figures.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         file = options.figures / f"gallery-{name}.png"
-        save(figure, file)
+        save_png(figure, file)
         print(file, flush=True)
-
-
-def save(figure: Figure, file: Path) -> None:
-    """Write a PNG of 128 colours, a third of the usual size."""
-    with BytesIO() as whole:
-        figure.savefig(whole, dpi=110)
-        Image.open(whole).convert("RGB").quantize(128).save(file, optimize=True)
 
 
 def layer_figures(regime: Regime, saved: Path, *, images: bool) -> dict[str, Figure]:
