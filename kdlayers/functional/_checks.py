@@ -28,9 +28,7 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.dtype in NARROW:
                 narrow = True
-        if not (narrow or is_any_autocast()):
-            return function(*args, **kwargs)
-        device = _device((*args, *kwargs.values()))
+        device = _device((*args, *kwargs.values())) if narrow or is_any_autocast() else None
         if device is None:
             return function(*args, **kwargs)
         wide = [_widened(arg) for arg in args]
@@ -239,6 +237,11 @@ def readable(tensor: Tensor) -> bool:
     if kind is not Tensor and getattr(kind, _DISPATCH) is not getattr(Tensor, _DISPATCH):
         return False
     return tensor.is_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
+
+
+def known_above(least: float, values: Tensor) -> bool:
+    """Whether all values are above ``least``; False also where they are not `readable`."""
+    return readable(values) and values.detach().min().item() > least
 
 
 def shape(tensor: Tensor) -> list[int]:

@@ -81,10 +81,11 @@ def divergence(student: Tensor, teacher: Tensor, reduction: Reduction, factor: f
         difference = _without_infinity(shares, difference)
     axes = None if reduction == "mean" else 1  # None: all
     values = (shares * difference).sum(dim=axes)
-    total = values.detach().sum() if values.dim() else values
-    if readable and not isfinite(total.item()):
+    if readable:
         # The mask is a quarter of the loss's time, so it is left out where the result is finite.
-        values = (shares * _without_infinity(shares, difference)).sum(dim=axes)
+        total = values.detach().sum() if values.dim() else values
+        if not isfinite(total.item()):
+            values = (shares * _without_infinity(shares, difference)).sum(dim=axes)
     if reduction == "mean":  # one sum over everything, then one product
         return values * (factor * student.shape[1] / student.numel())
     return check.reduce(values * factor, reduction)

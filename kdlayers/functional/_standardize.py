@@ -58,10 +58,8 @@ def standardized(logits: Tensor, temperature: float) -> Tensor:
     scale = deviation + _EPS
     if temperature != 1:
         scale = scale * temperature
-    unequal = check.readable(deviation) and (
-        not logits.requires_grad or deviation.detach().min().item() > 0
-    )
-    if not unequal:
+    without_gradient = check.readable(deviation) and not logits.requires_grad
+    if not (without_gradient or check.known_above(0, deviation)):
         # Over infinity equal logits get no gradient; over the constant they would get a huge one.
         scale = scale.masked_fill(deviation == 0, torch.inf)
     return (logits - mean) / scale

@@ -64,7 +64,8 @@ def plot_decisions(
     pairs = strongest_pairs(class_decisions(targets), names, top=top)
     figure, left, right = _two_sides("plot_decisions")
     drawn = _image(left, decisions.sqrt(), names, vmin=0, vmax=1, cmap="magma_r")
-    for edge in range(1, classes if classes <= NAMED else 1):
+    edges = range(1, classes) if classes <= NAMED else ()
+    for edge in edges:
         for line in (left.axhline, left.axvline):
             line(edge * subclasses - 0.5, color="#888888", linewidth=0.5)
     left.set_ylabel(f"belongs to (sub-classes of {classes} classes)")
