@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from kdlayers.functional._checks import full_precision
+from kdlayers.functional._features import feature_distance
+from kdlayers.functional._gram import gram
 from kdlayers.functional._relations import samples
 
 
@@ -42,12 +44,13 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(0.2929)
     """
     student, teacher = samples(student, teacher, least=2)
-    return (_similarities(student) - _similarities(teacher)).square().sum() / len(student) ** 2
+    # There are B² differences, so their mean is the sum divided by B².
+    return feature_distance(_similarities(student), _similarities(teacher), "mse", channel_dim=1)
 
 
 def _similarities(features: Tensor) -> Tensor:
     """``[B, B]``: inner products of the samples, each row of unit length; zeros stay zeros."""
-    products = features @ features.T
+    products = gram(features)
     norms = torch.linalg.vector_norm(products, dim=1, keepdim=True)
     scaled: Tensor = products / norms.clamp_min(1e-12).masked_fill(norms == 0, torch.inf)
     return scaled

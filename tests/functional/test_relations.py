@@ -63,6 +63,18 @@ def test_gradients_equal_differences_on_both_sides(call, make):
     assert torch.autograd.gradcheck(call, (student, teacher))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of torch's
+def test_similarities_have_all_derivatives_although_their_backward_is_our_own():
+    call, (student, teacher) = kdf.similarity_preserving, pair()
+    leaves = student.requires_grad_(), teacher.requires_grad_()
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves)
+    batches = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    each = zip(*batches, strict=True)
+    slopes = torch.stack([torch.func.grad(call)(ours, theirs) for ours, theirs in each])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(call))(*batches), slopes)
+
+
 @BY_NAME
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_are_computed_in_float32(call, make, dtype):
