@@ -15,7 +15,9 @@ import pytest
 import torch
 from _cifar100 import PAIRS, network
 from _methods import Pair, Taps
-from models.teachers import load_teacher
+from common import training
+from common.teachers import load_teacher
+from common.testing import parameters
 from torchvision.transforms.functional import to_pil_image
 
 from kdlayers import load_student
@@ -54,7 +56,7 @@ def test_cifar100_runs_every_method(method, tiny, tmp_path, capsys):
     assert 0 <= line["accuracy"] <= line["top5"] <= 100
     assert line["fit_seconds"] >= 0
     layers = {"letkd-1": 1, "letkd-2": 2, "layers": 2}.get(method, 0)
-    assert line["parameters"] - _train.parameters(network("resnet8")) == (
+    assert line["parameters"] - parameters(network("resnet8")) == (
         (2 * 64 * 16 + 2 * 16 + 2) * (layers > 0) + (2 * 64 * 200 + 402) * (layers > 1)
     )
     saved = tmp_path / f"tiny-{method}-0" / "student.pt"
@@ -67,15 +69,15 @@ def test_cifar100_runs_every_method(method, tiny, tmp_path, capsys):
 def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
     options = [*tiny, *SMALL, "--batch-size", "50"]
     whole = run(cifar100, tmp_path / "whole", *options)
-    one_epoch = _train.Training._one_epoch
+    loss = training.Training.loss
 
-    def stop(self, batches):
+    def stop(self, batch):
         if self.epoch == 1:
             raise KeyboardInterrupt
-        return one_epoch(self, batches)
+        return loss(self, batch)
 
     with monkeypatch.context() as context:
-        context.setattr(_train.Training, "_one_epoch", stop)
+        context.setattr(training.Training, "loss", stop)
         with pytest.raises(KeyboardInterrupt):
             run(cifar100, tmp_path / "parts", *options)
     parts = run(cifar100, tmp_path / "parts", *options)
@@ -105,7 +107,7 @@ def test_the_script_trains_its_teacher(tiny, tmp_path, capsys):
 
 
 def test_a_diverged_run_says_so(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(_train.Training, "_one_epoch", lambda *_: math.nan)
+    monkeypatch.setattr(training, "optimise", lambda *_: {"cross-entropy": math.nan})
     with pytest.raises(SystemExit, match="the loss is nan in epoch 1: training diverged"):
         run(cifar100, tmp_path, *tiny, "--batch-size", "50", "--method", "labels")
 
@@ -132,7 +134,7 @@ def test_iekd_on_cifar10_runs(method, tmp_path, monkeypatch):
     assert line["recipe"]["lr"] == 0.1
     assert line["recipe"]["milestones"] == [1, 2]
     assert line["recipe"]["ce_weight"] == (0.05 if method == "kd" else 1.0)
-    assert line["parameters"] == _train.parameters(network("resnet8", 10))
+    assert line["parameters"] == parameters(network("resnet8", 10))
 
 
 IMAGENET = ["--stand-in", "24", "--classes", "6", "--size", "32", "--epochs", "2", *SMALL[:4]]
