@@ -76,12 +76,14 @@ def macs(model: nn.Module, splits: Splits) -> int:
     return counter.get_total_flops() // 2
 
 
-def matching_width(name: str, splits: Splits, target: int, count: Callable[..., int]) -> float:
-    """The width for which ``count(model, splits)`` is nearest to ``target``."""
+def matching_width(
+    name: str, splits: Splits, target: int, count: Callable[[nn.Module], int]
+) -> float:
+    """The width for which ``count(model)`` is nearest to ``target``."""
     widths = [4 + step / 4 for step in range(4 * 60)]
     counts = {}
     for width in widths:
-        counts[width] = count(new_model(name, splits, 0, width=width), splits)
+        counts[width] = count(new_model(name, splits, 0, width=width))
         if counts[width] > target:
             break
     return min(counts, key=lambda width: abs(counts[width] - target))

@@ -152,9 +152,9 @@ def with_widths(options: Options, regime: Regime) -> Options:
     larger = new_model(options.student, splits, 0, width=options.width).to(device_of(teacher))
     example = splits.blank(2).to(device_of(teacher))
     attach(recipes(options, splits.classes)["layers only (2)"], larger, teacher, example, 1)
-    found = {"width_parameters": parameters, "width_macs": macs}
+    found = {"width_parameters": parameters, "width_macs": lambda model: macs(model, splits)}
     widths = {
-        name: matching_width(options.student, splits, count(larger, splits), count)
+        name: matching_width(options.student, splits, count(larger), count)
         for name, count in found.items()
         if not getattr(options, name)
     }
