@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from _train import measured, milestones, prepared, run
+from _train import measured, milestones, train
 from common import cifar
 from common.files import save
 from common.images import Augmented, Images
 from common.teachers import load_teacher
-from common.testing import accuracy
-from common.training import Recipe, Training, say
+from common.training import Batches, Recipe, Training, say
 from torch import nn
 
 from kdlayers import KDHandle
@@ -132,7 +130,8 @@ def train_teacher(
     epochs = args.teacher_epochs
     own = {"epochs": epochs, "milestones": milestones(recipe["fractions"], epochs), "seed": 0}
     recipe = recipe | own | {"network": name, "method": "labels", "ce_weight": 1.0}
-    train(teacher, None, recipe, images, path.with_suffix("") / "checkpoint.pt", args)
+    batches = augmented(images[0], recipe["batch_size"])
+    train(teacher, None, recipe, batches, (), images[1].batches(), path.with_suffix(""), args)
     save({"model": teacher.state_dict(), "facts": {"recipe": recipe}}, path)
 
 
@@ -141,35 +140,12 @@ def train_student(
     kd: KDHandle | None,
     recipe: Recipe,
     images: tuple[Images, Images],
+    fit_on: Batches,
     args: argparse.Namespace,
-    *,
-    fit_on: Any = None,
 ) -> Training:
-    """Train an attached student, from the start or from a checkpoint.
-
-    ``fit_on`` are the batches for ``kd.fit``; default: the training images without augmentation.
-    """
-    name = "-".join(str(recipe[key]) for key in ("pair", "method", "seed"))
-    options = {"forward": torch.compile(student) if args.compile else None}
-    options |= {"compiled": args.compile, "fit_on": fit_on}
-    return train(student, kd, recipe, images, args.out / name / "checkpoint.pt", args, **options)
-
-
-def train(
-    model: nn.Module,
-    kd: KDHandle | None,
-    recipe: Recipe,
-    images: tuple[Images, Images],
-    checkpoint: Path,
-    args: argparse.Namespace,
-    *,
-    fit_on: Any = None,
-    **options: Any,
-) -> Training:
-    """Train a network on augmented images."""
+    """Train an attached student, from the start or from a checkpoint."""
+    folder = args.out / "-".join(str(recipe[key]) for key in ("pair", "method", "seed"))
     batches, test = augmented(images[0], recipe["batch_size"]), images[1].batches()
-    training = prepared(model, kd, recipe, len(batches), checkpoint, **options)
-    plain = images[0].batches()
-    training.fit(plain if fit_on is None else fit_on, recipe["seed"], progress=True)
-    run(training, batches, lambda: accuracy(model, test), args.test_every)
-    return training
+    forward = torch.compile(student) if args.compile else None
+    options = {"forward": forward, "compiled": args.compile}
+    return train(student, kd, recipe, batches, fit_on, test, folder, args, **options)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from common.testing import Accuracy, accuracy, parameters
+from common.testing import accuracy, parameters
 from common.training import Batches, Recipe, Training, device_name, is_first, rank, say
 from torch import nn
 from torch.optim import Optimizer
@@ -32,37 +33,36 @@ def factor(recipe: Recipe, epoch: int) -> float:
     return 0.1 ** sum(milestone <= epoch for milestone in recipe["milestones"])
 
 
-def prepared(
-    student: nn.Module,
+def train(
+    model: nn.Module,
     kd: KDHandle | None,
     recipe: Recipe,
-    steps: int,
-    checkpoint: Path,
+    batches: Batches,
+    fit_on: Batches,
+    test: Batches,
+    folder: Path,
+    args: argparse.Namespace,
     **options: Any,
 ) -> Training:
-    """The training of a recipe.
+    """Train for all epochs, and print a line for each, some with the test accuracy.
 
     Args:
-        student: the network, with its KD layers attached.
+        model: the network, with its KD layers attached.
         kd: its handle; ``None`` trains with labels only.
-        recipe: the recipe, with ``milestones``, ``ce_weight`` and ``amp``.
-        steps: number of batches in an epoch.
-        checkpoint: file written after every epoch, from which training resumes.
+        recipe: the recipe, with ``seed``, ``milestones``, ``ce_weight`` and ``amp``.
+        batches: batches to train on.
+        fit_on: batches for ``kd.fit``.
+        test: batches to test on, every ``args.test_every`` epochs.
+        folder: folder of the checkpoint, from which training resumes.
+        args: the command line.
         options: ``forward`` and ``compiled`` of `Training`.
     """
+    steps = len(batches)
     if not steps:
         raise SystemExit("there are fewer training images than the batch size: lower --batch-size")
 
     def schedule(optimizer: Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, lambda step: factor(recipe, step // steps))
-
-    how = {"ce_weight": recipe["ce_weight"], "bfloat16": recipe["amp"]}
-    return Training(student, kd, recipe, schedule, checkpoint, **how, **options)
-
-
-def run(training: Training, batches: Batches, test: Callable[[], Accuracy], every: int) -> None:
-    """Train for the remaining epochs and print a line for each, some with the test accuracy."""
-    recipe = training.recipe
 
     def seeded(epoch: int) -> Batches:
         # This seeds shuffling and augmentation, so that a resumed run sees the same images.
@@ -72,22 +72,27 @@ def run(training: Training, batches: Batches, test: Callable[[], Accuracy], ever
             sampler.set_epoch(epoch)
         return batches
 
-    def report() -> None:
-        terms, epoch = training.curve[-1], training.epoch
-        loss = recipe["ce_weight"] * terms["cross-entropy"] + terms.get("total", 0.0)
-        if not math.isfinite(loss):
-            raise SystemExit(f"the loss is {loss} in epoch {epoch}: training diverged")
-        line = f"epoch {epoch} of {recipe['epochs']}: loss {loss:.4f}"
-        for name, value in terms.items():
-            if name != "total" and not name.endswith(".weighted"):
-                line += f", {name} {value:.4g}"
-        line += f"; lr {recipe['lr'] * factor(recipe, epoch - 1):.2g}"
-        line += f", {training.seconds[-1]:.1f} s"
-        if every and epoch % every == 0:
-            line += f"; test {test().top1:.2f} %"
-        say(line)
+    how = {"ce_weight": recipe["ce_weight"], "bfloat16": recipe["amp"]}
+    training = Training(model, kd, recipe, schedule, folder / "checkpoint.pt", **how, **options)
+    training.fit(fit_on, recipe["seed"], progress=is_first())
+    training.run(seeded, lambda: report(training, test, args.test_every))
+    return training
 
-    training.run(seeded, report)
+
+def report(training: Training, test: Batches, every: int) -> None:
+    """Print a line about an epoch, every few epochs with the test accuracy."""
+    recipe, terms, epoch = training.recipe, training.curve[-1], training.epoch
+    loss = recipe["ce_weight"] * terms["cross-entropy"] + terms.get("total", 0.0)
+    if not math.isfinite(loss):
+        raise SystemExit(f"the loss is {loss} in epoch {epoch}: training diverged")
+    line = f"epoch {epoch} of {recipe['epochs']}: loss {loss:.4f}"
+    for name, value in terms.items():
+        if name != "total" and not name.endswith(".weighted"):
+            line += f", {name} {value:.4g}"
+    line += f"; lr {recipe['lr'] * factor(recipe, epoch - 1):.2g}, {training.seconds[-1]:.1f} s"
+    if every and epoch % every == 0:
+        line += f"; test {accuracy(training.model, test).top1:.2f} %"
+    say(line)
 
 
 def measured(teacher: nn.Module, name: str, test: Batches) -> Recipe:

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher": facts,
         "sizes": asdict(sizes),
     }
-    training = train_student(student, kd, recipe, images, args)
+    training = train_student(student, kd, recipe, images, images[0].batches(), args)
     published = {key: pair.published.get(key) for key in ("teacher", args.method)}
     finish(training, images[1].batches(), published, take_out=args.method == "quest")
 

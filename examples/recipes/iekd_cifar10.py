@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     # The auto-encoder is trained on augmented images, which differ in each epoch.
     fit_on = augmented(images[0], BATCH)
-    training = train_student(student, kd, recipe, images, args, fit_on=fit_on)
+    training = train_student(student, kd, recipe, images, fit_on, args)
     finish(training, images[1].batches(), {args.method: PUBLISHED.get(args.method)})
 
 

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from _imagenet import PAIRS, in_order, load, network, shuffled, teacher_of
 from _methods import WITHOUT_TEACHER, Sizes, attach, ce_weight
-from _train import finish, measured, milestones, prepared, run
-from common.testing import accuracy, parameters
-from common.training import is_first, rank, say
+from _train import finish, measured, milestones, train
+from common.testing import parameters
+from common.training import rank, say
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,18 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher": facts,
         "sizes": asdict(sizes),
     }
-    name = f"{args.pair}-{args.method}-{args.seed}"
-    training = prepared(
-        student,
-        kd,
-        recipe,
-        len(batches),
-        args.out / name / "checkpoint.pt",
-        forward=wrapped(student, device, args),
-        compiled=args.compile,
-    )
-    training.fit(in_order(plain, each, rank(), world, args), args.seed, progress=is_first())
-    run(training, batches, lambda: accuracy(student, tests), args.test_every)
+    folder = args.out / f"{args.pair}-{args.method}-{args.seed}"
+    fit_on = in_order(plain, each, rank(), world, args)
+    options = {"forward": wrapped(student, device, args), "compiled": args.compile}
+    training = train(student, kd, recipe, batches, fit_on, tests, folder, args, **options)
     published = {key: pair.published.get(key) for key in ("teacher", args.method)}
     finish(training, tests, published, take_out=args.method == "quest")
     if dist.is_initialized():
