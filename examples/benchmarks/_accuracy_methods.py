@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from common.training import Recipe
 from torch import nn
 
 import kdlayers
@@ -19,8 +20,6 @@ from kdlayers import (
     attach_kd,
 )
 from kdlayers.schedules import Cosine, LinearWarmup, Schedule
-
-Recipe = dict[str, Any]
 
 
 def option(default: Any, text: str) -> Any:

@@ -6,8 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from _accuracy_data import Split, Splits
-from _accuracy_train import accuracy, device_of, macs, parameters
+from _accuracy_data import Splits
+from _accuracy_train import macs
+from common.images import Images
+from common.testing import accuracy, parameters
+from common.training import device_of
 from torch import Tensor, nn
 
 from kdlayers import prune_templates
@@ -15,7 +18,7 @@ from kdlayers import prune_templates
 BUDGETS = (0.05, 0.3, 0.4)
 
 
-def probes(student: nn.Module, last: str, train: Split, test: Split) -> dict[str, float]:
+def probes(student: nn.Module, last: str, train: Images, test: Images) -> dict[str, float]:
     """Accuracy in % of a linear discriminant on pooled features, fitted to the student's images.
 
     Args:
@@ -36,7 +39,7 @@ def probes(student: nn.Module, last: str, train: Split, test: Split) -> dict[str
 
 
 @torch.no_grad()
-def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
+def pooled(student: nn.Module, last: str, split: Images) -> dict[str, Tensor]:
     """Features of all images, averaged over positions, for each of the names above."""
     found: dict[str, list[Tensor]] = {}
 
@@ -60,7 +63,7 @@ def pooled(student: nn.Module, last: str, split: Split) -> dict[str, Tensor]:
     hooks.append(output.register_forward_hook(lambda _, __, maps: keep("last", maps)))
     try:
         student.eval()
-        for x, _ in split.to(device_of(student)).batches(500):
+        for x, _ in split.to(device_of(student)).batches():
             student(x)
     finally:
         for hook in hooks:
@@ -80,19 +83,19 @@ def discriminant(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> 
     return 100 * (scores.argmax(1) == truth).double().mean().item()
 
 
-def pruned(student: nn.Module, train: Split, test: Split, splits: Splits) -> list[dict[str, Any]]:
+def pruned(student: nn.Module, train: Images, test: Images, splits: Splits) -> list[dict[str, Any]]:
     """Size and accuracy after removing templates that fire at few positions of ``train``."""
     results = []
     for budget in BUDGETS if any(".kd." in n for n, _ in student.named_parameters()) else ():
         smaller = copy.deepcopy(student)
-        layers = prune_templates(smaller, train.to(device_of(student)).batches(500), budget=budget)
+        layers = prune_templates(smaller, train.to(device_of(student)).batches(), budget=budget)
         results.append(
             {
                 "budget": budget,
                 "templates": {layer.name: layer.after for layer in layers},
                 "parameters": parameters(smaller),
                 "macs": macs(smaller, splits),
-                "accuracy": accuracy(smaller, test),
+                "accuracy": accuracy(smaller, test.batches()).top1,
             }
         )
     return results

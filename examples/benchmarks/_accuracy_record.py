@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from _accuracy_data import Split, augmented
-from _accuracy_progress import claimed
+from common.files import claimed
+from common.images import Images, augmented
 from torch import Tensor, nn
 
 CHANNELS_MEAN = ("layer1", "layer2")
@@ -33,7 +33,7 @@ class Record:
         views: number of augmented views, not counting view 0.
     """
 
-    def __init__(self, folder: Path, split: Split, views: int) -> None:
+    def __init__(self, folder: Path, split: Images, views: int) -> None:
         self.split = split
         self.views = views
         self._files: dict[str, list[Tensor]] = {}
@@ -60,7 +60,7 @@ def mapped(path: Path, shape: Sequence[int], kind: torch.dtype) -> Tensor:
 def recorded(
     teacher: nn.Module,
     teacher_hash: str,
-    split: Split,
+    split: Images,
     points: Sequence[str],
     cache: Path,
     *,
@@ -84,7 +84,7 @@ def recorded(
     """
     about = [teacher_hash, list(points), padding, str(split.mean), str(split.std)]
     digest = hashlib.sha256(json.dumps(about).encode())
-    digest.update(split.images.numpy().tobytes())
+    digest.update(split.pixels.numpy().tobytes())
     folder = cache / f"record-{digest.hexdigest()[:12]}"
     missing = list(range(1 + views))
     while missing:
@@ -103,7 +103,7 @@ def recorded(
 
 @torch.no_grad()
 def write(
-    teacher: nn.Module, split: Split, points: Sequence[str], folder: Path, view: int, padding: int
+    teacher: nn.Module, split: Images, points: Sequence[str], folder: Path, view: int, padding: int
 ) -> None:
     """Record one view. The file of shapes is written last and marks the view as complete."""
     draw = torch.Generator().manual_seed(view)
@@ -120,7 +120,7 @@ def write(
             )
             stack.callback(hook.remove)
         teacher.eval()
-        for part in split.images.split(BATCH):
+        for part in split.pixels.split(BATCH):
             images = augmented(part, padding, True, draw) if view else part
             logits = teacher(split.normalised(images))
             found = {"pixels": images, "logits": logits.half()}
@@ -204,18 +204,20 @@ class RecordedBatches:
         self.teacher = teacher
         self.size = size
         self.seed = seed
-        self.steps = len(teacher.record.split) // size
         draw = torch.Generator().manual_seed(104_729 + seed)
         self.first = torch.randint(
             teacher.record.views, (len(teacher.record.split),), generator=draw
         )
+
+    def __len__(self) -> int:
+        return len(self.first) // self.size
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of one epoch."""
         draw = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(self.first), generator=draw)
         views = 1 + (self.first + epoch) % self.teacher.record.views
-        for index in order[: self.steps * self.size].split(self.size):
+        for index in order[: len(self) * self.size].split(self.size):
             yield self.teacher.told(views[index], index)
 
     def plain(self, size: int) -> Plain:

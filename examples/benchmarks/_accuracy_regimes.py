@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _accuracy_cifar import load_cifar
-from _accuracy_data import Augmented, Split, Splits, few, load
+from _accuracy_data import Splits, few, load
 from _accuracy_record import RecordedBatches, Replay, recorded
-from _accuracy_teacher import given_teacher
-from _accuracy_train import Recipe, device_of, trained_teacher
+from _accuracy_teacher import given_teacher, trained_teacher
+from common.images import Augmented, Images
+from common.training import Recipe, device_of
 from torch import nn
 
 CIFAR: dict[str, Any] = {
@@ -80,7 +80,7 @@ class Regime:
     facts: dict[str, Any]
     args: argparse.Namespace
 
-    def given(self, recipe: Recipe, seed: int) -> tuple[Split, Any, nn.Module]:
+    def given(self, recipe: Recipe, seed: int) -> tuple[Images, Any, nn.Module]:
         """Images, batches and teacher of one run.
 
         The recipe's ``draw`` is the seed for drawing the images; without it, ``seed`` is used. If
@@ -89,7 +89,8 @@ class Regime:
         split = few(self.splits.train, recipe["images"], recipe.get("draw", seed))
         if not recipe.get("views"):
             split = split.to(device_of(self.teacher))
-            return split, Augmented(split, recipe, seed), self.teacher
+            how = {key: recipe[key] for key in ("padding", "flips")}
+            return split, Augmented(split, recipe["batch_size"], **how, seed=seed), self.teacher
         names = ("layer1", "layer2", self.args.first, self.args.last)
         points = [name.rpartition(":")[2] for name in names]
         record = recorded(
@@ -123,7 +124,4 @@ def prepared(args: argparse.Namespace, teacher_recipe: Recipe) -> Regime:
 
 def data_of(args: argparse.Namespace, name: str, root: str) -> Splits:
     """The splits of a data set."""
-    options = {"download": args.download, "validation": args.validation}
-    if name == "fashion-mnist":
-        return load(root, **options)
-    return load_cifar(name, root, args.cache, **options)
+    return load(name, root, args.cache, validation=args.validation, download=args.download)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import Any
 
 from _accuracy_words import Line
+from common.training import Recipe
 
-Recipe = dict[str, Any]
 NAMES = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 REFERENCES = ("labels only", "KD")
 

@@ -68,21 +68,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from _accuracy_methods import Options, Recipe, add_options, attach, chosen, recipes
+from _accuracy_methods import Options, add_options, attach, chosen, recipes
 from _accuracy_probe import probes, pruned
-from _accuracy_progress import Progress, claimed
 from _accuracy_regimes import REGIMES, Regime, add_regimes, prepared
-from _accuracy_train import (
-    accuracy,
-    device_of,
-    digest,
-    macs,
-    matching_width,
-    new_model,
-    parameters,
-    seconds,
-    train,
-)
+from _accuracy_train import digest, macs, matching_width, new_model, one_cycle
+from common.files import claimed
+from common.testing import accuracy, parameters
+from common.training import Recipe, device_name, device_of
 from torch import nn
 
 import kdlayers
@@ -104,35 +96,32 @@ def main(arguments: list[str] | None = None) -> None:
             with claimed(kept.with_suffix(".lock")) as mine:
                 # Another process may have finished the run since the file was read.
                 if mine and key(name, recipe, seed) not in finished(args.out):
-                    complete(name, recipe, seed, regime, Progress(kept))
+                    complete(name, recipe, seed, regime, kept)
 
 
-def complete(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress) -> None:
+def complete(name: str, recipe: Recipe, seed: int, regime: Regime, kept: Path) -> None:
     """Do one run, from its start or its last epoch, and append its line."""
     args = regime.args
-    line = run(name, recipe, seed, regime, progress)
+    line = run(name, recipe, seed, regime, kept)
     line = {"method": name, "seed": seed, "recipe_hash": digest(recipe)} | line
     append(args.out, line | {"recipe": recipe, "teacher": regime.facts} | circumstances(args))
-    progress.done()
+    kept.unlink(missing_ok=True)
     accuracies = [line["validation_accuracy"], line["test_accuracy"]]
     shown = " and ".join(f"{value:.2f}" for value in accuracies if value is not None)
     print(f"seed {seed}  {name:28} {shown} %  {line['clock_seconds']:.0f} s", flush=True)
 
 
-def run(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress) -> dict[str, Any]:
-    """Train and measure one student."""
+def run(name: str, recipe: Recipe, seed: int, regime: Regime, kept: Path) -> dict[str, Any]:
+    """Train and measure one student; ``kept`` is its checkpoint."""
     start = time.perf_counter()
     splits, args = regime.splits, regime.args
     split, batches, teacher = regime.given(recipe, seed)
     student = new_model(recipe["student"], splits, seed, width=recipe["width"]).to(args.device)
-    device = device_of(student)
-    example = splits.blank(2).to(device)
-    kd = attach(recipe, student, teacher, example, batches.steps, splits.classes)
-    fitted = seconds(device)
-    if kd is not None and not progress.started:
-        kd.fit(batches.plain(128), seed=seed, progress=False)
-    fitted = seconds(device) - fitted
-    spent = train(student, kd, batches, recipe, progress, recipe["ce_weight"])
+    example = splits.blank(2).to(device_of(student))
+    kd = attach(recipe, student, teacher, example, len(batches), splits.classes)
+    training = one_cycle(student, kd, recipe, len(batches), kept)
+    training.fit(batches.plain(128), seed)
+    training.run(batches.epoch)
     terms = {} if kd is None else {name: rounded(value) for name, value in kd.terms.items()}
     if args.save and kd is not None:
         torch.save(kd.state_dict(), saved_at(args.save, name, seed).with_suffix(".kd.pt"))
@@ -141,16 +130,16 @@ def run(name: str, recipe: Recipe, seed: int, regime: Regime, progress: Progress
         kdlayers.save_student(student, saved_at(args.save, name, seed))
     shown = splits.validation if args.tuning else splits.test
     return {
-        "validation_accuracy": accuracy(student, splits.validation),
-        "test_accuracy": None if args.tuning else accuracy(student, splits.test),
-        "training_accuracy": accuracy(student, split),
+        "validation_accuracy": accuracy(student, splits.validation.batches()).top1,
+        "test_accuracy": None if args.tuning else accuracy(student, splits.test.batches()).top1,
+        "training_accuracy": accuracy(student, split.batches()).top1,
         "parameters": parameters(student),
         "macs": macs(student, splits),
-        "seconds_per_epoch": round(spent, 3),
-        "seconds_of_fit": round(fitted, 2),
+        "seconds_per_epoch": round(sum(training.seconds) / recipe["epochs"], 3),
+        "seconds_of_fit": round(training.fit_seconds, 2),
         "clock_seconds": round(time.perf_counter() - start, 1),
         "last_terms": terms,
-        "curve": progress.curve,
+        "curve": training.curve,
         "scales": scales(student),
         "probes": probes(student, args.last.partition(":")[0], split, shown),
         "pruned": pruned(student, split, shown, splits) if args.pruning else [],
@@ -163,9 +152,9 @@ def with_widths(options: Options, regime: Regime) -> Options:
     larger = new_model(options.student, splits, 0, width=options.width).to(device_of(teacher))
     example = splits.blank(2).to(device_of(teacher))
     attach(recipes(options, splits.classes)["layers only (2)"], larger, teacher, example, 1)
-    found = {"width_parameters": parameters, "width_macs": macs}
+    found = {"width_parameters": parameters, "width_macs": lambda model: macs(model, splits)}
     widths = {
-        name: matching_width(options.student, splits, count(larger, splits), count)
+        name: matching_width(options.student, splits, count(larger), count)
         for name, count in found.items()
         if not getattr(options, name)
     }
@@ -254,12 +243,6 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         "device": device_name(args.device),
         "threads": args.threads,
     }
-
-
-def device_name(device: str) -> str:
-    """The name of a GPU; other devices as they are."""
-    on_gpu = torch.device(device).type == "cuda"
-    return torch.cuda.get_device_name(device) if on_gpu else device
 
 
 def key(method: str, recipe: Recipe, seed: int) -> tuple[str, str, int]:

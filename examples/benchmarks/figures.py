@@ -14,8 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the networks of the examples
 
 import torch
-from _accuracy_data import MEAN, STD, Split, load
 from _png import save_png
+from common import fashion_mnist
+from common.images import Images, planes
 from models.cifar_resnet import make
 from torch import nn
 
@@ -27,7 +28,7 @@ CLASSES = 10
 def main(arguments: list[str] | None = None) -> None:
     """Load the student and draw the chosen layers."""
     args = parse(arguments)
-    test = load(args.root, download=False, validation=args.validation).test
+    _, test = fashion_mnist.load(args.root, download=False)
     fresh = make(args.network, num_classes=CLASSES, in_channels=1, width=args.width)
     student = load_student(fresh, args.student)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -35,15 +36,14 @@ def main(arguments: list[str] | None = None) -> None:
         draw(student, name, test, args.out)
 
 
-def draw(student: nn.Module, name: str, test: Split, out: Path) -> None:
+def draw(student: nn.Module, name: str, test: Images, out: Path) -> None:
     """Draw the layer's matches on an image of each of five classes, and its usage on all images."""
-    batches = test.batches(250)
-    pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    chosen = torch.stack([pixels[labels == label][0] for label in range(5)])
-    view = viz.layer_view(student, chosen, name)
+    first = torch.stack([(test.labels == label).nonzero()[0, 0] for label in range(5)])
+    few = test.take(first)
+    view = viz.layer_view(student, few.normalised(few.pixels), name)
     figures = {
-        "matches": viz.plot_matches(view, (chosen * STD + MEAN).clamp(0, 1)),
-        "usage": viz.plot_usage(viz.template_usage(student, batches, name)),
+        "matches": viz.plot_matches(view, planes(few.pixels) / 255),
+        "usage": viz.plot_usage(viz.template_usage(student, test.batches(250), name)),
     }
     for kind, figure in figures.items():
         file = out / f"{kind}-{name.replace('.', '-')}.png"
@@ -58,8 +58,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("student", type=Path, help="student file written by accuracy.py --save")
-    add("--root", default="data", help="folder of Fashion-MNIST; default: %(default)s")
-    add("--validation", type=int, default=5000, help="as in accuracy.py; default: %(default)s")
+    add(
+        "--root",
+        type=Path,
+        default=Path("data"),
+        help="folder of Fashion-MNIST; default: %(default)s",
+    )
     add("--network", default="resnet8", help="of the student; default: %(default)s")
     add("--width", type=float, default=8.0, help="as in accuracy.py; default: %(default)s")
     add("--at", nargs="+", default=["layer3.0", "last"], help="points; default: letKD-2's")

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the networks of the examples
 
 import torch
-from _accuracy_cifar import KINDS
 from _accuracy_methods import chosen, parts, recipes
 from _accuracy_regimes import Regime, prepared
 from _accuracy_train import new_model
 from _accuracy_words import Line
 from _png import save_png
 from accuracy import parse, saved_at, teacher_recipe
+from common.cifar import KINDS
+from common.images import planes
 from report import read
 from torch import Tensor
 from torchvision import datasets
@@ -87,8 +88,7 @@ def layer_figures(regime: Regime, saved: Path, *, images: bool) -> dict[str, Fig
     test = regime.splits.test
     first = torch.stack([(test.labels == label).nonzero()[0, 0] for label in range(SHOWN)])
     few = test.take(first)
-    inputs = few.batches(SHOWN)[0][0]
-    pixels = few.images.reshape(SHOWN, -1, *few.images.shape[-2:]) / 255
+    inputs, pixels = few.normalised(few.pixels), planes(few.pixels) / 255
     figures = {}
     for layer in recipe["layers"]:
         name = layer["at"].partition(":")[0]

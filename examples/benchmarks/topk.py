@@ -21,10 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from _accuracy_cifar import MEAN, STD, read
-from _accuracy_data import Split
+from _accuracy_data import MEAN, STD
+from common.cifar import read
+from common.images import Images
+from common.teachers import load_teacher
 from models.cifar_resnet import make
-from models.teachers import load_teacher
 from torch import Tensor, nn
 
 from kdlayers import DistillLoss, DISTLoss, DKDLoss, KDLoss
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table in Markdown."""
     args = parse(arguments)
     images, labels = read("cifar100", args.root, args.cache, "test")
-    split = Split(images, labels, MEAN, STD)
+    split = Images(images, labels, MEAN, STD)
     theirs = logits_of(args.teacher, args.teacher_checkpoint, split)
     ours = logits_of(args.student, args.student_checkpoint, split)
     for row in rows(ours, theirs, labels, args.kept):
@@ -67,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def logits_of(name: str, path: Path, split: Split) -> Tensor:
+def logits_of(name: str, path: Path, split: Images) -> Tensor:
     """A network's logits for all images."""
     model: nn.Module = make(name, num_classes=100)
     load_teacher(model, name, path)

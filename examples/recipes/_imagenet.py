@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from _methods import Pair, Taps, published
+from common.teachers import load_teacher
 from models.mobilenet_v1 import MobileNetV1
-from models.teachers import load_teacher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets, models

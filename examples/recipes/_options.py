@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from _images import Images, load, stand_in
-from _train import Recipe, Training, accuracy, digest, milestones, say
-from models.teachers import load_teacher
+from _train import measured, milestones, train
+from common import cifar
+from common.files import save
+from common.images import Augmented, Images
+from common.teachers import load_teacher
+from common.training import Batches, Recipe, Training, say
 from torch import nn
 
 from kdlayers import KDHandle
 
-TEST_BATCH = 500
+# Mean and standard deviation as in the code of letKD's and IE-KD's authors.
+NORMALISATION = {
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar10": (
+        (125.3 / 255, 123.0 / 255, 113.9 / 255),
+        (63.0 / 255, 62.1 / 255, 66.7 / 255),
+    ),
+}
 
 
 class Options(argparse.ArgumentParser):
@@ -26,7 +35,8 @@ class Options(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         add = self.add_argument
-        add("--root", type=Path, help="folder of the data set, in torchvision's format")
+        add("--root", type=Path, help="folder of the data set: torchvision's files, or "
+            "train/CLASS/* and test/CLASS/* in any image format")  # fmt: skip
         add("--download", action="store_true", help="let torchvision download the data set to ROOT")
         add("--stand-in", type=int, metavar="N", help="use N random images instead of the "
             "data set, to check that all works; accuracies mean nothing")  # fmt: skip
@@ -49,12 +59,25 @@ class Options(argparse.ArgumentParser):
 
 def images_of(name: str, args: argparse.Namespace) -> tuple[Images, Images]:
     """The training and test images that the command line asks for."""
-    device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
-    if args.stand_in is None:
-        return load(name, args.root, download=args.download, device=device)
-    say(f"random images instead of {name}: the accuracies mean nothing")
-    return stand_in(name, args.stand_in, device)
+    values = NORMALISATION[name]
+    if args.stand_in is not None:
+        say(f"random images instead of {name}: the accuracies mean nothing")
+        found = cifar.stand_in(name, args.stand_in, *values)
+    elif args.root is not None:
+        found = cifar.load(name, args.root, args.out, *values, download=args.download)
+    else:
+        raise SystemExit(
+            f"no folder for {name}: pass --root FOLDER, with --download to download it there, or "
+            "--stand-in 1000 to run the script on random images"
+        )
+    train, test = (part.to(args.device) for part in found)
+    return train, test
+
+
+def augmented(train: Images, size: int) -> Augmented:
+    """Batches with crops of images padded by reflection, and flips."""
+    return Augmented(train, size, padding=4, mode="reflect")
 
 
 def recipe_of(data: str, args: argparse.Namespace, fractions: tuple[float, ...]) -> Recipe:
@@ -92,9 +115,7 @@ def find_teacher(
                 f"--train-teacher to train it with the same schedule and save it to {path}"
             )
     load_teacher(teacher, name, path)
-    top1, _ = accuracy(teacher, images[1].plain(TEST_BATCH))
-    say(f"teacher {name}: {top1:.2f} % of the test images")
-    return teacher, {"network": name, "weights": digest(teacher), "accuracy": round(top1, 2)}
+    return teacher, measured(teacher, name, images[1].batches())
 
 
 def train_teacher(
@@ -109,11 +130,9 @@ def train_teacher(
     epochs = args.teacher_epochs
     own = {"epochs": epochs, "milestones": milestones(recipe["fractions"], epochs), "seed": 0}
     recipe = recipe | own | {"network": name, "method": "labels", "ce_weight": 1.0}
-    training = Training(teacher, None, recipe, path.with_suffix("") / "checkpoint.pt")
-    run(training, images, args)
-    fresh = path.with_suffix(".new")
-    torch.save({"model": teacher.state_dict(), "recipe": recipe}, fresh)
-    fresh.replace(path)
+    batches = augmented(images[0], recipe["batch_size"])
+    train(teacher, None, recipe, batches, (), images[1].batches(), path.with_suffix(""), args)
+    save({"model": teacher.state_dict(), "facts": {"recipe": recipe}}, path)
 
 
 def train_student(
@@ -121,38 +140,12 @@ def train_student(
     kd: KDHandle | None,
     recipe: Recipe,
     images: tuple[Images, Images],
+    fit_on: Batches,
     args: argparse.Namespace,
-    *,
-    fit_on: Any = None,
 ) -> Training:
-    """Train an attached student, from the start or from a checkpoint.
-
-    ``fit_on`` are the batches for ``kd.fit``; default: the training images without augmentation.
-    """
-    name = "-".join(str(recipe[key]) for key in ("pair", "method", "seed"))
+    """Train an attached student, from the start or from a checkpoint."""
+    folder = args.out / "-".join(str(recipe[key]) for key in ("pair", "method", "seed"))
+    batches, test = augmented(images[0], recipe["batch_size"]), images[1].batches()
     forward = torch.compile(student) if args.compile else None
-    training = Training(
-        student,
-        kd,
-        recipe,
-        args.out / name / "checkpoint.pt",
-        forward=forward,
-        compiled=args.compile,
-    )
-    training.fit(images[0].plain(TEST_BATCH) if fit_on is None else fit_on)
-    run(training, images, args)
-    return training
-
-
-def run(training: Training, images: tuple[Images, Images], args: argparse.Namespace) -> None:
-    """Train for all epochs on the augmented images."""
-    train, test = images
-    if len(train) < training.recipe["batch_size"]:
-        raise SystemExit(
-            f"{len(train)} training images do not fill a batch of {training.recipe['batch_size']}"
-        )
-    training.run(
-        train.augmented(training.recipe["batch_size"]),
-        lambda: accuracy(training.student, test.plain(TEST_BATCH)),
-        args.test_every,
-    )
+    options = {"forward": forward, "compiled": args.compile}
+    return train(student, kd, recipe, batches, fit_on, test, folder, args, **options)

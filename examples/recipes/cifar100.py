@@ -17,21 +17,19 @@ from pathlib import Path
 
 # Idle threads sleep instead of spinning, which matters on a machine with other jobs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for examples/common and models
 
 import torch
 from _cifar100 import PAIRS, network
-from _images import Images
 from _methods import METHODS, WITHOUT_TEACHER, Pair, Sizes, attach, ce_weight
-from _options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, train_student
-from _train import Recipe, finish, parameters, say
+from _options import Options, find_teacher, images_of, recipe_of, train_student
+from _train import finish
+from common.images import Images
+from common.testing import parameters
+from common.training import Recipe, say
 from torch import nn
 
-FRACTIONS = (
-    150 / 240,
-    180 / 240,
-    210 / 240,
-)  # fractions of the run where the rate falls
+FRACTIONS = (150 / 240, 180 / 240, 210 / 240)  # of the run, at which the learning rate falls
 TEACHER_LR = 0.05
 AUTHORS = "default: %(default)s, the authors' value"
 
@@ -61,9 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher": facts,
         "sizes": asdict(sizes),
     }
-    training = train_student(student, kd, recipe, images, args)
+    training = train_student(student, kd, recipe, images, images[0].batches(), args)
     published = {key: pair.published.get(key) for key in ("teacher", args.method)}
-    finish(training, images[1].plain(TEST_BATCH), published, take_out=args.method == "quest")
+    finish(training, images[1].batches(), published, take_out=args.method == "quest")
 
 
 def teacher_of(

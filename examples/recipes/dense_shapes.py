@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for examples/common
 
 import torch
 import torch.nn.functional as F
 from _shapes import SIDE, Shapes, average_precision, detector, mean_iou, segmenter, shapes
+from common.training import Terms, optimise
 from torch import Tensor, nn
 
 from kdlayers import ChannelWiseLoss, DistillLoss, FeatureLoss, KDHandle, KDLoss, attach_kd
@@ -92,10 +96,10 @@ def segment(
     if losses:  # the input is a map, so the losses expect class maps
         kd = attach_kd(model, teacher, losses=losses, example=torch.zeros(2, 3, SIDE, SIDE))
 
-    def loss(chosen: Tensor) -> Tensor:
+    def loss(chosen: Tensor) -> tuple[Tensor, Terms]:
         masks = data.masks[chosen]
         value = F.cross_entropy(model(data.images[chosen])["out"], masks)
-        return value + kd.loss(masks) if kd else value
+        return (value + kd.loss(masks) if kd else value), {}
 
     train(model, kd, loss, len(data.images), steps, seed)
     model.eval()
@@ -122,10 +126,10 @@ def detect(
         example = torch.zeros(2, 3, SIDE, SIDE)
         kd = attach_kd(model.backbone, teacher.backbone, losses=losses, example=example)
 
-    def loss(chosen: Tensor) -> Tensor:
+    def loss(chosen: Tensor) -> tuple[Tensor, Terms]:
         pictures, boxes = list(data.images[chosen]), [data.boxes[i] for i in chosen.tolist()]
         value = sum(model(pictures, boxes).values())
-        return value + kd.loss() if kd else value
+        return (value + kd.loss() if kd else value), {}
 
     train(model, kd, loss, len(data.images), steps, seed)
     model.eval()
@@ -137,22 +141,23 @@ def detect(
 def train(
     model: nn.Module,
     kd: KDHandle | None,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], tuple[Tensor, Terms]],
     count: int,
     steps: int,
     seed: int,
 ) -> None:
-    """A training loop over random batches, which are the same for all methods."""
+    """Train on random batches, which are the same for all methods."""
     draw = torch.Generator().manual_seed(seed)
+    batches = (torch.randperm(count, generator=draw)[:BATCH] for _ in range(steps))
     optimizer = torch.optim.AdamW([*model.parameters(), *(kd.parameters() if kd else [])], 5e-3)
+
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+
+    optimizer.register_step_pre_hook(clip)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(torch.randperm(count, generator=draw)[:BATCH]).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        optimizer.step()
-        schedule.step()
+    optimise(batches, loss, optimizer, schedule)
     if kd:
         kd.detach()
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 # Idle threads sleep instead of spinning, which matters on a machine with other jobs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for examples/common and models
 
 import torch
-from _options import TEST_BATCH, Options, find_teacher, images_of, recipe_of, train_student
+from _options import Options, augmented, find_teacher, images_of, recipe_of, train_student
 from _train import finish
 from models.cifar_resnet import make
 
@@ -66,9 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher": facts,
     }
     # The auto-encoder is trained on augmented images, which differ in each epoch.
-    fit_on = images[0].augmented(BATCH)
-    training = train_student(student, kd, recipe, images, args, fit_on=fit_on)
-    finish(training, images[1].plain(TEST_BATCH), {args.method: PUBLISHED.get(args.method)})
+    fit_on = augmented(images[0], BATCH)
+    training = train_student(student, kd, recipe, images, fit_on, args)
+    finish(training, images[1].batches(), {args.method: PUBLISHED.get(args.method)})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -17,22 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the networks, in examples/models
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for examples/common and models
 
 import torch
 import torch.distributed as dist
 from _imagenet import PAIRS, in_order, load, network, shuffled, teacher_of
 from _methods import WITHOUT_TEACHER, Sizes, attach, ce_weight
-from _train import (
-    Training,
-    accuracy,
-    digest,
-    finish,
-    milestones,
-    parameters,
-    rank,
-    say,
-)
+from _train import finish, measured, milestones, train
+from common.testing import parameters
+from common.training import rank, say
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,9 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(0)  # random weights are the same on all ranks
         teacher = teacher_of(pair.teacher, args.teacher_weights, classes)
         teacher = teacher.to(device, memory_format=torch.channels_last)
-        top1, _ = accuracy(teacher, tests)
-        say(f"teacher {pair.teacher}: {top1:.2f} %; published {pair.published['teacher']} %")
-        facts = {"network": pair.teacher, "weights": digest(teacher), "accuracy": round(top1, 2)}
+        facts = measured(teacher, pair.teacher, tests)
+        say(f"the published teacher has {pair.published['teacher']} %")
 
     torch.manual_seed(args.seed)
     student = network(pair.student, classes).to(device, memory_format=torch.channels_last)
@@ -80,17 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher": facts,
         "sizes": asdict(sizes),
     }
-    name = f"{args.pair}-{args.method}-{args.seed}"
-    training = Training(
-        student,
-        kd,
-        recipe,
-        args.out / name / "checkpoint.pt",
-        forward=wrapped(student, device, args),
-        compiled=args.compile,
-    )
-    training.fit(in_order(plain, each, rank(), world, args))
-    training.run(batches, lambda: accuracy(student, tests), args.test_every)
+    folder = args.out / f"{args.pair}-{args.method}-{args.seed}"
+    fit_on = in_order(plain, each, rank(), world, args)
+    options = {"forward": wrapped(student, device, args), "compiled": args.compile}
+    training = train(student, kd, recipe, batches, fit_on, tests, folder, args, **options)
     published = {key: pair.published.get(key) for key in ("teacher", args.method)}
     finish(training, tests, published, take_out=args.method == "quest")
     if dist.is_initialized():

@@ -17,13 +17,16 @@ import _accuracy_data as data  # noqa: E402
 import accuracy  # noqa: E402
 from _accuracy_methods import Options, attach, loss, recipes  # noqa: E402
 from _accuracy_probe import BUDGETS, discriminant, pooled  # noqa: E402
-from _accuracy_train import digest, macs, matching_width, new_model, parameters  # noqa: E402
+from _accuracy_train import digest, macs, matching_width, new_model  # noqa: E402
+from common import fashion_mnist  # noqa: E402
+from common.images import Augmented, augmented  # noqa: E402
+from common.testing import parameters  # noqa: E402
 from models.small_torchvision import mobilenet_v2, vgg  # noqa: E402
 
 
 @pytest.fixture
 def splits(image_root):
-    return data.load(str(image_root), download=False, validation=20)
+    return data.load("fashion-mnist", str(image_root), Path(), validation=20)
 
 
 # ------------------------------------------------------------------ data
@@ -31,37 +34,37 @@ def splits(image_root):
 
 def test_splits_are_disjoint_and_complete(splits, image_root):
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [140, 20, 40]
-    together = torch.cat([splits.train.images, splits.validation.images]).flatten(1)
-    whole = data.read(image_root, "train").images.flatten(1)
+    together = torch.cat([splits.train.pixels, splits.validation.pixels]).flatten(1)
+    whole = fashion_mnist.read(image_root, "train").pixels.flatten(1)
     assert torch.equal(*(part[part.sum(1).argsort()].sum(1) for part in (together, whole)))
     assert splits.classes == 10
-    rows = splits.train.images.float().mean(2).argmax(1)  # images stay with their labels
+    rows = splits.train.pixels.float().mean(2).argmax(1)  # images stay with their labels
     assert torch.equal(rows, 2 * splits.train.labels + 4)
 
 
 def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN", tmp_path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path)
     with pytest.raises(SystemExit, match=r"pass --download.*dataset-fashion-mnist"):
-        data.load(str(tmp_path), download=False, validation=20)
+        data.load("fashion-mnist", str(tmp_path), tmp_path, validation=20)
 
 
 def test_what_is_no_idx_file_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"\0\0\x0d\x01" + bytes(8))
     with pytest.raises(SystemExit, match="not an IDX file of bytes"):
-        data.idx(tmp_path / "x")
+        fashion_mnist.idx(tmp_path / "x")
 
 
 def test_few_are_balanced_and_drawn_by_seed(splits):
     first, again, other = (data.few(splits.train, 40, seed) for seed in (3, 3, 4))
     assert first.labels.bincount().tolist() == [4] * 10
-    assert torch.equal(first.images, again.images)
-    assert not torch.equal(first.images, other.images)
+    assert torch.equal(first.pixels, again.pixels)
+    assert not torch.equal(first.pixels, other.pixels)
     assert len(data.few(splits.train, 0, 0)) == len(splits.train)
 
 
 def test_augmentation_is_a_shift_and_a_flip():
     images = torch.randint(1, 256, (50, 6, 5), dtype=torch.uint8)
-    seen = data.augmented(images, 2, True, torch.Generator().manual_seed(0))
+    seen = augmented(images, 2, True, torch.Generator().manual_seed(0))
     found = set()
     for image, result in zip(images, seen, strict=True):
         padded = torch.zeros(10, 9, dtype=torch.uint8)
@@ -73,14 +76,13 @@ def test_augmentation_is_a_shift_and_a_flip():
         found.update(fits)
     assert len(found) > 25  # of 50 ways
     assert {flip for _, _, flip in found} == {0, 1}
-    assert torch.equal(data.augmented(images, 0, False, torch.Generator()), images)
+    assert torch.equal(augmented(images, 0, False, torch.Generator()), images)
 
 
 def test_batches_depend_on_seed_and_epoch_only(splits):
     def epoch(seed, number):
         torch.rand(3)  # the global generator has no part in it
-        recipe = {"batch_size": 20, "padding": 2, "flips": True}
-        pairs = list(data.Augmented(splits.train, recipe, seed).epoch(number))
+        pairs = list(Augmented(splits.train, 20, padding=2, seed=seed).epoch(number))
         assert [len(y) for _, y in pairs] == [20] * 7
         return torch.cat([x for x, _ in pairs])
 
@@ -92,7 +94,7 @@ def test_batches_depend_on_seed_and_epoch_only(splits):
 def test_normalisation(splits):
     (x, y), *_ = splits.test.batches(7)
     assert x.shape == (7, 1, 28, 28)
-    torch.testing.assert_close(x[0, 0], (splits.test.images[0] / 255 - 0.2860) / 0.3530)
+    torch.testing.assert_close(x[0, 0], (splits.test.pixels[0] / 255 - 0.2860) / 0.3530)
     assert torch.equal(y, splits.test.labels[:7])
 
 
@@ -222,7 +224,10 @@ def test_weights_are_those_of_the_recipe(splits):
     assert warm.weight(10) < 1.0
     options = Options(templates=8, subclasses=1, layer_weight=3.0, layer_weight_beside=0.5)
     for method, weight in (("letKD-1", 3.0), ("letKD-1 + KD", 0.5)):
-        student, (x, _) = new_model("resnet8", splits, 3, width=8), splits.train.batches(16)[0]
+        student, (x, _) = (
+            new_model("resnet8", splits, 3, width=8),
+            next(iter(splits.train.batches(16))),
+        )
         teacher = new_model("resnet8", splits, 4)
         kd = attach(recipes(options)[method], student, teacher, x, 5)
         kd.fit([(x, torch.arange(16) % 10)], progress=False)
@@ -235,7 +240,10 @@ def test_weights_are_those_of_the_recipe(splits):
 def test_a_weight_of_the_layers_may_fall(splits):
     falling = Options(templates=8, subclasses=1, layer_weight_beside=2.0, layer_epochs=4)
     assert "layer_epochs" not in recipes(falling)["letKD-2 + KD"]
-    student, (x, y) = new_model("resnet8", splits, 3, width=8), splits.train.batches(140)[0]
+    student, (x, y) = (
+        new_model("resnet8", splits, 3, width=8),
+        next(iter(splits.train.batches(140))),
+    )
     teacher = new_model("resnet8", splits, 4)
     kd = attach(recipes(falling)["letKD-2 + KD, falling"], student, teacher, x, 1)
     kd.fit([(x, y)], progress=False)
@@ -287,4 +295,4 @@ def test_students_are_saved_with_their_layers(bench, splits, tmp_path):
     assert found == ["KD-seed-3.kd.pt", *both]  # a student without layers has none to show
     saved = tmp_path / "s" / both[1]
     student = load_student(new_model("resnet8", splits, 0, width=4), saved)
-    assert accuracy.accuracy(student, splits.test) == line["test_accuracy"]
+    assert accuracy.accuracy(student, splits.test.batches()).top1 == line["test_accuracy"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import cifar, files, testing, training
+from common.images import augmented
 from PIL import Image
 from torch.distributions import Categorical
 
@@ -15,8 +17,8 @@ from tests.benchmark_modules import load
 
 accuracy = load("accuracy")
 supervision_table = load("_accuracy_words").supervision_table
-cifar, records, progress = (load(f"_accuracy_{name}") for name in ("cifar", "record", "progress"))
-data, teachers, train = (load(f"_accuracy_{name}") for name in ("data", "teacher", "train"))
+data, records, teachers = (load(f"_accuracy_{name}") for name in ("data", "record", "teacher"))
+
 WORDS = (
     "--regime cifar100-10000 --teacher resnet8 --validation 100 --images 200 --epochs 3 --views 2 "
     "--student resnet8 --width 8 --templates 8 --subclasses 1 --components 9 --batch-size 50 "
@@ -122,14 +124,14 @@ def test_what_is_not_there_is_said(root, tmp_path):
 
 
 def test_colour_images_are_cropped_mirrored_and_normalised(root, tmp_path):
-    splits = cifar.load_cifar("cifar100", str(root), tmp_path, validation=100)
+    splits = data.load("cifar100", str(root), tmp_path, validation=100)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [300, 100, 200]
     (x, _), *_ = splits.test.batches(3)
     for channel in range(3):
-        expected = (splits.test.images[0, channel] / 255 - cifar.MEAN[channel]) / cifar.STD[channel]
+        expected = (splits.test.pixels[0, channel] / 255 - data.MEAN[channel]) / data.STD[channel]
         torch.testing.assert_close(x[0, channel], expected)
-    part = splits.train.images[:40]
-    seen = data.augmented(part, 4, True, torch.Generator().manual_seed(0))
+    part = splits.train.pixels[:40]
+    seen = augmented(part, 4, True, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(part, (4,) * 4)
     for image, result in zip(padded, seen, strict=True):
         crops = [image[:, t : t + 32, m : m + 32] for t in range(9) for m in range(9)]
@@ -141,9 +143,9 @@ def test_colour_images_are_cropped_mirrored_and_normalised(root, tmp_path):
 
 
 def test_a_teacher_is_tested_once_and_held_to_its_claim(root, checkpoint, tmp_path, capsys):
-    splits = cifar.load_cifar("cifar100", str(root), tmp_path, validation=100)
+    splits = data.load("cifar100", str(root), tmp_path, validation=100)
     teacher, facts = teachers.given_teacher(checkpoint, "resnet8", splits, tmp_path, None)
-    found = train.accuracy(teacher, splits.test)
+    found = testing.accuracy(teacher, splits.test.batches()).top1
     assert f"{found:.2f} % of the test images" in capsys.readouterr().out
     assert facts["test_accuracy"] == found
     assert facts["parameters"] == sum(p.numel() for p in teacher.parameters())
@@ -159,7 +161,7 @@ def test_a_teacher_is_tested_once_and_held_to_its_claim(root, checkpoint, tmp_pa
 
 @pytest.fixture
 def record(root, checkpoint, cache):
-    splits = cifar.load_cifar("cifar100", str(root), cache, validation=100)
+    splits = data.load("cifar100", str(root), cache, validation=100)
     teacher, facts = teachers.given_teacher(checkpoint, "resnet8", splits, cache, None)
     split = data.few(splits.train, 120, 0)
     points = ["layer1", "layer3.0", "last"]
@@ -173,7 +175,7 @@ def test_a_record_is_what_the_teacher_says_about_the_views(record):
     views, index = torch.tensor([0, 1, 2, 2]), torch.tensor([5, 5, 119, 7])
     x, y = replay.told(views, index)
     assert torch.equal(y, made.split.labels[index])
-    torch.testing.assert_close(x[0], made.split.normalised(made.split.images[5:6])[0])
+    torch.testing.assert_close(x[0], made.split.normalised(made.split.pixels[5:6])[0])
     assert not torch.equal(x[0], x[1])
     taps = {}
     for model in (teacher, replay):
@@ -272,7 +274,7 @@ def test_what_the_teacher_says_is_measured(bench, root, checkpoint, cache, tmp_p
     supervision.main([*OPTIONS, *paths, "--teacher-checkpoint", str(checkpoint)])
     found = json.loads(out.read_text("utf-8"))
     assert set(found["logits"]) == {"students' images", "their augmented views", "test images"}
-    splits = cifar.load_cifar("cifar100", str(root), cache, validation=100)
+    splits = data.load("cifar100", str(root), cache, validation=100)
     teacher, facts = teachers.given_teacher(checkpoint, "resnet8", splits, cache, None)
     tested = found["logits"]["test images"]
     assert tested["accuracy"] == pytest.approx(facts["test_accuracy"], abs=0.51)
@@ -317,18 +319,18 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_after_its_last_epoch(method, bench, tmp_path, monkeypatch, capsys):
     options = ("--seeds", "4", "--methods", method)
     (whole,) = bench(tmp_path / "whole.jsonl", *options)
-    keep, fit = progress.Progress.keep, accuracy.KDHandle.fit
+    save, fit = training.Training._save, accuracy.KDHandle.fit
     fits = []
 
-    def kill(self, parts, epochs, *rest):
-        keep(self, parts, epochs, *rest)
-        if epochs == 2:
+    def kill(self):
+        save(self)
+        if self.epoch == 2:
             raise Killed
 
-    monkeypatch.setattr(progress.Progress, "keep", kill)
+    monkeypatch.setattr(training.Training, "_save", kill)
     with pytest.raises(Killed):
         bench(tmp_path / "parts.jsonl", *options)
-    monkeypatch.setattr(progress.Progress, "keep", keep)
+    monkeypatch.setattr(training.Training, "_save", save)
     monkeypatch.setattr(accuracy.KDHandle, "fit", lambda *args, **kw: fits.append(fit(*args, **kw)))
     (resumed,) = bench(tmp_path / "parts.jsonl", *options)
     assert "resuming after epoch 2" in capsys.readouterr().out
@@ -342,7 +344,7 @@ def test_what_another_process_does_is_left_to_it(tmp_path):
     begun, end = context.Event(), context.Event()
 
     def hold():
-        with progress.claimed(tmp_path / "lock") as mine:
+        with files.claimed(tmp_path / "lock") as mine:
             if mine:
                 begun.set()
                 end.wait(60)
@@ -350,11 +352,11 @@ def test_what_another_process_does_is_left_to_it(tmp_path):
     other = context.Process(target=hold)
     other.start()
     assert begun.wait(60)
-    with progress.claimed(tmp_path / "lock") as mine:
+    with files.claimed(tmp_path / "lock") as mine:
         assert not mine
     end.set()
     other.join()
-    with progress.claimed(tmp_path / "lock") as mine:
+    with files.claimed(tmp_path / "lock") as mine:
         assert mine
 
 

@@ -24,7 +24,7 @@ def test_figures_of_a_student_of_the_benchmark(tmp_path, image_root):
     example = torch.zeros(2, 1, 28, 28)
     attach_kd(student, at=[KDPoint("layer3.0", num_templates=6)], example=example).detach()
     save_student(student, tmp_path / "student.pt")
-    options = ["--root", str(image_root), "--validation", "20", "--width", "4", "--at", "layer3.0"]
+    options = ["--root", str(image_root), "--width", "4", "--at", "layer3.0"]
     figures.main([str(tmp_path / "student.pt"), *options, "--out", str(tmp_path / "out")])
     found = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert found == ["matches-layer3-0.png", "usage-layer3-0.png"]

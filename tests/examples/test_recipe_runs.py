@@ -3,11 +3,11 @@
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 
-import _train
 import cifar100
 import iekd_cifar10
 import imagenet
@@ -15,8 +15,12 @@ import pytest
 import torch
 from _cifar100 import PAIRS, network
 from _methods import Pair, Taps
-from models.teachers import load_teacher
-from torchvision.transforms.functional import to_pil_image
+from _train import digest
+from common import training
+from common.teachers import load_teacher
+from common.testing import parameters
+from torchvision.datasets import CIFAR10
+from torchvision.transforms.functional import normalize, to_pil_image
 
 from kdlayers import load_student
 from tests.examples import EXAMPLES
@@ -54,7 +58,7 @@ def test_cifar100_runs_every_method(method, tiny, tmp_path, capsys):
     assert 0 <= line["accuracy"] <= line["top5"] <= 100
     assert line["fit_seconds"] >= 0
     layers = {"letkd-1": 1, "letkd-2": 2, "layers": 2}.get(method, 0)
-    assert line["parameters"] - _train.parameters(network("resnet8")) == (
+    assert line["parameters"] - parameters(network("resnet8")) == (
         (2 * 64 * 16 + 2 * 16 + 2) * (layers > 0) + (2 * 64 * 200 + 402) * (layers > 1)
     )
     saved = tmp_path / f"tiny-{method}-0" / "student.pt"
@@ -67,15 +71,15 @@ def test_cifar100_runs_every_method(method, tiny, tmp_path, capsys):
 def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
     options = [*tiny, *SMALL, "--batch-size", "50"]
     whole = run(cifar100, tmp_path / "whole", *options)
-    one_epoch = _train.Training._one_epoch
+    loss = training.Training.loss
 
-    def stop(self, batches):
+    def stop(self, batch):
         if self.epoch == 1:
             raise KeyboardInterrupt
-        return one_epoch(self, batches)
+        return loss(self, batch)
 
     with monkeypatch.context() as context:
-        context.setattr(_train.Training, "_one_epoch", stop)
+        context.setattr(training.Training, "loss", stop)
         with pytest.raises(KeyboardInterrupt):
             run(cifar100, tmp_path / "parts", *options)
     parts = run(cifar100, tmp_path / "parts", *options)
@@ -101,11 +105,11 @@ def test_the_script_trains_its_teacher(tiny, tmp_path, capsys):
     line = run(cifar100, tmp_path, *options)  # the teacher and the student are there
     teacher = network("resnet8")
     load_teacher(teacher, "resnet8", tmp_path / "teacher-resnet8.pt")
-    assert line["recipe"]["teacher"]["weights"] == _train.digest(teacher)
+    assert line["recipe"]["teacher"]["weights"] == digest(teacher)
 
 
 def test_a_diverged_run_says_so(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(_train.Training, "_one_epoch", lambda *_: math.nan)
+    monkeypatch.setattr(training, "optimise", lambda *_: {"cross-entropy": math.nan})
     with pytest.raises(SystemExit, match="the loss is nan in epoch 1: training diverged"):
         run(cifar100, tmp_path, *tiny, "--batch-size", "50", "--method", "labels")
 
@@ -132,7 +136,64 @@ def test_iekd_on_cifar10_runs(method, tmp_path, monkeypatch):
     assert line["recipe"]["lr"] == 0.1
     assert line["recipe"]["milestones"] == [1, 2]
     assert line["recipe"]["ce_weight"] == (0.05 if method == "kd" else 1.0)
-    assert line["parameters"] == _train.parameters(network("resnet8", 10))
+    assert line["parameters"] == parameters(network("resnet8", 10))
+
+
+def coloured(root):
+    """Class folders with 10 and 4 pictures of ten classes, in two formats; returns all as bytes."""
+    made = {}
+    for part, count in (("train", 10), ("test", 4)):
+        rows = []
+        for label, name in enumerate("abcdefghij"):
+            folder, kind = root / part / name, "bmp" if label % 2 else "png"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = 20 * label + torch.randint(56, (3, 32, 32))
+                to_pil_image(pixels.byte()).save(folder / f"{index}.{kind}")
+                rows.append(pixels.byte())
+        made[part] = torch.stack(rows), torch.arange(10).repeat_interleave(count)
+    return made
+
+
+def test_cifar_from_class_folders_and_from_torchvisions_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(iekd_cifar10, "BATCH", 20)
+    monkeypatch.setattr(iekd_cifar10, "STUDENT", "resnet8")
+    made = coloured(tmp_path / "folders")
+    files = tmp_path / "files" / "cifar-10-batches-py"
+    files.mkdir(parents=True)
+    stored = {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]}
+    for part, names in stored.items():
+        images, labels = (value.chunk(len(names)) for value in made[part])
+        for name, rows, own in zip(names, images, labels, strict=True):
+            content = {"data": rows.flatten(1).numpy(), "labels": own.tolist()}
+            (files / name).write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda _: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda _: None)
+    lines, weights = [], []
+    for layout in ("folders", "files", "folders"):
+        out = tmp_path / f"out-{layout}"
+        options = ["--epochs", "4", "--method", "labels", "--device", "cpu", "--out", str(out)]
+        iekd_cifar10.main(["--root", str(tmp_path / layout), *options])
+        (result,) = out.glob("*/result.json")
+        lines.append(json.loads(result.read_text("utf-8")))
+        weights.append(torch.load(result.with_name("student.pt"), weights_only=True)["model"])
+    assert capsys.readouterr().out.count("decoding 100 images") == 1  # they are kept
+    assert lines[0]["data"] == "cifar10"
+    assert lines[0]["accuracy"] == lines[1]["accuracy"]
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key])
+    student = network("resnet8", 10)
+    student.load_state_dict(weights[0])
+    images, labels = made["test"]
+    means = [125.3 / 255, 123.0 / 255, 113.9 / 255], [63.0 / 255, 62.1 / 255, 66.7 / 255]
+    right = student.eval()(normalize(images / 255, *means)).argmax(1) == labels
+    assert lines[0]["accuracy"] == pytest.approx(100 * right.double().mean().item())
+
+
+def test_cifar_that_is_not_there(tmp_path):
+    message = r"cifar10 is not in .*cifar-10-batches-py.*--download.*train/CLASS/IMAGE"
+    with pytest.raises(SystemExit, match=message):
+        iekd_cifar10.main(["--root", str(tmp_path), "--out", str(tmp_path)])
 
 
 IMAGENET = ["--stand-in", "24", "--classes", "6", "--size", "32", "--epochs", "2", *SMALL[:4]]

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cifar100 import PAIRS, network
-from _images import Images, cropped, stand_in
 from _methods import Pair, Sizes, Taps, attach
-from models.teachers import load_teacher
+from common.cifar import stand_in
+from common.images import Augmented, Images, cropped
+from common.teachers import load_teacher
+from common.testing import parameters
 from torchvision.transforms import functional as reference
 
 from kdlayers import CodebookTargets, DecisionTargets
@@ -73,7 +75,7 @@ def test_layers_of_a_method(method, alphas):
 
 
 def test_unsupervised_layers_are_as_large_as_the_supervised():
-    sizes = [_train.parameters(attached(method)[0]) for method in ("layers", "letkd-2")]
+    sizes = [parameters(attached(method)[0]) for method in ("layers", "letkd-2")]
     assert sizes[0] == sizes[1]
 
 
@@ -138,13 +140,14 @@ def test_teachers_larger_grid_is_averaged_two_by_two():
 # ---------------------------------------------------------------- images
 
 
-def test_crops_are_torchvisions():
+@pytest.mark.parametrize("mode", ["reflect", "constant"])
+def test_crops_are_torchvisions(mode):
     pixels = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     shifts = torch.tensor([[0, 8, 4, 1, 7, 3], [8, 0, 4, 6, 2, 5]])
     flips = torch.tensor([True, False, True, False, True, False])
-    found = cropped(pixels, shifts, flips)
+    found = cropped(pixels, shifts, flips, 4, mode)
     for image, top, left, flip, ours in zip(pixels, *shifts.tolist(), flips, found, strict=True):
-        padded = reference.pad(image, [4], padding_mode="reflect")
+        padded = reference.pad(image, [4], padding_mode=mode)
         theirs = reference.crop(padded, top, left, 32, 32)
         theirs = reference.hflip(theirs) if flip else theirs
         assert torch.equal(ours, theirs)
@@ -153,7 +156,7 @@ def test_crops_are_torchvisions():
 def test_an_epoch_has_each_image_once_and_drops_the_rest():
     labels = torch.arange(50)
     images = Images(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), labels, (0.5,) * 3, (0.5,) * 3)
-    batches = images.augmented(8)
+    batches = Augmented(images, 8, padding=4, mode="reflect")
     seen = torch.cat([y for _, y in batches])
     assert len(batches) == 6
     assert len(seen) == len(seen.unique()) == 48
@@ -165,15 +168,15 @@ def test_an_epoch_has_each_image_once_and_drops_the_rest():
 
 
 def test_plain_batches_are_normalised_in_order():
-    train, test = stand_in("cifar100", 130, torch.device("cpu"))
-    x, y = (torch.cat(parts) for parts in zip(*train.plain(50), strict=True))
-    assert torch.equal(y, train.labels)
     means = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    train, test = stand_in("cifar100", 130, *means)
+    x, y = (torch.cat(parts) for parts in zip(*train.batches(50), strict=True))
+    assert torch.equal(y, train.labels)
     theirs = reference.normalize(train.pixels / 255, *means)
     torch.testing.assert_close(x, theirs)
     assert len(test) == 100
     with pytest.raises(SystemExit, match="100 or more, not 99"):
-        stand_in("cifar100", 99, torch.device("cpu"))
+        stand_in("cifar100", 99, *means)
 
 
 def test_data_sets_must_be_named():

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from _accuracy_data import Split, Splits, held_out
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 
+from common.files import save
+from common.images import Images
+
 KINDS: dict[str, type] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 CLASSES = {"cifar10": 10, "cifar100": 100}
-# Mean and deviation of CIFAR-100's training images. Students on CIFAR-10 use them too, because
-# their teacher was trained with them.
-MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
+Values = tuple[float, ...]
 
 
-def load_cifar(
-    name: str, root: str, cache: Path, *, download: bool = False, validation: int
-) -> Splits:
-    """CIFAR-10 or CIFAR-100 as bytes; part of the training images becomes the validation split.
+def load(
+    name: str, root: Path, cache: Path, mean: Values, std: Values, *, download: bool = False
+) -> tuple[Images, Images]:
+    """The training and test images of CIFAR-10 or CIFAR-100, as bytes.
 
     Args:
         name: ``"cifar10"`` or ``"cifar100"``.
@@ -28,14 +28,13 @@ def load_cifar(
             ``train/CLASS/*`` and ``test/CLASS/*`` in any image format. Classes are numbered in
             alphabetical order, as in torchvision's files.
         cache: folder for the decoded images of class folders; decoding takes a minute.
+        mean: mean of each channel, for normalisation.
+        std: standard deviation of each channel.
         download: whether to download torchvision's files if they are missing.
-        validation: number of validation images, which no network trains on.
     """
-    parts = [read(name, Path(root), cache, part, download) for part in ("train", "test")]
-    whole, test = (Split(images, labels, MEAN, STD) for images, labels in parts)
-    if not 0 < validation < len(whole):
-        raise SystemExit(f"--validation must be between 0 and {len(whole)}, got {validation}")
-    return held_out(whole, test, validation)
+    parts = [read(name, root, cache, part, download) for part in ("train", "test")]
+    train, test = (Images(pixels, labels, mean, std) for pixels, labels in parts)
+    return train, test
 
 
 def read(
@@ -76,9 +75,19 @@ def decoded(name: str, folder: Path, cache: Path) -> tuple[Tensor, Tensor]:
     if images.shape[1:] != (3, 32, 32):
         raise SystemExit(f"{folder} has images of {tuple(images.shape[2:])}, CIFAR's are 32 x 32")
     labels = torch.tensor(files.targets)
-    cache.mkdir(parents=True, exist_ok=True)
     content = {"folder": str(folder.resolve()), "names": names, "images": images, "labels": labels}
-    fresh = kept.with_suffix(".part")
-    torch.save(content, fresh)
-    fresh.replace(kept)  # another process never reads an incomplete file
+    save(content, kept)
     return images, labels
+
+
+def stand_in(name: str, count: int, mean: Values, std: Values) -> tuple[Images, Images]:
+    """Random images of CIFAR's shape, balanced over the classes; accuracies mean nothing."""
+    classes = CLASSES[name]
+    if count < classes:
+        raise SystemExit(f"--stand-in needs an image per class: {classes} or more, not {count}")
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for size in (count, classes):
+        pixels = torch.randint(256, (size, 3, 32, 32), generator=draw, dtype=torch.uint8)
+        made.append(Images(pixels, torch.arange(size) % classes, mean, std))
+    return made[0], made[1]

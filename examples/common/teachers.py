@@ -22,8 +22,8 @@ RENAMED = {
 }
 
 
-def load_teacher(model: nn.Module, name: str, path: Path, *, rename: bool = True) -> None:
-    """Load the weights in ``path`` into ``model``.
+def load_teacher(model: nn.Module, name: str, path: Path, *, rename: bool = True) -> dict[str, Any]:
+    """Load the weights in ``path`` into ``model``; returns the file's ``"facts"``, if it has any.
 
     The file holds a state dict, or a dict with one under ``"model"`` or ``"state_dict"``. Names are
     ours or (with ``rename``) those of the usual CIFAR teachers, with or without the prefix
@@ -46,6 +46,7 @@ def load_teacher(model: nn.Module, name: str, path: Path, *, rename: bool = True
         given = renamed(given, name)
     check_fit(wanted, given, name, path)
     model.load_state_dict(given)
+    return saved.get("facts", {})
 
 
 def state_of(saved: Any, path: Path) -> dict[str, Tensor]:

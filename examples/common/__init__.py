@@ -1,0 +1,1 @@
+"""Images, training, testing and teachers' weights, for the recipes and the benchmarks."""
