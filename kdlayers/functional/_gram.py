@@ -21,15 +21,15 @@ class _Gram(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (rows,), (gradient,) = ctx.saved_tensors, grad_outputs
         # Both factors are the same rows, so their two gradients share this factor.
         into_rows: Tensor = (gradient + gradient.mT) @ rows
         return into_rows
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
+    def jvp(ctx: Any, *grad_inputs: Tensor) -> Tensor:
+        (rows,), (tangent,) = ctx.saved_tensors, grad_inputs
         half = tangent @ rows.mT
         both: Tensor = half + half.mT
         return both
