@@ -177,6 +177,7 @@ class Replay(nn.Module):
         split = self.record.split
         return split.normalised(self.record.take("pixels", views, index)), split.labels[index]
 
+    @torch.autocast("cpu", enabled=False)  # under bfloat16 it cannot stack float16
     def forward(self, images: Tensor) -> Tensor:
         """The recorded logits; each point's module returns its recorded features."""
         first = torch.arange(len(images))

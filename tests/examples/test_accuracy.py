@@ -144,6 +144,14 @@ def test_a_run_that_is_there_is_skipped_and_repeats_exactly(bench, tmp_path):
     assert len(bench(out, "--methods", "KD", "--seeds", "0", "--kd-weight", "0.5")) == 5
 
 
+def test_recorded_views_of_grey_images_in_bfloat16(bench, tmp_path):
+    options = ("--views", "2", "--augment", "--precision", "bfloat16", "--width", "8")
+    (line,) = bench(tmp_path / "v.jsonl", *options, "--methods", "letKD-1", "--seeds", "0")
+    assert (line["recipe"]["views"], line["recipe"]["precision"]) == (2, "bfloat16")
+    assert len(line["curve"]) == 1
+    assert line["last_terms"]["TemplateLoss.last"] > 0
+
+
 def test_tuning_leaves_the_test_images_alone(bench, tmp_path):
     line, *_ = bench(tmp_path / "t.jsonl", "--tuning", "--methods", "labels only", "--seeds", "9")
     assert line["test_accuracy"] is None
