@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from common.fashion_mnist import idx
 from torch import Tensor, nn
 
 GRID = 7
@@ -62,15 +62,11 @@ def _labelled(images: Path | None) -> tuple[Tensor, Tensor]:
         pixels, classes = (torch.from_numpy(part) for part in mnist_data())
         pictures, labels = pixels.to(torch.uint8).view(-1, 28, 28), classes.long()
     else:
-        pictures = _idx(images, 16).view(-1, 28, 28)
-        labels = _idx(images.with_name(images.name.replace("images-idx3", "labels-idx1")), 8).long()
+        name = images.name.removesuffix(".gz")  # `idx` looks for both
+        pictures = idx(images.with_name(name))
+        labels = idx(images.with_name(name.replace("images-idx3", "labels-idx1"))).long()
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
     return pictures[order], labels[order]
-
-
-def _idx(path: Path, header: int) -> Tensor:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return torch.from_numpy(np.frombuffer(raw, dtype=np.uint8, offset=header).copy())
 
 
 def _write(path: Path, positions: int, width: int, pictures: Tensor, labels: Tensor) -> None:

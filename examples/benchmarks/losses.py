@@ -144,7 +144,7 @@ def compared(
     """Cells of a row: our time, and our time divided by the others'."""
     found = torchdistill_losses().get(name)
     losses = losses if found is None else {**losses, "torchdistill": found}
-    # All read the same tensors: where two tensors lie in memory changes times by a fifth.
+    # All read the same tensors, because times depend on where tensors lie in memory.
     given = inputs(shape, args.device)
     steps = {variant: on_logits(loss, *given) for variant, loss in losses.items()}
     times = report.times_ms[key] = alternate(steps, args.rounds, device=args.device)

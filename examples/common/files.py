@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ def save(content: Any, path: Path) -> None:
     """Write ``content`` with ``torch.save``; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: an interruption leaves the previous file, and no process reads a part.
-    fresh = path.with_suffix(".new")
+    # The number keeps two processes from writing to one file.
+    fresh = path.with_suffix(f".{os.getpid()}.new")
     torch.save(content, fresh)
     fresh.replace(path)
 

@@ -59,7 +59,10 @@ def train(
     """
     steps = len(batches)
     if not steps:
-        raise SystemExit("there are fewer training images than the batch size: lower --batch-size")
+        size = recipe["batch_size"]
+        raise SystemExit(
+            f"the training images do not fill a batch of {size}: use more images or a smaller batch"
+        )
 
     def schedule(optimizer: Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, lambda step: factor(recipe, step // steps))

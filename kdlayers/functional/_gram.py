@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class _Gram(torch.autograd.Function):
-    """``rows @ rows.T``. Its backward needs one matrix product, autograd's own needs two."""
+    """``rows @ rows.T``, with one matrix product in its backward where autograd needs two."""
 
     generate_vmap_rule = True
 
@@ -36,7 +36,7 @@ class _Gram(torch.autograd.Function):
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``[B, B]``: the inner product of each two of the rows ``[B, D]``."""
+    """``[B, B]``: the inner products of all pairs of the rows ``[B, D]``."""
     # Dynamo does not trace functions that define forward-mode derivatives.
     products: Tensor = rows @ rows.mT if torch.compiler.is_compiling() else _Gram.apply(rows)
     return products

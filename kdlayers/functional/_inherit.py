@@ -10,6 +10,7 @@ from kdlayers._utils.norms import EPS, inverse, inverse_norm
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import Reduction, full_precision
+from kdlayers.functional._gram import gram
 
 Measure: TypeAlias = Literal["norm", "cosine", "cka"]
 Scale: TypeAlias = Literal["mean", "sqrt_dim"]
@@ -139,8 +140,8 @@ def _linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
 def _centred_gram(factor: Tensor) -> Tensor:
     flat = factor.flatten(1)
     centred = flat - flat.mean(dim=0)
-    gram = centred @ centred.T
-    return gram * inverse(torch.linalg.vector_norm(gram))
+    products = gram(centred)
+    return products * inverse(torch.linalg.vector_norm(products))
 
 
 def _unit(factor: Tensor) -> Tensor:

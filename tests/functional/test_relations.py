@@ -63,7 +63,7 @@ def test_gradients_equal_differences_on_both_sides(call, make):
     assert torch.autograd.gradcheck(call, (student, teacher))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of torch's
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's forward mode
 def test_similarities_have_all_derivatives_although_their_backward_is_our_own():
     call, (student, teacher) = kdf.similarity_preserving, pair()
     leaves = student.requires_grad_(), teacher.requires_grad_()

@@ -193,8 +193,8 @@ def whole_step(student, kd, images=IMAGES):
     ids=["number", "cosine", "warm-up", "student too", "step"],
 )
 def test_compiled_kd_loss_equals_eager_and_never_compiles_again(part, weight):
-    # Training multiplies rounding errors a thousandfold in these steps, so float64 tells them
-    # from mistakes: the graphs of torch 2.9 round AEKT differently in the first step.
+    # In float64, because training multiplies rounding errors a thousandfold in these steps. The
+    # graphs of torch 2.9 round AEKT differently in the first step.
     images = IMAGES.double()
     student, kd, optimiser = attached(weight, images=images)
     twin, twin_kd, twin_optimiser = attached(weight, images=images)
