@@ -2,8 +2,8 @@
 
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdlayers.functional._checks import full_precision
 from kdlayers.functional._cosine import cosine
@@ -18,9 +18,13 @@ def feature_distance(
     """The mean distance: over positions for ``"cosine"``, over all elements for the others."""
     if distance == "cosine":
         return 1 - cosine(student, teacher, channel_dim).mean()
+    # The operators themselves, because the functions of torch.nn.functional broadcast first. With
+    # equal shapes that changes nothing, and on small features it takes longer than the loss.
+    loss: Tensor
     if distance == "smooth_l1":
-        return F.smooth_l1_loss(student, teacher.to(student.dtype))
-    if student.dtype == teacher.dtype:
-        return F.mse_loss(student, teacher)
-    # Without F.mse_loss, whose backward on torch 2.9 refuses a teacher in float64.
-    return (student - teacher).square().mean()
+        loss = torch.ops.aten.smooth_l1_loss.default(student, teacher.to(student.dtype))
+    elif student.dtype == teacher.dtype:
+        loss = torch.ops.aten.mse_loss.default(student, teacher)
+    else:  # written out, because the operator's backward on torch 2.9 refuses a float64 teacher
+        loss = (student - teacher).square().mean()
+    return loss

@@ -75,7 +75,6 @@ class ProjectedLoss(DistillLoss):
         if self.normalize_teacher and self.teacher_norm is None:
             self.teacher_norm = norm_like(state, "teacher_norm")
 
-    @full_precision
     def _projected(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's features with the teacher's width."""
         projector: nn.Module | None = getattr(self, self.slot)
@@ -87,7 +86,7 @@ class ProjectedLoss(DistillLoss):
                     f"this {kind} maps {ours} to {theirs} channels, got {check.shape(student)} and "
                     f"{check.shape(teacher)}; use one {kind} for each point"
                 )
-        projected: Tensor = student if projector is None else projector(student)
+        projected = student if projector is None else _called(projector, student)
         if projected.shape != teacher.shape:
             raise ShapeError(
                 f"the projector of {kind} must return the teacher's shape {check.shape(teacher)}, "
@@ -95,6 +94,12 @@ class ProjectedLoss(DistillLoss):
                 + ('; pass projector="linear"' if projector is None else "")
             )
         return projected
+
+
+@full_precision
+def _called(projector: nn.Module, features: Tensor) -> Tensor:
+    projected: Tensor = projector(features)
+    return projected
 
 
 def channel_dim(features: Tensor) -> int:

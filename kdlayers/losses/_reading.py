@@ -20,6 +20,8 @@ def read(student: Tensor, teacher: Tensor, tokens: str) -> tuple[Tensor, Tensor]
 
 def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """All positions of both: maps on one grid, two vectors, or the same number of tokens."""
+    if _comparable(student, teacher):
+        return student, teacher
     _check(student, teacher)
     if student.dim() == 3 or teacher.dim() == 3:
         if student.dim() != teacher.dim() or student.shape[1] != teacher.shape[1]:
@@ -34,6 +36,19 @@ def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return student, teacher
     ours, theirs = (t[:, :, None, None] if t.dim() == 2 else t for t in (student, teacher))
     return on_one_grid(ours, theirs)
+
+
+def _comparable(student: Tensor, teacher: Tensor) -> bool:
+    """Whether both have one shape and need no check but this one: the usual case, kept short."""
+    return (
+        isinstance(student, Tensor)
+        and isinstance(teacher, Tensor)
+        and student.shape == teacher.shape
+        and student.dim() in (2, 3, 4)
+        and student.is_floating_point()
+        and teacher.is_floating_point()
+        and bool(student.numel())
+    )
 
 
 def read_vectors(student: Tensor, teacher: Tensor, *, class_token: bool) -> tuple[Tensor, Tensor]:
