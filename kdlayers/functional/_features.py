@@ -12,12 +12,10 @@ Distance: TypeAlias = Literal["cosine", "mse", "smooth_l1"]
 
 
 @full_precision
-def feature_distance(
-    student: Tensor, teacher: Tensor, distance: Distance, channel_dim: int
-) -> Tensor:
+def feature_distance(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:
     """The mean distance: over positions for ``"cosine"``, over all elements for the others."""
     if distance == "cosine":
-        return 1 - cosine(student, teacher, channel_dim).mean()
+        return 1 - cosine(student, teacher, channel_dim(teacher)).mean()
     # The operators themselves, because the functions of torch.nn.functional broadcast first. With
     # equal shapes that changes nothing, and on small features it takes longer than the loss.
     loss: Tensor
@@ -28,3 +26,8 @@ def feature_distance(
     else:  # written out, because the operator's backward on torch 2.9 refuses a float64 teacher
         loss = (student - teacher).square().mean()
     return loss
+
+
+def channel_dim(features: Tensor) -> int:
+    """The axis of the channels: the last one of tokens, the second one of maps and vectors."""
+    return -1 if features.dim() == 3 else 1

@@ -45,7 +45,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = samples(student, teacher, least=2)
     # There are B² differences, so their mean is the sum divided by B².
-    return feature_distance(_similarities(student), _similarities(teacher), "mse", channel_dim=1)
+    return feature_distance(_similarities(student), _similarities(teacher), "mse")
 
 
 def _similarities(features: Tensor) -> Tensor:

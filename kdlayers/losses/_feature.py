@@ -5,10 +5,10 @@ from typing import get_args
 from torch import Tensor, nn
 
 from kdlayers.functional import _checks as check
-from kdlayers.functional._features import Distance, feature_distance
+from kdlayers.functional._features import Distance, channel_dim, feature_distance
 from kdlayers.losses._base import Weight
-from kdlayers.losses._projected import ProjectedLoss, channel_dim
-from kdlayers.losses._reading import Tokens, read
+from kdlayers.losses._projected import ProjectedLoss
+from kdlayers.losses._reading import Tokens, alike
 
 
 class FeatureLoss(ProjectedLoss):
@@ -63,17 +63,17 @@ class FeatureLoss(ProjectedLoss):
         self.distance: Distance = distance
         self.tokens = tokens
         self.normalize_teacher = normalize_teacher
+        self._direct = projector is None and tokens == "patch" and not normalize_teacher
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean distance for maps, vectors ``[B, C]`` or tokens; the labels are not used."""
+        if self._direct and alike(student, teacher):  # checks would take longer than the distance
+            return feature_distance(student, teacher.detach(), self.distance)
         student, teacher = self._ready(student, teacher)
-        projected, dim = self._projected(student, teacher), channel_dim(teacher)
+        projected = self._projected(student, teacher)
         if self.teacher_norm is not None:
-            teacher = self.teacher_norm(teacher, dim)
-        return feature_distance(projected, teacher.detach(), self.distance, dim)
-
-    def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return read(student, teacher, self.tokens)
+            teacher = self.teacher_norm(teacher, channel_dim(teacher))
+        return feature_distance(projected, teacher.detach(), self.distance)
 
     def extra_repr(self) -> str:
         """Shows distance, tokens, weight and at."""

@@ -9,16 +9,17 @@ from kdlayers._models.undisturbed import undisturbed
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import full_precision, work_dtype
+from kdlayers.functional._features import channel_dim
 from kdlayers.losses._base import DistillLoss
 from kdlayers.losses._projector import make_projector, projector_like, widths
+from kdlayers.losses._reading import read
 from kdlayers.losses._teacher_norm import TeacherNorm, norm_for, norm_like
 
 
 class ProjectedLoss(DistillLoss):
     """A loss whose student features pass a train-only projector to the teacher's width.
 
-    A subclass calls `_hold` in its constructor and implements `_read`. Its forward calls `_ready`,
-    then `_projected`.
+    A subclass calls `_hold` in its constructor. Its forward calls `_ready`, then `_projected`.
     """
 
     detaches_teacher: ClassVar[bool] = True
@@ -58,7 +59,7 @@ class ProjectedLoss(DistillLoss):
 
     def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both tensors as they are compared: on one grid, with channels in `channel_dim`."""
-        raise NotImplementedError
+        return read(student, teacher, self.tokens)
 
     def _make(self, student: Tensor, teacher: Tensor) -> None:
         """Make the projector, if it is still to be made."""
@@ -75,6 +76,7 @@ class ProjectedLoss(DistillLoss):
         if self.normalize_teacher and self.teacher_norm is None:
             self.teacher_norm = norm_like(state, "teacher_norm")
 
+    @full_precision
     def _projected(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's features with the teacher's width."""
         projector: nn.Module | None = getattr(self, self.slot)
@@ -86,7 +88,7 @@ class ProjectedLoss(DistillLoss):
                     f"this {kind} maps {ours} to {theirs} channels, got {check.shape(student)} and "
                     f"{check.shape(teacher)}; use one {kind} for each point"
                 )
-        projected = student if projector is None else _called(projector, student)
+        projected: Tensor = student if projector is None else projector(student)
         if projected.shape != teacher.shape:
             raise ShapeError(
                 f"the projector of {kind} must return the teacher's shape {check.shape(teacher)}, "
@@ -94,14 +96,3 @@ class ProjectedLoss(DistillLoss):
                 + ('; pass projector="linear"' if projector is None else "")
             )
         return projected
-
-
-@full_precision
-def _called(projector: nn.Module, features: Tensor) -> Tensor:
-    projected: Tensor = projector(features)
-    return projected
-
-
-def channel_dim(features: Tensor) -> int:
-    """The axis of the channels: the last one of tokens, the second one of maps and vectors."""
-    return -1 if features.dim() == 3 else 1

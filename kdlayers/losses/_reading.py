@@ -11,6 +11,19 @@ from kdlayers.losses._maps import on_one_grid
 Tokens: TypeAlias = Literal["patch", "cls", "pooled"]
 
 
+def alike(student: Tensor, teacher: Tensor) -> bool:
+    """Whether `read_maps` has nothing to check or change: features of one shape."""
+    return (
+        isinstance(student, Tensor)
+        and isinstance(teacher, Tensor)
+        and student.shape == teacher.shape
+        and student.dim() in (2, 3, 4)
+        and bool(student.numel())
+        and student.is_floating_point()
+        and teacher.is_floating_point()
+    )
+
+
 def read(student: Tensor, teacher: Tensor, tokens: str) -> tuple[Tensor, Tensor]:
     """What ``tokens`` asks for: `read_maps`, or `read_vectors` of class tokens or of means."""
     if tokens == "patch":
@@ -20,8 +33,6 @@ def read(student: Tensor, teacher: Tensor, tokens: str) -> tuple[Tensor, Tensor]
 
 def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """All positions of both: maps on one grid, two vectors, or the same number of tokens."""
-    if _comparable(student, teacher):
-        return student, teacher
     _check(student, teacher)
     if student.dim() == 3 or teacher.dim() == 3:
         if student.dim() != teacher.dim() or student.shape[1] != teacher.shape[1]:
@@ -36,19 +47,6 @@ def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return student, teacher
     ours, theirs = (t[:, :, None, None] if t.dim() == 2 else t for t in (student, teacher))
     return on_one_grid(ours, theirs)
-
-
-def _comparable(student: Tensor, teacher: Tensor) -> bool:
-    """Whether both have one shape and need no check but this one: the usual case, kept short."""
-    return (
-        isinstance(student, Tensor)
-        and isinstance(teacher, Tensor)
-        and student.shape == teacher.shape
-        and student.dim() in (2, 3, 4)
-        and student.is_floating_point()
-        and teacher.is_floating_point()
-        and bool(student.numel())
-    )
 
 
 def read_vectors(student: Tensor, teacher: Tensor, *, class_token: bool) -> tuple[Tensor, Tensor]:
