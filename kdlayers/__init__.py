@@ -50,4 +50,4 @@ from kdlayers.losses import RKDLoss as RKDLoss
 from kdlayers.losses import SimilarityPreservingLoss as SimilarityPreservingLoss
 from kdlayers.losses import StudentFriendlyKDLoss as StudentFriendlyKDLoss
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
