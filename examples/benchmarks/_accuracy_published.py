@@ -50,7 +50,7 @@ def published_table(runs: Mapping[str, Sequence[Line]]) -> str:
         "Published: A. Gorgun et al., BMVC 2023, supplement, table 1 (five trials): 240 epochs on "
         "all 50,000 images, new augmentation in each epoch, K = 4096, 8 sub-classes, batches of "
         "64; evaluated on the test images after every epoch. Ours: the last of "
-        f"{recipe['epochs']} epochs on {images} images, with another teacher. The accuracies "
-        "cannot be compared; the order of the methods can."
+        f"{recipe['epochs']} epochs on {images} images, with another teacher and other weights. "
+        "Neither the accuracies nor the differences can be compared."
     )
     return f"{note}\n\n{table(('', 'published %', 'minus KD', 'ours %'), rows)}"
