@@ -75,6 +75,16 @@ def test_the_table_of_the_quickstart():
         assert line.split() == [*accuracy.split(), *shown_gain.split(), size]
 
 
+def test_what_a_record_of_few_logits_loses():
+    rows = cells("recorded.md", "| all logits")
+    printed = [line.strip("| ") for line in (DATA / "topk.txt").read_text("utf-8").splitlines()[2:]]
+    name = {"DKDLoss": "DKDLoss, temperature 4"}
+    for line, (shown_name, shown_cells) in zip(printed, rows.items(), strict=True):
+        measured, *values = (cell.strip() for cell in line.split("|"))
+        assert name.get(measured, measured) == shown_name.replace("`", "")
+        assert values == shown_cells
+
+
 def accuracies(stem):
     """Test accuracies by method and seed."""
     found = {}

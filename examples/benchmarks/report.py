@@ -278,10 +278,13 @@ def main_table(runs: dict[str, list[Line]]) -> str:
 
 def controls(runs: dict[str, list[Line]]) -> str:
     """The comparisons that separate supervision from size, for the methods that were run."""
+    weights = {name: lines[0]["recipe"].get("layer_weight") for name, lines in runs.items()}
     rows = [
         [question, f"{ours} minus {theirs}", *difference(runs[ours], runs[theirs])]
         for ours, theirs, question in CONTROLS
         if ours in runs and theirs in runs
+        # Two weights of the layers' losses would decide the comparison.
+        if None in (weights[ours], weights[theirs]) or weights[ours] == weights[theirs]
     ]
     return table(("question", "difference", "points of test accuracy", ""), rows) if rows else ""
 
