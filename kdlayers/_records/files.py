@@ -21,7 +21,7 @@ from torch import Tensor
 from kdlayers._records.views import signed
 from kdlayers.errors import RecordError
 
-FORMAT, VERSION = "kdlayers record", 1
+FORMAT, VERSION = "kdlayers record", 2
 DESCRIPTION, CHECKS = "record.json", "checks.bin"
 DTYPES = {"float16": 2, "float32": 4, "int32": 4}
 

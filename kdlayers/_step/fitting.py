@@ -6,6 +6,7 @@ from typing import Any
 from kdlayers._models.detectors import Pictures
 from kdlayers._models.undisturbed import cuda_devices
 from kdlayers._step.batches import as_batch, split_batch
+from kdlayers._step.grids import StudentGrids
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.recording import teacher_tensors
 from kdlayers._step.teacher import Teacher
@@ -17,6 +18,7 @@ from kdlayers._targets.passes import Passes
 def fit_terms(
     terms: Sequence[Term],
     teachers: Sequence[Teacher],
+    grids: StudentGrids,
     loader: Iterable[Any],
     images: ImageStatistics,
     pictures: Pictures | None,
@@ -42,7 +44,7 @@ def fit_terms(
             inputs, labels = split_batch(ready)
             if index == 0:
                 images.of_fit(inputs)
-            yield teacher_tensors(plan, ready, inputs), labels
+            yield teacher_tensors(plan, grids, ready, inputs), labels
 
     if fitters:
         images.begin_fit()

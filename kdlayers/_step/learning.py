@@ -10,6 +10,7 @@ from kdlayers._records.dataset import RecordedDataset
 from kdlayers._step.attachment import Attachment
 from kdlayers._step.batches import check_loader
 from kdlayers._step.fitting import fit_terms
+from kdlayers._step.grids import StudentGrids
 from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.ranks import Ranks
 from kdlayers._step.recording import record
@@ -37,14 +38,15 @@ class Learning(Attachment):
         """Learn from the teacher what the losses need: codebooks, decisions, auto-encoders.
 
         Runs the teacher over the loader, one pass for all points together: a codebook takes up to
-        two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not run,
-        and no random state changes. While a codebook or decisions are fitted, each pass starts
-        from ``seed``, so that a loader that shuffles or augments gives every pass the same data:
-        torch, Python's ``random``, NumPy and the generators of the loader, its samplers and its
-        data set are seeded, and restored at the end. Workers are restarted for each pass. Later
-        passes, which only auto-encoders need, start from ``seed`` plus the number of the pass, so
-        order and augmentation change as in training. The same seed gives the same result. Under
-        ``torch.distributed`` call it on all ranks, each with its part of the data.
+        two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not
+        trained; it runs in eval mode on one image of each size that the example did not have, for
+        the size of its maps. No random state changes. While a codebook or decisions are fitted,
+        each pass starts from ``seed``, so that a loader that shuffles or augments gives every pass
+        the same data: torch, Python's ``random``, NumPy and the generators of the loader, its
+        samplers and its data set are seeded, and restored at the end. Workers are restarted for
+        each pass. Later passes, which only auto-encoders need, start from ``seed`` plus the number
+        of the pass, so order and augmentation change as in training. The same seed gives the same
+        result. Under ``torch.distributed`` call it on all ranks, each with its part of the data.
 
         Args:
             loader: gives batches ``(images, labels)``, or dicts with ``pixel_values`` and
@@ -75,6 +77,7 @@ class Learning(Attachment):
         fit_terms(
             self._terms,
             self._teachers,
+            StudentGrids(self.student, self._tape, self._terms),
             loader,
             self._images,
             self._pictures,
@@ -131,7 +134,8 @@ class Learning(Attachment):
         self._need_teacher("record")
         options = {"views": views, "batch_size": batch_size, "dtype": dtype, "topk": topk}
         workers = {"num_workers": num_workers, "seed": seed, "progress": progress}
-        return record(self._plan, dataset, Path(path), **options, **workers)  # type: ignore[arg-type]
+        grids = StudentGrids(self.student, self._tape, self._terms)
+        return record(self._plan, grids, dataset, Path(path), **options, **workers)  # type: ignore[arg-type]
 
     def _need_teacher(self, method: str) -> None:
         if not self._teachers:

@@ -78,21 +78,33 @@ class AbsentModel(nn.Module):
         )
 
 
+def describe(traced: Trace, taps: Iterable[str]) -> dict[str, Any]:
+    """What `traces_of` needs of a teacher's dry run, as JSON values; taps in forward order."""
+    return {
+        "logits": list(traced.logits.shape[1:]),
+        "taps": [
+            [tap, list(traced.call(tap).shape[1:]), _values(traced.layout(tap))]
+            for tap in sorted(taps, key=lambda tap: traced.call(tap).order)
+        ],
+    }
+
+
+def _values(layout: Layout) -> list[Any]:
+    return [layout.kind, layout.prefix, list(layout.grid)]
+
+
 def traces_of(reader: Reader, batch: int) -> list[Trace]:
     """Dry runs of the recorded teachers on ``batch`` images, with the record's taps and logits."""
-    about = reader.description.about
-    shapes = {field.name: field.shape for field in reader.description.fields}
     traces = []
-    for index, known in enumerate(about["teachers"]):
-        taps = [tap for teacher, tap in about["taps"].values() if teacher == index]
+    for known in reader.description.about["teachers"]:
+        taps = [tap for tap, _, _ in known["taps"]]
         model = AbsentModel(known["class"], known["weights"], taps, reader)
-        logits = torch.zeros(batch, about["classes"][index])
+        logits = torch.zeros(batch, *known["logits"])
         calls: dict[str, Call] = {}
         layouts: dict[str, Layout] = {}
-        for name, (teacher, tap) in about["taps"].items():
-            if teacher == index and tap not in calls:
-                shape, cpu = (batch, *shapes[name]), torch.device("cpu")
-                calls[tap] = Call(tap, (), shape, torch.float32, cpu, len(calls))
-                layouts[tap] = Layout(about["layouts"][name] or "vector")
+        for tap, shape, (kind, prefix, grid) in known["taps"]:
+            cpu = torch.device("cpu")
+            calls[tap] = Call(tap, (), (batch, *shape), torch.float32, cpu, len(calls))
+            layouts[tap] = Layout(kind, prefix, tuple(grid))
         traces.append(Trace(model, calls, logits, (1, 1), "recorded teacher", _layouts=layouts))
     return traces

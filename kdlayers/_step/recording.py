@@ -1,13 +1,13 @@
 """Writes the teachers' outputs for a data set, and reads them instead of running the teachers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from kdlayers._models.layouts import Layout
+from kdlayers._models.layouts import Layout, Size
 from kdlayers._records.dataset import (
     RecordedDataset,
     from_reader,
@@ -22,8 +22,11 @@ from kdlayers._records.topk import compress, expand
 from kdlayers._records.views import check_repeatable, draw, image_check
 from kdlayers._records.write import write_record
 from kdlayers._step.fingerprint import weights_hash
+from kdlayers._step.grids import StudentGrids
+from kdlayers._step.recorded_teacher import describe
 from kdlayers._step.tape import Forward
-from kdlayers._step.terms import Plan, Term
+from kdlayers._step.teacher import Teacher
+from kdlayers._step.terms import Plan, Term, size_of
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, RecordError
@@ -35,6 +38,7 @@ FIRST_STEPS, EVERY = 20, 100
 
 def record(
     plan: Plan,
+    student: StudentGrids,
     dataset: Any,
     path: Path,
     *,
@@ -53,33 +57,51 @@ def record(
             f"all views of the first samples are equal, so views={views} stores the same numbers "
             f"{views} times; use views=1, or give the data set a random transform"
         )
+    image = draw(dataset, seed, 0, 0)[0]
+    ours = student.of(plan.terms, (image[None],))
+    first = plan.of_teachers(plan.teach((image[None],), {}))
+    own = _own_grids(plan.terms, first)
+    names = _names(plan.terms, own, ours)
 
     def say(images: Tensor) -> list[Tensor]:
-        return list(_said(plan, images, topk).values())
+        if own and images.shape[1:] != image.shape:
+            raise RecordError(
+                f"a batch has images of shape {tuple(images.shape[1:])}, but the first image had "
+                f"{tuple(image.shape)}: a record needs images of one size"
+            )
+        found = plan.of_teachers(plan.teach((images,), {}))
+        return list(_said(plan.terms, names, found, ours, topk).values())
 
-    image = draw(dataset, seed, 0, 0)[0]
     fields = []
-    for name, tensor in _said(plan, image[None], topk).items():
+    for name, tensor in _said(plan.terms, names, first, ours, topk).items():
         kind = dtype if tensor.is_floating_point() else "int32"
         fields.append(Field(name, tuple(tensor.shape[1:]), kind))
     about = {
         "transform": transform_of(dataset),
         "teachers": [
-            {"class": type(t.model).__name__, "weights": weights_hash(t.model), "weight": t.weight}
-            for t in plan.teachers
+            _described(teacher, taps)
+            for teacher, taps in zip(plan.teachers, plan.taps, strict=True)
         ],
-        "teacher_transform": [stable(repr(t.transform)) for t in plan.teachers],
-        "layouts": {name: _kind(term) for name, term in _names(plan.terms)},
-        "taps": {n: [t.teacher_index or 0, t.tap] for n, t in _names(plan.terms) if t.tap},
-        "classes": [int(t.traced.logits.shape[-1]) for t in plan.teachers],
+        "layouts": {name: _kind(term) for name, term in zip(names, plan.terms, strict=True)},
+        "grids": own,
         "topk": topk,
     }
     size = min(batch_size, len(dataset) * views)
     made = Description(len(dataset), views, seed, size, tuple(fields), about)
     write_record(dataset, path, made, say, num_workers=num_workers, progress=progress)
     recorded = from_reader(register(Reader(path)), dataset)
-    _plan_for(plan, recorded.reader)
+    _plan_for(plan, recorded.reader, ours)
     return recorded
+
+
+def _described(teacher: Teacher, taps: Sequence[str]) -> dict[str, Any]:
+    return {
+        "class": type(teacher.model).__name__,
+        "weights": weights_hash(teacher.model),
+        "weight": teacher.weight,
+        "transform": stable(repr(teacher.transform)),
+        **describe(teacher.traced, taps),
+    }
 
 
 def _check_arguments(
@@ -98,15 +120,20 @@ def _check_arguments(
         raise ArgumentError("kd.record was given an empty data set")
 
 
-def _said(plan: Plan, images: Tensor, topk: int | None) -> dict[str, Tensor]:
-    """The tensors of a record's fields for a batch of images."""
-    found = plan.of_teachers(plan.teach((images,), {}))
+def _said(
+    terms: Sequence[Term],
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    ours: Sequence[Size | None],
+    topk: int | None,
+) -> dict[str, Tensor]:
+    """The tensors of a record's fields, of what the teachers said for a batch of images."""
     said: dict[str, Tensor] = {}
-    for (name, term), tensor in zip(_names(plan.terms), found, strict=True):
+    for name, term, tensor, size in zip(names, terms, tensors, ours, strict=True):
         if name in said or f"{name}.top" in said:
             continue
         if term.tap is not None or topk is None:
-            said[name] = _stored(term, tensor)
+            said[name] = _stored(term, tensor, size)
             continue
         if topk >= tensor.shape[1]:
             raise ArgumentError(
@@ -116,23 +143,45 @@ def _said(plan: Plan, images: Tensor, topk: int | None) -> dict[str, Tensor]:
     return said
 
 
-def _names(terms: Sequence[Term]) -> Iterator[tuple[str, Term]]:
-    """The field that each term reads; terms that read the same tensor share one."""
-    numbers: dict[str, list[tuple[float, float]]] = {}
-    for term in terms:
+def _own_grids(terms: Sequence[Term], tensors: Sequence[Tensor]) -> dict[str, list[int]]:
+    """The teachers' own grids at the points that losses compare position by position."""
+    found: dict[str, list[int]] = {}
+    for term, tensor in zip(terms, tensors, strict=True):
+        if term.on_grid and term.teacher_layout is not None:
+            found[_tap(term)] = list(size_of(term.teacher_layout.to_grid(tensor)))
+    return found
+
+
+def _names(
+    terms: Sequence[Term], own: Mapping[str, Sequence[int]], ours: Sequence[Size | None]
+) -> list[str]:
+    """The field that each term reads; terms that read the same tensor share one.
+
+    The name of a map says its grid, which depends on the teacher's own grid and on the student's.
+    So it is the same in every handle, whatever other losses there are.
+    """
+    names = []
+    for term, size in zip(terms, ours, strict=True):
         if term.tap is None:
             who = "all teachers" if term.teacher_index is None else f"teacher {term.teacher_index}"
-            yield f"logits of {who}", term
-            continue
-        name = f"{term.tap} of teacher {term.teacher_index or 0}"
-        if term.readers is not None:
-            yield f"{name}, {'class token' if term.readers[1].class_token else 'mean'}", term
-            continue
-        grids = numbers.setdefault(name, [])
-        if term.shrink not in grids:
-            grids.append(term.shrink)
-        number = grids.index(term.shrink)
-        yield (f"{name}, grid {number + 1}" if number else name), term
+            names.append(f"logits of {who}")
+        elif term.readers is not None:
+            token = "class token" if term.readers[1].class_token else "mean"
+            names.append(f"{_tap(term)}, {token}")
+        elif term.on_grid and _tap(term) in own:
+            rows, columns = own[_tap(term)]
+            names.append(_on_grid(_tap(term), term.compared((rows, columns), size)))
+        else:
+            names.append(_tap(term))
+    return names
+
+
+def _tap(term: Term) -> str:
+    return f"{term.tap} of teacher {term.teacher_index or 0}"
+
+
+def _on_grid(tap: str, grid: Sequence[int]) -> str:
+    return f"{tap}, {grid[0]} x {grid[1]}"
 
 
 def _kind(term: Term) -> str | None:
@@ -143,31 +192,33 @@ def _kind(term: Term) -> str | None:
     return "NCHW" if layout.kind == "NCHW" else "NHWC"
 
 
-def _stored(term: Term, tensor: Tensor) -> Tensor:
+def _stored(term: Term, tensor: Tensor, ours: Size | None) -> Tensor:
     """The teacher's tensor on the grid that the loss reads, in its own order of axes."""
     if not term.on_grid:
         return tensor
-    alone = term.teacher_alone(tensor)  # [B, h, w, C] for scores, [B, C, h, w] for features
+    alone = term.teacher_alone(tensor, ours)  # [B, h, w, C] for scores, [B, C, h, w] for features
     kind = "NHWC" if term.scores else "NCHW"
     if kind == _kind(term):
         return alone
     return alone.movedim(-1, 1) if kind == "NHWC" else alone.movedim(1, -1)
 
 
-def teacher_tensors(plan: Plan, batch: Any, images: Any) -> list[Tensor]:
+def teacher_tensors(plan: Plan, student: StudentGrids, batch: Any, images: Any) -> list[Tensor]:
     """The teacher's tensor of each term for `KDHandle.fit`.
 
     The teachers run on the batch's images, or a record is read where the batch has its keys.
     """
+    args = images if isinstance(images, tuple) else (images,)
+    ours = student.of(plan.terms, args)
     key = batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
     if key is not None and is_key(key):
         reader, rows = rows_of(key)
-        plan, tensors = _plan_for(plan, reader), read(plan.terms, reader, rows)
+        plan, names = _plan_for(plan, reader, ours)
+        tensors = read(plan.terms, names, reader, rows)
     else:
-        args = images if isinstance(images, tuple) else (images,)
         tensors = plan.of_teachers(plan.teach(args, {}))
-    found = zip(plan.terms, tensors, strict=True)
-    return [term.teacher_alone(tensor) for term, tensor in found]
+    found = zip(plan.terms, tensors, ours, strict=True)
+    return [term.teacher_alone(tensor, size) for term, tensor, size in found]
 
 
 def read_batch(
@@ -187,7 +238,8 @@ def read_batch(
         )
     if reader.check_inputs and (step < FIRST_STEPS or step % EVERY == 0):
         _check_image(reader, rows, forward, step % len(rows))
-    return _plan_for(plan, reader), read(plan.terms, reader, rows)
+    found, names = _plan_for(plan, reader, [term.student_grid(forward) for term in plan.terms])
+    return found, read(found.terms, names, reader, rows)
 
 
 def _check_image(reader: Reader, rows: Sequence[int], forward: Forward, index: int) -> None:
@@ -203,48 +255,70 @@ def _check_image(reader: Reader, rows: Sequence[int], forward: Forward, index: i
         )
 
 
-def _plan_for(plan: Plan, reader: Reader) -> Plan:
-    """The plan whose terms read the record; it keeps the record open."""
-    if reader.tag not in plan.recorded:
-        terms = recorded_terms(plan.terms, reader)
+def _plan_for(
+    plan: Plan, reader: Reader, ours: Sequence[Size | None]
+) -> tuple[Plan, Sequence[str]]:
+    """The plan whose terms read the record, and their fields; it keeps the record open."""
+    key = (reader.tag, *ours)
+    if key not in plan.recorded:
         check_teachers(plan, reader)
-        plan.recorded[reader.tag] = (Plan(terms, plan.teachers), reader)
-    return plan.recorded[reader.tag][0]
+        names = _fields(plan.terms, reader, ours)
+        terms = recorded_terms(plan.terms, names, reader)
+        plan.recorded[key] = (Plan(terms, plan.teachers), names, reader)
+    found, names, _ = plan.recorded[key]
+    return found, names
 
 
-def recorded_terms(terms: Sequence[Term], reader: Reader) -> list[Term]:
-    """The terms as they read the teacher's tensor from the record.
+def _fields(terms: Sequence[Term], reader: Reader, ours: Sequence[Size | None]) -> list[str]:
+    """The field that each term reads: on the grid that the loss compares, or on the teacher's own.
+
+    The teacher's own grid is pooled in the step, as that of a live teacher is. A field of any other
+    grid would be pooled twice, which gives other numbers.
 
     Raises:
-        RecordError: if the record lacks a field.
+        RecordError: if the record has neither.
     """
-    layouts = reader.description.about["layouts"]
+    held, own = reader.description.about["layouts"], reader.description.about["grids"]
     found = []
-    for name, term in _names(terms):
-        if name not in layouts:
+    for term, name in zip(terms, _names(terms, own, ours), strict=True):
+        whole = (
+            _on_grid(_tap(term), own[_tap(term)]) if term.on_grid and _tap(term) in own else name
+        )
+        if name not in held and whole not in held:
             raise RecordError(
                 f"{term.name} reads the {name}, which the record {reader.path} does not hold (it "
-                f"has {', '.join(layouts)}); record with the losses and points that you train with"
+                f"has {'; '.join(held)}); record with the losses, the points and a student with "
+                "the grids that you train with"
             )
-        kind = layouts[name]
-        layout = term.teacher_layout if kind is None else Layout(kind)
+        found.append(name if name in held else whole)
+    return found
+
+
+def recorded_terms(terms: Sequence[Term], names: Sequence[str], reader: Reader) -> list[Term]:
+    """The terms as they read the teacher's tensors from these fields of the record."""
+    layouts = reader.description.about["layouts"]
+    found = []
+    for term, name in zip(terms, names, strict=True):
+        layout = term.teacher_layout if layouts[name] is None else Layout(layouts[name])
         found.append(replace(term, teacher_layout=layout, shrink=(1.0, 1.0)))
     return found
 
 
-def read(terms: Sequence[Term], reader: Reader, rows: Sequence[int]) -> list[Tensor]:
+def read(
+    terms: Sequence[Term], names: Sequence[str], reader: Reader, rows: Sequence[int]
+) -> list[Tensor]:
     """The teachers' tensor of each term for some rows of a record."""
-    about, data = reader.description.about, reader.read(rows)
+    data = reader.read(rows)
     found: dict[str, Tensor] = {}
-    for name, term in _names(terms):
+    for name, term in zip(names, terms, strict=True):
         if name in found:
             continue
         if name in data:
             found[name] = data[name].float()
         else:
-            classes = about["classes"][term.teacher_index or 0]
-            found[name] = expand(data[f"{name}.top"], data[f"{name}.kept"], classes)
-    return [found[name] for name, _ in _names(terms)]
+            about = reader.description.about["teachers"][term.teacher_index or 0]
+            found[name] = expand(data[f"{name}.top"], data[f"{name}.kept"], about["logits"][0])
+    return [found[name] for name in names]
 
 
 def check_teachers(plan: Plan, reader: Reader) -> None:

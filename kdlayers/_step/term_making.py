@@ -9,7 +9,7 @@ from kdlayers._models.layouts import common_size
 from kdlayers._models.trace import Trace
 from kdlayers._models.vectors import vectors
 from kdlayers._step.teacher import Teacher
-from kdlayers._step.terms import Term, size_of
+from kdlayers._step.terms import Term, shapes_of, size_of
 from kdlayers.errors import ArgumentError
 from kdlayers.losses import DistillLoss, TemplateLoss
 
@@ -38,6 +38,8 @@ def feature_term(
         student_layout=ours,
         teacher_layout=theirs,
         shrink=(small[0] / their_size[0], small[1] / their_size[1]),
+        example=shapes_of(student.example or ()),
+        example_grid=our_size,
         readers=None
         if loss.tokens == "patch"
         else vectors(loss.tokens, student, point, teacher, tap),

@@ -2,22 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.layouts import Layout, common_size, pool
+from kdlayers._models.layouts import Layout, Size, common_size, pool
 from kdlayers._models.trace import image_size
 from kdlayers._models.vectors import Vectors
 from kdlayers._step.tape import Forward, Wanted
 from kdlayers._step.teacher import Taught, Teacher
+from kdlayers._utils.tree import leaves
 from kdlayers.errors import ArgumentError
 from kdlayers.functional._checks import NARROW
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 _SOURCE = "_kd_source"
+
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+"""Shapes of all tensors among a model's inputs, without the batch."""
 
 
 class Source:
@@ -54,7 +58,12 @@ class Term:
     student_layout: Layout | None = None
     teacher_layout: Layout | None = None
     shrink: tuple[float, float] = (1.0, 1.0)
-    """Height and width of the pooled teacher grid, relative to the teacher's own grid."""
+    """Height and width of the pooled teacher grid, relative to the teacher's own grid, for the
+    example; only an estimate for images of other sizes, where grids may round differently."""
+    example: Shapes = ()
+    """Shapes of the example."""
+    example_grid: Size = (1, 1)
+    """The student's grid at this point, for the example."""
     readers: tuple[Vectors, Vectors] | None = None
     """Readers of the student's and the teacher's vectors, if the loss does not compare maps."""
     positions: int = 1
@@ -129,20 +138,38 @@ class Term:
     def _model(self, teachers: Sequence[Teacher]) -> nn.Module:
         return teachers[self.teacher_index or 0].model
 
-    def teacher_alone(self, teacher: Tensor) -> Tensor:
-        """The teacher's tensor as the loss reads it; for `fit`, where no student runs."""
+    def teacher_alone(self, teacher: Tensor, ours: Size | None) -> Tensor:
+        """The teacher's tensor as the loss reads it, for `fit`; ``ours`` is the student's grid."""
         if not self.on_grid or self.teacher_layout is None:
             return teacher
         grid = self.teacher_layout.to_grid(teacher)
-        height, width = size_of(grid)
-        size = (max(1, round(height * self.shrink[0])), max(1, round(width * self.shrink[1])))
-        grid = pool(grid, size)
+        grid = pool(grid, self.compared(size_of(grid), ours))
         return grid if self.scores else grid.movedim(-1, 1)
 
+    def compared(self, theirs: Size, ours: Size | None) -> Size:
+        """The grid on which the loss compares a teacher's grid and the student's, if known."""
+        if ours is not None:
+            return common_size(ours, theirs)
+        height, width = (n * part for n, part in zip(theirs, self.shrink, strict=True))
+        return max(1, round(height)), max(1, round(width))
 
-def size_of(grid: Tensor) -> tuple[int, int]:
+    def student_grid(self, forward: Forward) -> Size | None:
+        """The student's own grid in a forward; None if the loss compares no maps."""
+        if not self.on_grid or self.student_layout is None or self.point is None:
+            return None
+        recorded = forward.scores[self.point][0] if self.scores else forward.features[self.point]
+        image = image_size((forward.args, forward.kwargs))
+        return size_of(self.student_layout.to_grid(recorded, image))
+
+
+def size_of(grid: Tensor) -> Size:
     """Rows and columns of a grid ``[B, H, W, C]``."""
     return grid.shape[1], grid.shape[2]
+
+
+def shapes_of(inputs: Any) -> Shapes:
+    """Shapes of all tensors in ``inputs``, without the batch."""
+    return tuple(tuple(tensor.shape[1:]) for _, tensor in leaves(inputs))
 
 
 @dataclass
@@ -161,8 +188,9 @@ class Plan:
     def __init__(self, terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
         self.terms = list(terms)
         self.teachers = list(teachers)
-        self.recorded: dict[int, tuple[Plan, Any]] = {}
-        """The same terms as they read a record, and the open record, by the record's tag."""
+        self.recorded: dict[tuple[Any, ...], tuple[Plan, list[str], Any]] = {}
+        """The same terms as they read a record, the fields that they read, and the open record, by
+        the record's tag and the student's grids."""
         self.taps: list[list[str]] = [[] for _ in teachers]
         self.logits = [False] * len(teachers)
         for term in terms:

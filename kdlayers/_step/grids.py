@@ -1,0 +1,74 @@
+"""The grids of the student's maps for images of any size, for what runs without the student."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from kdlayers._models.layouts import Size
+from kdlayers._models.trace import fresh, to_model
+from kdlayers._models.undisturbed import undisturbed
+from kdlayers._models.wrappers import sharded
+from kdlayers._step.tape import Forward, Tape
+from kdlayers._step.terms import Shapes, Term, shapes_of
+from kdlayers._utils.tree import mapped
+
+_Sizes: TypeAlias = dict[tuple[str | None, bool], Size | None]
+
+
+class StudentGrids:
+    """Rows and columns of the student's maps, by the shapes of its inputs.
+
+    `KDHandle.fit` and `KDHandle.record` pool the teacher to the grid that a training step compares.
+    For other images than the example, how the student's grid rounds is found by running it once.
+    """
+
+    def __init__(self, student: nn.Module, tape: Tape, terms: Sequence[Term]) -> None:
+        self._student, self._tape, self._terms = student, tape, list(terms)
+        self._known: dict[Shapes, _Sizes] = {}
+        for term in terms:
+            if term.on_grid:
+                self._known.setdefault(term.example, {})[_place(term)] = term.example_grid
+
+    def of(self, terms: Sequence[Term], args: tuple[Any, ...]) -> list[Size | None]:
+        """The student's grid for each term and these inputs.
+
+        None for a term that compares no maps, and if the student cannot run on such inputs.
+        """
+        if not any(term.on_grid for term in terms):
+            return [None] * len(terms)
+        shapes = shapes_of(args)
+        if shapes not in self._known:
+            self._known[shapes] = self._found(args)
+        sizes = self._known[shapes]
+        return [sizes.get(_place(term)) if term.on_grid else None for term in terms]
+
+    def _found(self, args: tuple[Any, ...]) -> _Sizes:
+        if sharded(self._student):
+            return {}  # all ranks would have to run it, but the others may have no new shapes
+        try:
+            forward = self._run(args)
+            return {_place(term): term.student_grid(forward) for term in self._terms}
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # images that only the teacher takes
+            return {}
+
+    def _run(self, args: tuple[Any, ...]) -> Forward:
+        """What the handle's hooks record in a forward of the first image, in eval mode."""
+        tape, student = self._tape, self._student
+        before = tape.forward, tape.manual, tape.active
+        with torch.inference_mode(False), torch.no_grad(), undisturbed(student):
+            first = mapped(args, lambda tensor: tensor[:1] if tensor.dim() else tensor)
+            first = fresh(to_model(first, student))
+            tape.forward, tape.manual, tape.active = Forward(first, {}), True, True
+            try:
+                student(*first)
+                return tape.forward
+            finally:
+                tape.forward, tape.manual, tape.active = before
+
+
+def _place(term: Term) -> tuple[str | None, bool]:
+    return term.point, term.scores
