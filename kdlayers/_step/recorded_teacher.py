@@ -9,6 +9,7 @@ from torch import nn
 
 from kdlayers._models.layouts import Layout
 from kdlayers._models.trace import Call, Trace
+from kdlayers._models.vectors import has_class_token
 from kdlayers._records.dataset import register
 from kdlayers._records.files import Reader
 from kdlayers.errors import AttachError
@@ -69,6 +70,8 @@ class AbsentModel(nn.Module):
         self.kind = kind
         self.weights = weights
         """The hash of the recorded teacher's weights."""
+        self.has_class_token = False
+        """Whether the first prefix token of its features is a class token, as timm states it."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raise an error, because there is no model to run."""
@@ -79,32 +82,47 @@ class AbsentModel(nn.Module):
 
 
 def describe(traced: Trace, taps: Iterable[str]) -> dict[str, Any]:
-    """What `traces_of` needs of a teacher's dry run, as JSON values; taps in forward order."""
-    return {
-        "logits": list(traced.logits.shape[1:]),
-        "taps": [
-            [tap, list(traced.call(tap).shape[1:]), _values(traced.layout(tap))]
-            for tap in sorted(taps, key=lambda tap: traced.call(tap).order)
-        ],
-    }
+    """What `traces_of` needs of a teacher's dry run, as JSON values; taps in forward order.
 
-
-def _values(layout: Layout) -> list[Any]:
-    return [layout.kind, layout.prefix, list(layout.grid)]
+    Nothing here depends on the size of the example: another example makes the same record.
+    """
+    described = []
+    for tap in sorted(taps, key=lambda tap: traced.call(tap).order):
+        layout, shape = traced.layout(tap), traced.call(tap).shape
+        token = has_class_token(traced.model, layout)
+        described.append([tap, layout.kind, layout.prefix, token, shape[layout.channel_dim]])
+    logits = traced.logits.shape[1:]
+    return {"logits": [*logits[:1], *(1 for _ in logits[1:])], "taps": described}
 
 
 def traces_of(reader: Reader, batch: int) -> list[Trace]:
     """Dry runs of the recorded teachers on ``batch`` images, with the record's taps and logits."""
+    about = reader.description.about
+    shapes = {field.name: field.shape for field in reader.description.fields}
     traces = []
-    for known in reader.description.about["teachers"]:
-        taps = [tap for tap, _, _ in known["taps"]]
-        model = AbsentModel(known["class"], known["weights"], taps, reader)
-        logits = torch.zeros(batch, *known["logits"])
+    for index, known in enumerate(about["teachers"]):
+        model = AbsentModel(known["class"], known["weights"], [t[0] for t in known["taps"]], reader)
+        fields = (f"logits of teacher {index}", "logits of all teachers")
+        logits = next((shapes[name] for name in fields if name in shapes), known["logits"])
         calls: dict[str, Call] = {}
         layouts: dict[str, Layout] = {}
-        for tap, shape, (kind, prefix, grid) in known["taps"]:
-            cpu = torch.device("cpu")
-            calls[tap] = Call(tap, (), (batch, *shape), torch.float32, cpu, len(calls))
-            layouts[tap] = Layout(kind, prefix, tuple(grid))
-        traces.append(Trace(model, calls, logits, (1, 1), "recorded teacher", _layouts=layouts))
+        for tap, kind, prefix, token, channels in known["taps"]:
+            grid = tuple(about["grids"].get(f"{tap} of teacher {index}", (1, 1)))
+            layouts[tap] = Layout(kind, prefix, grid)
+            model.has_class_token |= token
+            shape, cpu = (batch, *_shape(layouts[tap], channels)), torch.device("cpu")
+            calls[tap] = Call(tap, (), shape, torch.float32, cpu, len(calls))
+        zeros = torch.zeros(batch, *logits)
+        traces.append(Trace(model, calls, zeros, (1, 1), "recorded teacher", _layouts=layouts))
     return traces
+
+
+def _shape(layout: Layout, channels: int) -> tuple[int, ...]:
+    """The shape of one image's features."""
+    if layout.kind == "NCHW":
+        return channels, *layout.grid
+    if layout.kind == "NHWC":
+        return *layout.grid, channels
+    if layout.kind == "tokens":
+        return layout.prefix + layout.grid[0] * layout.grid[1], channels
+    return (channels,)

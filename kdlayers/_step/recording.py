@@ -23,7 +23,7 @@ from kdlayers._records.views import check_repeatable, draw, image_check
 from kdlayers._records.write import write_record
 from kdlayers._step.fingerprint import weights_hash
 from kdlayers._step.grids import StudentGrids
-from kdlayers._step.recorded_teacher import describe
+from kdlayers._step.recorded_teacher import AbsentModel, describe
 from kdlayers._step.tape import Forward
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Plan, Term, size_of
@@ -325,7 +325,7 @@ def check_teachers(plan: Plan, reader: Reader) -> None:
     """Check that the record is one of this handle's teachers.
 
     Raises:
-        RecordError: if the number of teachers, their weights or their shares are others.
+        RecordError: if the number of teachers, their weights, shares or transforms are others.
     """
     stated = reader.description.about["teachers"]
     if len(stated) != len(plan.teachers):
@@ -334,10 +334,21 @@ def check_teachers(plan: Plan, reader: Reader) -> None:
             f"{len(plan.teachers)}; attach the teachers that were recorded"
         )
     for index, (teacher, known) in enumerate(zip(plan.teachers, stated, strict=True)):
-        same = weights_hash(teacher.model) == known["weights"]
-        if not same or teacher.weight != known["weight"]:
-            what = "its teacher_weights" if same else "its weights"
+        what = _difference(teacher, known)
+        if what is not None:
             raise RecordError(
-                f"the record {reader.path} was made with another teacher {index}: {what} differ; "
-                "attach the teacher that was recorded, or call kd.record(...) into a new folder"
+                f"the record {reader.path} was made with another teacher {index}: {what}; attach "
+                "the teacher that was recorded, or call kd.record(...) into a new folder"
             )
+
+
+def _difference(teacher: Teacher, known: Mapping[str, Any]) -> str | None:
+    """How a teacher differs from the recorded one; None if it does not."""
+    if weights_hash(teacher.model) != known["weights"]:
+        return "its weights differ"
+    if teacher.weight != known["weight"]:
+        return "its teacher_weights differ"
+    found = stable(repr(teacher.transform))
+    if isinstance(teacher.model, AbsentModel) or found == known["transform"]:
+        return None
+    return f"its teacher_transform was {known['transform']}, and is {found} now"

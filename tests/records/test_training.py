@@ -18,6 +18,7 @@ from kdlayers import (
     KDLoss,
     KDPoint,
     RecordedTeacher,
+    Renormalize,
     attach_kd,
     open_record,
 )
@@ -194,6 +195,22 @@ def test_another_teacher_is_refused(tmp_path):
     student(x)
     with pytest.raises(RecordError, match="another teacher 0: its weights differ"):
         other.loss(y, recorded=key)
+
+
+def test_another_transform_for_the_teacher_is_refused(tmp_path):
+    (_, kd), recorded, teacher = setup("logits", "same grid", tmp_path)
+    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
+    options = {**LOSSES["logits"](), "example": EXAMPLE}
+    transform = Renormalize(student=([0.5] * 3, [0.5] * 3), teacher=([0.0] * 3, [0.1] * 3))
+    other = attach_kd(Net(6), teacher, teacher_transform=transform, **options)
+    other.student(x)
+    with pytest.raises(RecordError, match="teacher_transform was None, and is Renormalize"):
+        other.loss(y, recorded=key)
+    again = other.record(
+        recorded.dataset, tmp_path / "again", views=1, dtype="float32", progress=False
+    )
+    x, y, key = next(iter(DataLoader(again, batch_size=16)))
+    assert torch.equal(step(other, x, y, recorded=key)[0], step(other, x, y)[0])
 
 
 def test_losses_that_were_not_recorded_are_refused(tmp_path):
