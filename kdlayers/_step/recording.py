@@ -135,6 +135,11 @@ def _said(
         if term.tap is not None or topk is None:
             said[name] = _stored(term, tensor, size)
             continue
+        if tensor.dim() != 2:
+            raise ArgumentError(
+                f"topk={topk} keeps the largest logits of images, but these are class maps "
+                f"{list(tensor.shape)}; leave topk out"
+            )
         if topk >= tensor.shape[1]:
             raise ArgumentError(
                 f"topk={topk} of {tensor.shape[1]} classes keeps everything; leave topk out"

@@ -1,0 +1,84 @@
+"""A record in the place of the teacher, against the live teacher: class maps and class tokens."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdlayers import ChannelWiseLoss, FeatureLoss, KDLoss, RecordedTeacher, attach_kd
+from kdlayers.errors import ArgumentError
+from tests.records.test_training import Net, Tokens
+
+
+class Maps(nn.Module):
+    """Class maps ``[B, 5, H, W]``."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Conv2d(3, width, 3, padding=1)
+        self.head = nn.Conv2d(width, 5, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8) % 4)
+
+
+def both(student, teacher, losses, path):
+    """The terms of the live teacher, and of its record in its place."""
+    again, example = copy.deepcopy(student), torch.zeros(2, 3, 8, 8)
+    live = attach_kd(student, teacher, losses=losses(), example=example)
+    recorded = live.record(data(), path, views=1, dtype="float32", progress=False)
+    kd = attach_kd(again, RecordedTeacher(path), losses=losses(), example=example)
+    kd.load_state_dict(live.state_dict())
+    x, _, key = next(iter(DataLoader(recorded, batch_size=8)))
+    for handle, keys in ((live, {}), (kd, {"recorded": key})):
+        handle.student(x)
+        handle.loss(**keys)
+    return live.terms, kd.terms
+
+
+@pytest.mark.parametrize("loss", [KDLoss, ChannelWiseLoss])
+def test_class_maps_are_those_of_the_live_teacher(loss, tmp_path):
+    torch.manual_seed(0)
+    live, recorded = both(Maps(4), Maps(6), lambda: [loss()], tmp_path / "r")
+    assert live == recorded
+
+
+def test_topk_of_class_maps_is_refused_before_anything_is_written(tmp_path):
+    kd = attach_kd(Maps(4), Maps(6), losses=[KDLoss()], example=torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ArgumentError, match="but these are class maps"):
+        kd.record(data(), tmp_path / "r", views=1, topk=2, progress=False)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("student", [Net, Tokens])
+@pytest.mark.parametrize("tokens", [("cls",), ("cls", "pooled"), ("patch", "cls")], ids="-".join)
+def test_class_tokens_are_those_of_the_live_teacher(tokens, student, tmp_path):
+    torch.manual_seed(0)
+
+    def losses():
+        torch.manual_seed(1)
+        return [FeatureLoss(at="second", tokens=each, name=each) for each in tokens]
+
+    live, recorded = both(student(6), Tokens(8), losses, tmp_path / "r")
+    assert live == recorded
+
+
+def test_registers_are_not_taken_for_a_class_token(tmp_path):
+    teacher = Tokens(8)
+    teacher.has_class_token = False  # as timm says of a model with registers alone
+    with pytest.raises(ArgumentError, match="neither"):
+        both(Net(6), teacher, lambda: [FeatureLoss(at="second", tokens="cls")], tmp_path / "a")
+    kd = attach_kd(
+        Net(6), teacher, losses=[FeatureLoss(at="second")], example=torch.zeros(2, 3, 8, 8)
+    )
+    kd.record(data(), tmp_path / "b", views=1, progress=False)
+    absent, loss = RecordedTeacher(tmp_path / "b"), FeatureLoss(at="second", tokens="cls")
+    with pytest.raises(ArgumentError, match="neither"):
+        attach_kd(Net(6), absent, losses=[loss], example=torch.zeros(2, 3, 8, 8))
