@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from kdlayers._records.files import Reader
 from kdlayers._records.views import draw, image_check, view_at
+from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, RecordError
 
 _OPEN: WeakValueDictionary[int, Reader] = WeakValueDictionary()
@@ -25,7 +26,7 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
     compared with a checksum of the one that was recorded.
 
     Call :meth:`set_epoch` at the start of each epoch. ``views`` epochs show each view of each
-    sample once.
+    sample once. Without it every epoch shows the same views, and ``kd.loss`` warns.
 
     Example:
         >>> import torch
@@ -75,6 +76,8 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
                 f"set_epoch takes the number of the epoch, 0 or more, got {epoch!r}"
             )
         self._epoch.fill_(epoch)
+        if self._reader is not None:
+            self._reader.watching = False
 
     @property
     def reader(self) -> Reader:
@@ -185,6 +188,26 @@ def rows_of(key: Tensor) -> tuple[Reader, list[int]]:
     if not all(0 <= row < reader.description.rows for row in rows):
         raise RecordError("a key of this batch names a view that the record does not have")
     return reader, rows
+
+
+def watch_views(reader: Reader, rows: list[int]) -> None:
+    """Warn once if the first view of training comes again although other batches came between.
+
+    Then an epoch has ended, and the next one shows the same views because nobody called
+    `RecordedDataset.set_epoch`. A batch that is read several times in a row is no epoch.
+    """
+    first = reader.first_rows
+    if not first:
+        reader.first_rows = rows
+        return
+    reader.moved_on = reader.moved_on or rows != first
+    if reader.moved_on and first[0] in rows:
+        reader.watching = False
+        warn(
+            f"a view of the record {reader.path} came a second time, but set_epoch was never "
+            f"called: every epoch shows the same one of its {reader.description.views} views; call "
+            "recorded.set_epoch(epoch) at the start of each epoch"
+        )
 
 
 def is_key(item: object) -> bool:

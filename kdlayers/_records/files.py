@@ -177,6 +177,12 @@ class Reader:
         self._row_checks = checks[:, 1].copy()
         self.check_inputs = True
         """Whether images that the student gets are compared with the recorded ones."""
+        self.watching = self.description.views > 1
+        """Whether to look for repeated views: until `set_epoch` is called or a warning is given."""
+        self.first_rows: list[int] = []
+        """The rows of the first batch that was read in training."""
+        self.moved_on = False
+        """Whether another batch was read since."""
 
     def _check_size(self, file: Path, row_bytes: int) -> None:
         size = file.stat().st_size if file.exists() else -1

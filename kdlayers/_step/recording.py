@@ -16,6 +16,7 @@ from kdlayers._records.dataset import (
     rows_of,
     stable,
     transform_of,
+    watch_views,
 )
 from kdlayers._records.files import Description, Field, Reader
 from kdlayers._records.topk import compress, expand
@@ -241,6 +242,8 @@ def read_batch(
             f"recorded= holds {len(rows)} keys for a forward of {logits.shape[0]} images; pass the "
             "keys of the same batch that the student got"
         )
+    if reader.watching:
+        watch_views(reader, rows)
     if reader.check_inputs and (step < FIRST_STEPS or step % EVERY == 0):
         _check_image(reader, rows, forward, step % len(rows))
     found, names = _plan_for(plan, reader, [term.student_grid(forward) for term in plan.terms])

@@ -1,6 +1,7 @@
 """Training from a record: the numbers of the live teacher, without running it."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from kdlayers import (
     attach_kd,
     open_record,
 )
-from kdlayers.errors import ArgumentTypeError, AttachError, RecordError
+from kdlayers.errors import ArgumentTypeError, AttachError, KDLayersWarning, RecordError
 from tests.records.data import FlipAndCrop, Squares
 
 
@@ -175,6 +176,37 @@ def test_fit_learns_from_a_record_what_it_learns_from_the_teacher(tmp_path):
     for name, state in ours.items():
         for key, tensor in state.items():
             assert torch.equal(tensor, theirs[name][key])
+
+
+@pytest.mark.parametrize("size", [16, 32], ids=["two batches", "one batch"])
+def test_epochs_without_set_epoch_are_warned_of_once(size, tmp_path):
+    (_, kd), recorded, _ = setup("logits", "same grid", tmp_path)
+    batches = DataLoader(recorded, batch_size=size, shuffle=True)
+
+    def epoch():
+        for x, y, key in batches:
+            step(kd, x, y, recorded=key)
+
+    epoch()
+    with pytest.warns(KDLayersWarning, match="same one of its 3 views; call"):
+        epoch()
+    with warnings.catch_warnings(action="error"):
+        epoch()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("way", ["set_epoch", "one view", "one batch"])
+def test_what_shows_no_view_twice_unnoticed_is_not_warned_of(way, tmp_path):
+    (_, kd), recorded, _ = setup(
+        "logits", "same grid", tmp_path, views=1 if way == "one view" else 3
+    )
+    for epoch in range(3):
+        if way == "set_epoch":
+            recorded.set_epoch(epoch)
+        for x, y, key in DataLoader(recorded, batch_size=16):
+            step(kd, x, y, recorded=key)
+            if way == "one batch":
+                break
 
 
 def test_topk_keeps_the_loss_near(tmp_path):
