@@ -190,7 +190,8 @@ def test_epochs_without_set_epoch_are_warned_of_once(size, tmp_path):
     epoch()
     with pytest.warns(KDLayersWarning, match="same one of its 3 views; call"):
         epoch()
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         epoch()
 
 
