@@ -113,7 +113,7 @@ def reached(reports: list[dict]) -> str:
     note = (
         "Reached: the upper quartile of every comparison is within the aim. Missed: the lower "
         "quartile of at least one is above it. Undecided: neither. A fit counts at any inertia of "
-        "the alternative, and by its CPU time; its table shows the inertia and the time on the clock."
+        "the alternative, by its CPU time; its table shows the inertia and the time on the clock."
     )
     return Table("Aims", columns, rows, note).markdown()
 
