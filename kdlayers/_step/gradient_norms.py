@@ -22,13 +22,17 @@ def gradient_norms(
     """Gradient norms of all terms by name, unweighted and weighted, and of the task loss.
 
     Raises:
-        ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
+        ArgumentTypeError: if ``task``, or what a loss returns, is not a scalar tensor with a
+            gradient.
         ArgumentError: if a term is called "task", or no parameter is shared.
     """
     values = {
         term.name: term.value(pair.student, pair.teacher, targets, pair.templates)
         for term, pair in zip(terms, pairs, strict=True)
     }
+    for term in terms:
+        if not values[term.name].requires_grad:
+            raise term.without_gradient()
     if task is not None:
         _check_task(task, values)
         values[TASK] = task
