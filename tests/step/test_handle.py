@@ -4,12 +4,15 @@ import copy
 import gc
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kdlayers import CodebookTargets, DistillLoss, KDLayer, KDLoss, KDPoint, attach_kd
 from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
     CaptureError,
     FitError,
     KDLayersWarning,
@@ -68,6 +71,43 @@ def test_terms_add_up_and_weights_follow_the_step():
         )
     kd.loss(LABELS)
     torch.testing.assert_close(kd.terms["KDLoss"], 16 * expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "sentence"),
+    [
+        (-1.0, ArgumentError, r"must be 0 or more and finite, got -1\.0; .*max\(0\.0, value\)"),
+        (float("nan"), ArgumentError, "must be 0 or more and finite, got nan"),
+        (float("inf"), ArgumentError, "must be 0 or more and finite, got inf"),
+        (torch.tensor(-0.5), ArgumentError, r"must be 0 or more and finite, got -0\.5"),
+        (None, ArgumentTypeError, "must be a number, got NoneType"),
+        ("much", ArgumentTypeError, "must be a number, got str"),
+        (torch.ones(2), ArgumentTypeError, "must be a number, got Tensor"),
+    ],
+)
+def test_a_function_that_returns_no_weight_is_an_error(wrong, error, sentence):
+    losses = [KDLoss(weight=lambda step: wrong if step == 1 else 1.0, name="soft")]
+    student, _, kd = attached(losses=losses)
+    student(IMAGES)
+    kd.loss(LABELS)
+    student(IMAGES)
+    with pytest.raises(error, match=f"^the weight of soft at step 1 {sentence}"):
+        kd.loss(LABELS)
+
+
+def test_the_weight_of_a_point_is_named_by_the_point():
+    student, _, kd = attached(weight=lambda step: -1.0)
+    student(IMAGES)
+    with pytest.raises(ArgumentError, match=r"the weight of TemplateLoss\.last at step 0"):
+        kd.loss(LABELS)
+
+
+@pytest.mark.parametrize("half", [torch.tensor(0.5), np.float32(0.5), np.array(0.5), True])
+def test_a_function_may_return_a_tensor_or_a_numpy_number(half):
+    student, _, kd = attached(losses=[KDLoss(weight=lambda step: half)])
+    student(IMAGES)
+    kd.loss(LABELS)
+    assert kd.terms["KDLoss.weighted"] == kd.terms["KDLoss"] * float(half)
 
 
 def test_teacher_is_left_as_it_was_found():
