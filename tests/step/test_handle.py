@@ -237,6 +237,28 @@ def test_optimiser_made_before_attach_is_noticed():
         step(student, kd, optimiser)
 
 
+@pytest.mark.parametrize("unused", ["first", "last"])
+def test_an_optimiser_is_noticed_beside_parameters_that_no_forward_uses(unused):
+    class Partly(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            nets = {"net": Net(4), "unused": torch.nn.Linear(2, 2)}
+            for name in sorted(nets, reverse=unused == "first"):
+                setattr(self, name, nets[name])
+
+        def forward(self, images):
+            return self.net(images)
+
+    student = Partly().train()
+    optimiser = torch.optim.SGD(student.parameters(), lr=0.1)
+    points = [KDPoint("net.last", "last", targets=CodebookTargets(4))]
+    kd = attach_kd(student, Net(6), points, example=IMAGES)
+    kd.fit([(IMAGES, LABELS)])
+    step(student, kd, optimiser)
+    with pytest.warns(KDLayersWarning, match=r"not TemplateLoss.net.last"):
+        step(student, kd, optimiser)
+
+
 class Projected(DistillLoss):
     """A loss with a parameter of its own."""
 
