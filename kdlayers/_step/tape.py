@@ -64,6 +64,8 @@ class Forward:
         """Whether torch.compile traced the end of the forward; counters may then start at 0."""
         self.on_all_ranks = False
         """Whether DDP or FSDP runs this forward on all ranks together."""
+        self.outputs: list[Any] = []
+        """The outputs of the student's whole forwards inside `KDHandle.batch`."""
 
     def record_scores(self, name: str, scores: Scores) -> None:
         """Record the scores of the KD layer at the point ``name``."""
@@ -146,6 +148,8 @@ class Tape:
                 "reads only one: call kd.loss(y) after each forward, or kd.clear() after a forward "
                 "that needs no KD loss"
             )
+        if len(forward.outputs) > 1 and logits is not None:
+            _check_one_of_several(forward.outputs, logits)
         if forward.repeated is not None:
             raise AttachError(
                 f"the module at {forward.repeated!r} ran more than once in this forward; choose a "
@@ -273,6 +277,16 @@ def _frozen(student: nn.Module, name: str) -> bool:
     """Whether all parameters of the module, including its KD layer, are frozen."""
     parameters = list(student.get_submodule(name).parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _check_one_of_several(outputs: list[Any], logits: Any) -> None:
+    """Raise if the logits are those of one forward of several, and not of all of them together."""
+    if any(logits is output or logits is main_output(output) for output in outputs):
+        raise StaleCaptureError(
+            f"the student ran {len(outputs)} training forwards inside kd.batch(x), and logits= is "
+            "the output of one of them, so it is unclear whether x are its images; use one `with "
+            "kd.batch(x):` for each forward, and call kd.loss after it"
+        )
 
 
 def _check_recorded(forward: Forward, wanted: Wanted, student: nn.Module) -> None:
