@@ -114,7 +114,7 @@ class KDHandle(Learning):
         Args:
             targets: labels as the losses need them: class indices ``[B]``, or probabilities
                 ``[B, classes]`` after mixup, CutMix or label smoothing.
-            logits: the student's logits, if it was run inside :meth:`batch`.
+            logits: the student's logits, if it was run inside :meth:`batch` and a loss reads them.
             recorded: the keys of the batch, if a record replaces the teachers; see :meth:`record`.
 
         Returns:
@@ -209,7 +209,7 @@ class KDHandle(Learning):
 
         Use it around ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
         student that is part of a larger model; the arguments are the teacher's inputs. Then call
-        ``kd.loss(y, logits=...)``.
+        ``kd.loss(y, logits=...)``; losses on features need no ``logits``.
         """
         self._need_teacher("batch")
         tape = self._tape

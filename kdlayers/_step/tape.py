@@ -79,6 +79,10 @@ class Forward:
             self.repeated = name
         self.features[name] = features
 
+    def any_recorded(self) -> Tensor:
+        """A recorded tensor, which has one entry per image and the student's device."""
+        return next(iter((*self.features.values(), *(score for score, _ in self.scores.values()))))
+
     def autocast_dtype(self, student: nn.Module, logits: Tensor) -> torch.dtype | None:
         """The autocast dtype of the forward, as far as it can be inferred from its tensors."""
         tensors = [*self.features.values(), logits]
@@ -134,6 +138,8 @@ class Tape:
     def read(self, wanted: Wanted, student: nn.Module, logits: Any) -> tuple[Forward, Tensor]:
         """Return the last forward and its logits, once: a second call raises an error.
 
+        If there are no logits, and no loss reads them, any recorded tensor stands for the batch.
+
         Raises:
             CaptureError: if there is no forward to read, or a KD layer did not run in it.
             StaleCaptureError: if there were several forwards, or a tensor was changed since.
@@ -164,10 +170,13 @@ class Tape:
             if unclear is not None:
                 raise CaptureError(f"a loss reads the student's logits, but {unclear}")
             found = main_output(output)
-        if found is None:
+        if found is None and wanted.logits:
             raise CaptureError(
-                "kd.batch(x) does not record the logits: call kd.loss(y, logits=...)"
+                "kd.batch(x) does not record the logits, which a loss reads: call kd.loss(y, "
+                "logits=...)"
             )
+        if found is None:
+            found = forward.any_recorded()
         if found.dim() and not found.shape[0]:
             raise ShapeError(
                 "the student's last batch was empty, so there is nothing to compare: skip the "

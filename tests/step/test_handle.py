@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlayers import CodebookTargets, DistillLoss, KDLayer, KDLoss, KDPoint, attach_kd
+from kdlayers import (
+    CodebookTargets,
+    DistillLoss,
+    FeatureLoss,
+    KDLayer,
+    KDLoss,
+    KDPoint,
+    attach_kd,
+)
 from kdlayers.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -17,6 +25,7 @@ from kdlayers.errors import (
     FitError,
     KDLayersWarning,
     NotFittedError,
+    StaleCaptureError,
 )
 from tests.attach_tester import Frozen
 from tests.nets import Net, batch
@@ -202,9 +211,27 @@ def test_batch_records_what_root_hooks_cannot_see():
     with kd.batch(IMAGES):
         logits = student.forward(IMAGES)
     torch.testing.assert_close(kd.loss(LABELS, logits=logits).detach(), expected)
+
+
+@pytest.mark.parametrize("losses", [[], [FeatureLoss(at="first")]])
+def test_batch_needs_no_logits_if_no_loss_reads_them(losses):
+    student, _, kd = attached(losses=losses)
+    student(IMAGES)
+    expected = kd.loss(LABELS).detach()
     with kd.batch(IMAGES):
         student.forward(IMAGES)
-    with pytest.raises(CaptureError, match=r"kd\.loss\(y, logits=\.\.\.\)"):
+    torch.testing.assert_close(kd.loss(LABELS).detach(), expected)
+    with kd.batch(IMAGES):
+        student.forward(IMAGES)
+    with pytest.raises(StaleCaptureError, match=r"got labels of shape \(4,\) for a forward of 6"):
+        kd.loss(LABELS[:4])
+
+
+def test_batch_asks_for_logits_that_a_loss_reads():
+    student, _, kd = attached(losses=[KDLoss()])
+    with kd.batch(IMAGES):
+        student.forward(IMAGES)
+    with pytest.raises(CaptureError, match=r"which a loss reads: call kd\.loss\(y, logits=\.\.\.\)"):
         kd.loss(LABELS)
 
 
