@@ -315,7 +315,9 @@ def _check_recorded(forward: Forward, wanted: Wanted, student: nn.Module) -> Non
         raise CaptureError(
             f"{', '.join(missing)}: the student ran, but nothing was recorded in this forward, so "
             "its hooks did not run: the model was compiled before attach_kd, or the module was "
-            "replaced later (convert_sync_batchnorm, fuse); call attach_kd after such changes"
+            "replaced later (convert_sync_batchnorm, fuse): call attach_kd after such changes; or "
+            "the model skipped this module in this forward, as layer drop does: choose a point "
+            "that runs in every forward"
         )
     frozen = [name for name in cut if _frozen(student, name)]
     if frozen:
