@@ -119,7 +119,10 @@ def test_what_the_front_page_says_of_fashion_mnist():
         better |= {(stem, name) for name in same if verdict(runs[name], runs["KD"]) == 1}
     assert better == {("fashion-mnist-6000-resnet20", "DKD")}
     text = " ".join((DOCS.parent / "README.md").read_text("utf-8").split())
-    assert "On Fashion-MNIST no method beats KD with the same student, except DKD with one of two" in text
+    assert (
+        "On Fashion-MNIST no method beats KD with the same student, except DKD with one of two"
+        in text
+    )
 
 
 def interval(numbers):
