@@ -192,18 +192,27 @@ def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
 
 
 def _check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
+    if not isinstance(losses, (DistillLoss, Iterable)):
+        raise _no_loss(losses)
     given: list[DistillLoss] = [losses] if isinstance(losses, DistillLoss) else list(losses)
     for loss in given:
         if not isinstance(loss, DistillLoss):
-            raise ArgumentTypeError(
-                f"losses must be DistillLoss objects such as KDLoss(), got {type(loss).__name__}"
-            )
+            raise _no_loss(loss)
         if isinstance(loss, TemplateLoss):
             raise ArgumentError(
                 "TemplateLoss needs a KD layer: instead of losses=[TemplateLoss(...)], pass "
                 "at=[KDPoint(name, targets=...)]"
             )
     return given
+
+
+def _no_loss(given: object) -> ArgumentTypeError:
+    found = type(given).__name__
+    if given is None:
+        found = "None: leave losses out, or pass losses=[]"
+    elif isinstance(given, type):
+        found = f"the class {given.__name__}: write {given.__name__}()"
+    return ArgumentTypeError(f"losses must be DistillLoss objects such as KDLoss(), got {found}")
 
 
 def _insert_layers(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.undisturbed import undisturbed
 from kdlayers._step.terms import Pair, Term
 from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.functional._checks import work_dtype
@@ -22,18 +23,16 @@ def gradient_norms(
     """Gradient norms of all terms by name, unweighted and weighted, and of the task loss.
 
     Raises:
-        ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
+        ArgumentTypeError: if ``task``, or what a loss returns, is not a scalar tensor with a
+            gradient.
         ArgumentError: if a term is called "task", or no parameter is shared.
     """
-    values = {
-        term.name: term.value(pair.student, pair.teacher, targets, pair.templates)
-        for term, pair in zip(terms, pairs, strict=True)
-    }
-    if task is not None:
-        _check_task(task, values)
-        values[TASK] = task
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    found = {name: _squares(value, parameters) for name, value in values.items()}
+    losses = nn.ModuleList(term.loss for term in terms)
+    flags = [(module, module.training) for module in losses.modules()]
+    with undisturbed(losses):  # running statistics, counters and random draws are not a step's
+        for module, flag in flags:
+            module.training = flag
+        found = _found(student, terms, pairs, targets, task)
     shared = [index for index, row in enumerate(zip(*found.values(), strict=True)) if _all(row)]
     if not shared:
         raise ArgumentError(
@@ -44,6 +43,28 @@ def gradient_norms(
     for term, pair in zip(terms, pairs, strict=True):
         norms[f"{term.name}.weighted"] = norms[term.name] * float(pair.weight)
     return norms
+
+
+def _found(
+    student: nn.Module,
+    terms: Sequence[Term],
+    pairs: Sequence[Pair],
+    targets: Tensor | None,
+    task: Tensor | None,
+) -> dict[str, list[Tensor | None]]:
+    """Squared gradient norms of each term, and of the task, by parameter."""
+    values = {
+        term.name: term.value(pair.student, pair.teacher, targets, pair.templates)
+        for term, pair in zip(terms, pairs, strict=True)
+    }
+    for term in terms:
+        if not values[term.name].requires_grad:
+            raise term.without_gradient()
+    if task is not None:
+        _check_task(task, values)
+        values[TASK] = task
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    return {name: _squares(value, parameters) for name, value in values.items()}
 
 
 def _check_task(task: Tensor, values: dict[str, Tensor]) -> None:

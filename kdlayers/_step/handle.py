@@ -74,6 +74,7 @@ class KDHandle(Learning):
         _keep_out_of_graphs()
         self._plan = Plan(self._terms, self._teachers)
         self._fitted = False
+        self._untried = list(self._terms)
         self._images = ImageStatistics()
         self._balance = Balance(self._terms)
         own, added = parameter_groups(self.student, self._terms)
@@ -113,7 +114,7 @@ class KDHandle(Learning):
         Args:
             targets: labels as the losses need them: class indices ``[B]``, or probabilities
                 ``[B, classes]`` after mixup, CutMix or label smoothing.
-            logits: the student's logits, if it was run inside :meth:`batch`.
+            logits: the student's logits, if it was run inside :meth:`batch` and a loss reads them.
             recorded: the keys of the batch, if a record replaces the teachers; see :meth:`record`.
 
         Returns:
@@ -121,7 +122,7 @@ class KDHandle(Learning):
 
         Raises:
             ArgumentTypeError: if ``targets`` is not a tensor, or requires grad (did you pass the
-                logits?).
+                logits?); if a loss of your own returns no scalar tensor with a gradient.
             CaptureError: if no training forward was recorded, a KD layer did not run in it, or this
                 is called under ``torch.no_grad()``.
             StaleCaptureError: if several forwards were run, or the batch, features or logits were
@@ -136,8 +137,8 @@ class KDHandle(Learning):
         """
         compiling = torch.compiler.is_compiling()
         plan, pairs, labels = self._read(targets, logits, recorded, compiling)
-        total, logged = weighted_sum(plan.terms, pairs, labels)
-        self._done(total, logged)
+        total, logged, constant = weighted_sum(plan.terms, pairs, labels)
+        self._done(total, logged, pairs, constant)
         return total
 
     def criterion(self, criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -208,7 +209,7 @@ class KDHandle(Learning):
 
         Use it around ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
         student that is part of a larger model; the arguments are the teacher's inputs. Then call
-        ``kd.loss(y, logits=...)``.
+        ``kd.loss(y, logits=...)``; losses on features need no ``logits``.
         """
         self._need_teacher("batch")
         tape = self._tape
@@ -247,7 +248,7 @@ class KDHandle(Learning):
         """Remove the teacher, the recording and the train-only parts; the KD layers stay."""
         self._release()
         self._teachers, self._terms, self.terms = [], [], {}
-        self._plan, self._ranks = Plan((), ()), None
+        self._plan, self._ranks, self._untried = Plan((), ()), None, []
         self._watch = OptimiserWatch(None, (), {})
 
     def remove(self) -> None:
@@ -307,13 +308,32 @@ class KDHandle(Learning):
                 pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
         return plan, pairs, labels
 
-    def _done(self, total: Tensor, logged: dict[str, Tensor]) -> None:
+    def _done(
+        self,
+        total: Tensor,
+        logged: dict[str, Tensor],
+        pairs: Sequence[Pair],
+        constant: Sequence[str],
+    ) -> None:
+        if self._untried:
+            self._check_gradients(pairs, constant)
         if self._ranks is not None:
             self._ranks.average_after(total)
         if self._balance.names:
             self._balance.look(logged)
         self.terms = logged
         self.step += 1
+
+    def _check_gradients(self, pairs: Sequence[Pair], constant: Sequence[str]) -> None:
+        """Raise for a weighted term without a gradient.
+
+        A term that had one in an earlier step passes: it may be a constant for some batches.
+        """
+        self._untried = [term for term in self._untried if term.name in constant]
+        weights = {term.name: pair.weight for term, pair in zip(self._terms, pairs, strict=True)}
+        for term in self._untried:
+            if weights[term.name]:
+                raise term.without_gradient()
 
 
 def _keep_out_of_graphs() -> None:

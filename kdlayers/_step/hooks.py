@@ -138,11 +138,16 @@ class CloseForward:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
         """End the recording that `OpenForward` began. No output means that the forward failed."""
         tape = self.tape
         forward = tape.forward
-        if not tape.active or tape.manual or forward is None:
+        if not tape.active or forward is None:
+            return
+        if tape.manual:
+            trains = module.training and torch.is_grad_enabled() and output is not None
+            if trains and not torch.compiler.is_compiling():
+                forward.outputs.append(output)
             return
         if output is None:
             tape.fail()

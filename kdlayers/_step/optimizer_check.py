@@ -28,7 +28,9 @@ class OptimiserWatch:
         self.student = student
         everything = [p for p in own if p.requires_grad]
         self.all_own = everything
-        self.own = everything[-1:]
+        # Not only one, because the forward may not use it, as that of a model without its head.
+        places = {0, len(everything) // 2, len(everything) - 1} if everything else set()
+        self.own = [everything[place] for place in sorted(places)]
         groups = {name: [p for p in group if p.requires_grad] for name, group in added.items()}
         self.unjudged = {name: group for name, group in groups.items() if group and self.own}
         self.own_before: Tensor | None = None
@@ -86,7 +88,8 @@ class OptimiserWatch:
 
 
 def _probe(parameters: Iterable[nn.Parameter]) -> Tensor:
-    return torch.cat([_local(p).flatten()[:64].float() for p in parameters])
+    parts = [_local(p).flatten()[:64].float() for p in parameters]
+    return torch.cat([part.to(parts[0].device) for part in parts])  # a model may span devices
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

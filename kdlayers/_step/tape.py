@@ -64,6 +64,8 @@ class Forward:
         """Whether torch.compile traced the end of the forward; counters may then start at 0."""
         self.on_all_ranks = False
         """Whether DDP or FSDP runs this forward on all ranks together."""
+        self.outputs: list[Any] = []
+        """The outputs of the student's whole forwards inside `KDHandle.batch`."""
 
     def record_scores(self, name: str, scores: Scores) -> None:
         """Record the scores of the KD layer at the point ``name``."""
@@ -76,6 +78,10 @@ class Forward:
         if name in self.features:
             self.repeated = name
         self.features[name] = features
+
+    def any_recorded(self) -> Tensor:
+        """A recorded tensor, which has one entry per image and the student's device."""
+        return next(iter((*self.features.values(), *(score for score, _ in self.scores.values()))))
 
     def autocast_dtype(self, student: nn.Module, logits: Tensor) -> torch.dtype | None:
         """The autocast dtype of the forward, as far as it can be inferred from its tensors."""
@@ -132,6 +138,8 @@ class Tape:
     def read(self, wanted: Wanted, student: nn.Module, logits: Any) -> tuple[Forward, Tensor]:
         """Return the last forward and its logits, once: a second call raises an error.
 
+        If there are no logits, and no loss reads them, any recorded tensor stands for the batch.
+
         Raises:
             CaptureError: if there is no forward to read, or a KD layer did not run in it.
             StaleCaptureError: if there were several forwards, or a tensor was changed since.
@@ -146,6 +154,8 @@ class Tape:
                 "reads only one: call kd.loss(y) after each forward, or kd.clear() after a forward "
                 "that needs no KD loss"
             )
+        if len(forward.outputs) > 1 and logits is not None:
+            _check_one_of_several(forward.outputs, logits)
         if forward.repeated is not None:
             raise AttachError(
                 f"the module at {forward.repeated!r} ran more than once in this forward; choose a "
@@ -160,10 +170,13 @@ class Tape:
             if unclear is not None:
                 raise CaptureError(f"a loss reads the student's logits, but {unclear}")
             found = main_output(output)
-        if found is None:
+        if found is None and wanted.logits:
             raise CaptureError(
-                "kd.batch(x) does not record the logits: call kd.loss(y, logits=...)"
+                "kd.batch(x) does not record the logits, which a loss reads: call kd.loss(y, "
+                "logits=...)"
             )
+        if found is None:
+            found = forward.any_recorded()
         if found.dim() and not found.shape[0]:
             raise ShapeError(
                 "the student's last batch was empty, so there is nothing to compare: skip the "
@@ -275,6 +288,16 @@ def _frozen(student: nn.Module, name: str) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
+def _check_one_of_several(outputs: list[Any], logits: Any) -> None:
+    """Raise if the logits are those of one forward of several, and not of all of them together."""
+    if any(logits is output or logits is main_output(output) for output in outputs):
+        raise StaleCaptureError(
+            f"the student ran {len(outputs)} training forwards inside kd.batch(x), and logits= is "
+            "the output of one of them, so it is unclear whether x are its images; use one `with "
+            "kd.batch(x):` for each forward, and call kd.loss after it"
+        )
+
+
 def _check_recorded(forward: Forward, wanted: Wanted, student: nn.Module) -> None:
     missing, cut = [], []
     for name in wanted.features:
@@ -292,7 +315,9 @@ def _check_recorded(forward: Forward, wanted: Wanted, student: nn.Module) -> Non
         raise CaptureError(
             f"{', '.join(missing)}: the student ran, but nothing was recorded in this forward, so "
             "its hooks did not run: the model was compiled before attach_kd, or the module was "
-            "replaced later (convert_sync_batchnorm, fuse); call attach_kd after such changes"
+            "replaced later (convert_sync_batchnorm, fuse): call attach_kd after such changes; or "
+            "the model skipped this module in this forward, as layer drop does: choose a point "
+            "that runs in every forward"
         )
     frozen = [name for name in cut if _frozen(student, name)]
     if frozen:

@@ -14,7 +14,7 @@ from kdlayers._models.vectors import Vectors
 from kdlayers._step.tape import Forward, Wanted
 from kdlayers._step.teacher import Taught, Teacher
 from kdlayers._utils.tree import leaves
-from kdlayers.errors import ArgumentError
+from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.functional._checks import NARROW
 from kdlayers.losses import DistillLoss, TemplateLoss
 
@@ -87,10 +87,28 @@ class Term:
     ) -> Tensor:
         """The value of the loss; with ``templates``, ``student`` holds unit vectors."""
         student, teacher = self.pair(student, teacher)
-        if templates is None:
-            return self.loss(student, teacher, targets)  # type: ignore[no-any-return]
         # Scores are linear in the unit vectors, so pooling the vectors pools the scores.
-        return self.loss(student, teacher, targets, templates=templates)  # type: ignore[no-any-return]
+        given = {} if templates is None else {"templates": templates}
+        value = self.loss(student, teacher, targets, **given)
+        if not isinstance(value, Tensor):
+            raise self.unusable(f"a {type(value).__name__}")
+        if value.dim():
+            raise self.unusable(f"a tensor of shape {list(value.shape)}")
+        return value
+
+    def unusable(self, found: str) -> ArgumentTypeError:
+        """The error for a loss whose forward returned ``found``."""
+        return ArgumentTypeError(
+            f"{self.name}: the forward of {type(self.loss).__name__} returned {found}; return a "
+            "scalar tensor with a gradient, such as (student - teacher).square().mean()"
+        )
+
+    def without_gradient(self) -> ArgumentTypeError:
+        """The error for a loss that trains nothing."""
+        return self.unusable(
+            "a value that does not depend on the student, as after detach() or item(), so it would "
+            "train nothing (a loss that is only logged needs weight=0)"
+        )
 
     def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Bring both tensors to the same grid, and to the student's device."""
@@ -287,12 +305,18 @@ def _follow(loss: nn.Module, device: torch.device, double: bool) -> None:
 
 def weighted_sum(
     terms: Sequence[Term], pairs: Sequence[Pair], targets: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and all values by their keys in ``kd.terms``; torch.compile compiles this."""
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """The loss, all values by their keys in ``kd.terms``, and the terms without a gradient.
+
+    torch.compile compiles this, so weights are not compared here.
+    """
     total: Tensor | None = None
     logged: dict[str, Tensor] = {}
+    constant: list[str] = []
     for term, pair in zip(terms, pairs, strict=True):
         value = term.value(pair.student, pair.teacher, targets, pair.templates)
+        if not value.requires_grad:
+            constant.append(term.name)
         weight = pair.weight
         weighted = value * (weight.to(value.dtype) if isinstance(weight, Tensor) else weight)
         if weighted.dtype in NARROW:
@@ -311,4 +335,4 @@ def weighted_sum(
     if total is None:
         raise ArgumentError("there is no term to sum")
     logged["total"] = total.detach()
-    return total, logged
+    return total, logged, constant

@@ -1,6 +1,8 @@
 """The base class of every distillation loss."""
 
 from collections.abc import Callable
+from math import inf
+from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ class DistillLoss(nn.Module):
     Args:
         weight: factor of this term in :meth:`kdlayers.KDHandle.loss`: a number, or a function of
             the step (an int that starts at 0 and counts calls of ``loss``). A loss that you call
-            directly returns its value without the weight. Default 1.
+            directly returns its value without the weight. With weight 0 it is still computed, so
+            that its parameters get a gradient of 0 on all ranks. Default 1.
         at: what the loss compares. ``None``: the logits. A name: the outputs of the student's and
             the teacher's module of that name. A pair: (student's name, teacher's name).
         name: key of this term in ``kd.terms``; by default made from the class and ``at``.
@@ -88,8 +91,30 @@ class DistillLoss(nn.Module):
         )
 
     def weight_at(self, step: int) -> float:
-        """The weight at ``step``, the number of earlier ``loss`` calls."""
-        return float(self.weight(step)) if callable(self.weight) else float(self.weight)
+        """The weight at ``step``, the number of earlier ``loss`` calls.
+
+        Raises:
+            ArgumentError: if a function of the step returns no finite number of 0 or more.
+            ArgumentTypeError: if it returns no number.
+        """
+        given = self.weight(step) if callable(self.weight) else self.weight
+        try:
+            weight = float(given)
+        except (TypeError, ValueError, RuntimeError):  # the last is torch's, for several elements
+            raise ArgumentTypeError(
+                f"{self._weight_of(step)} must be a number, got {type(given).__name__}"
+            ) from None
+        if not 0 <= weight < inf:
+            raise ArgumentError(
+                f"{self._weight_of(step)} must be 0 or more and finite, got {weight}; for a "
+                "function that falls below 0 return max(0.0, value)"
+            )
+        return weight
+
+    def _weight_of(self, step: int) -> str:
+        point = self.at[0] if isinstance(self.at, tuple) else self.at
+        own = type(self).__name__ if point is None else f"{type(self).__name__}.{point}"
+        return f"the weight of {self.name or own} at step {step}"
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Make the parameters whose shapes depend on the tensors; by default there are none.
@@ -134,12 +159,11 @@ def check_weight(weight: Weight) -> Weight:
     """``weight`` if it is a finite number of 0 or more, or a function."""
     if callable(weight):
         return weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise ArgumentTypeError(
             f"weight must be a number or a function of the step, got {type(weight).__name__}"
         )
-    check.not_negative("weight", weight)
-    return weight
+    return check.not_negative("weight", weight)
 
 
 class LogitLoss(DistillLoss):

@@ -32,6 +32,7 @@ from kdlayers import (
     attach_kd,
     bake,
 )
+from kdlayers.errors import ArgumentTypeError
 from kdlayers.losses import TemplateLoss
 from kdlayers.schedules import Cosine, LinearWarmup
 from tests.nets import Net, batch
@@ -317,3 +318,16 @@ def test_aot_inductor(make, tmp_path):
     torch._inductor.aoti_compile_and_package(exported, package_path=package)
     loaded = torch._inductor.aoti_load_package(package)
     torch.testing.assert_close(loaded(IMAGES), student(IMAGES).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Detached(DistillLoss):
+    def forward(self, student, teacher, targets=None):
+        return (student.detach() - teacher).square().mean()
+
+
+def test_a_loss_without_gradient_is_an_error():
+    student = Net(4).train()
+    kd = attach_kd(student, Net(6), losses=[Detached(), KDLoss()], example=IMAGES)
+    student(IMAGES)
+    with pytest.raises(ArgumentTypeError, match="Detached returned a value that does not depend"):
+        torch.compile(kd.loss, backend="eager")(LABELS)

@@ -1,10 +1,19 @@
 """kd.gradient_norms: against gradients taken one by one, with nothing left behind."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlayers import CodebookTargets, FeatureLoss, KDLoss, KDPoint, attach_kd
+from kdlayers import (
+    CodebookTargets,
+    FeatureLoss,
+    KDLoss,
+    KDPoint,
+    StudentFriendlyKDLoss,
+    attach_kd,
+)
 from kdlayers.errors import ArgumentError, ArgumentTypeError, StaleCaptureError
 from tests.nets import Net, batch
 
@@ -79,6 +88,30 @@ def test_the_next_step_is_unaffected():
     kd.gradient_norms(LABELS)
     with pytest.raises((StaleCaptureError, ValueError, RuntimeError), match=r"no training forward"):
         kd.loss(LABELS)
+
+
+def test_losses_with_statistics_keep_their_state_and_give_the_norms_of_a_step():
+    def fresh():
+        torch.manual_seed(0)
+        normalised = FeatureLoss(at="first", distance="mse", normalize_teacher=True)
+        return attached(normalised, StudentFriendlyKDLoss())
+
+    student, kd = fresh()
+    before = copy.deepcopy(kd.state_dict()["losses"])
+    random = torch.get_rng_state()
+    student(IMAGES)
+    found = kd.gradient_norms(LABELS)
+    assert torch.equal(random, torch.get_rng_state())
+    for name, state in kd.state_dict()["losses"].items():
+        assert all(torch.equal(value, before[name][key]) for key, value in state.items())
+    assert all(module.training for term in kd._terms for module in term.loss.modules())
+
+    twin, other = fresh()
+    other._terms[1].loss.weight = 0.0
+    twin(IMAGES)
+    expected = one_by_one(twin, other.loss(LABELS))
+    assert other.state_dict()["losses"]["FeatureLoss.first"]["teacher_norm.count"] == 1
+    assert found["FeatureLoss.first"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_task_that_is_not_a_scalar_with_gradient_is_an_error():

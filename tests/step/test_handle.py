@@ -4,16 +4,28 @@ import copy
 import gc
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlayers import CodebookTargets, DistillLoss, KDLayer, KDLoss, KDPoint, attach_kd
+from kdlayers import (
+    CodebookTargets,
+    DistillLoss,
+    FeatureLoss,
+    KDLayer,
+    KDLoss,
+    KDPoint,
+    attach_kd,
+)
 from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
     CaptureError,
     FitError,
     KDLayersWarning,
     NotFittedError,
+    StaleCaptureError,
 )
 from tests.attach_tester import Frozen
 from tests.nets import Net, batch
@@ -68,6 +80,43 @@ def test_terms_add_up_and_weights_follow_the_step():
         )
     kd.loss(LABELS)
     torch.testing.assert_close(kd.terms["KDLoss"], 16 * expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "sentence"),
+    [
+        (-1.0, ArgumentError, r"must be 0 or more and finite, got -1\.0; .*max\(0\.0, value\)"),
+        (float("nan"), ArgumentError, "must be 0 or more and finite, got nan"),
+        (float("inf"), ArgumentError, "must be 0 or more and finite, got inf"),
+        (torch.tensor(-0.5), ArgumentError, r"must be 0 or more and finite, got -0\.5"),
+        (None, ArgumentTypeError, "must be a number, got NoneType"),
+        ("much", ArgumentTypeError, "must be a number, got str"),
+        (torch.ones(2), ArgumentTypeError, "must be a number, got Tensor"),
+    ],
+)
+def test_a_function_that_returns_no_weight_is_an_error(wrong, error, sentence):
+    losses = [KDLoss(weight=lambda step: wrong if step == 1 else 1.0, name="soft")]
+    student, _, kd = attached(losses=losses)
+    student(IMAGES)
+    kd.loss(LABELS)
+    student(IMAGES)
+    with pytest.raises(error, match=f"^the weight of soft at step 1 {sentence}"):
+        kd.loss(LABELS)
+
+
+def test_the_weight_of_a_point_is_named_by_the_point():
+    student, _, kd = attached(weight=lambda step: -1.0)
+    student(IMAGES)
+    with pytest.raises(ArgumentError, match=r"the weight of TemplateLoss\.last at step 0"):
+        kd.loss(LABELS)
+
+
+@pytest.mark.parametrize("half", [torch.tensor(0.5), np.float32(0.5), np.array(0.5), True])
+def test_a_function_may_return_a_tensor_or_a_numpy_number(half):
+    student, _, kd = attached(losses=[KDLoss(weight=lambda step: half)])
+    student(IMAGES)
+    kd.loss(LABELS)
+    assert kd.terms["KDLoss.weighted"] == kd.terms["KDLoss"] * float(half)
 
 
 def test_teacher_is_left_as_it_was_found():
@@ -162,9 +211,29 @@ def test_batch_records_what_root_hooks_cannot_see():
     with kd.batch(IMAGES):
         logits = student.forward(IMAGES)
     torch.testing.assert_close(kd.loss(LABELS, logits=logits).detach(), expected)
+
+
+@pytest.mark.parametrize("losses", [[], [FeatureLoss(at="first")]])
+def test_batch_needs_no_logits_if_no_loss_reads_them(losses):
+    student, _, kd = attached(losses=losses)
+    student(IMAGES)
+    expected = kd.loss(LABELS).detach()
     with kd.batch(IMAGES):
         student.forward(IMAGES)
-    with pytest.raises(CaptureError, match=r"kd\.loss\(y, logits=\.\.\.\)"):
+    torch.testing.assert_close(kd.loss(LABELS).detach(), expected)
+    with kd.batch(IMAGES):
+        student.forward(IMAGES)
+    with pytest.raises(StaleCaptureError, match=r"got labels of shape \(4,\) for a forward of 6"):
+        kd.loss(LABELS[:4])
+
+
+def test_batch_asks_for_logits_that_a_loss_reads():
+    student, _, kd = attached(losses=[KDLoss()])
+    with kd.batch(IMAGES):
+        student.forward(IMAGES)
+    with pytest.raises(
+        CaptureError, match=r"which a loss reads: call kd\.loss\(y, logits=\.\.\.\)"
+    ):
         kd.loss(LABELS)
 
 
@@ -194,6 +263,28 @@ def test_optimiser_made_before_attach_is_noticed():
         step(student, kd, optimiser)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        step(student, kd, optimiser)
+
+
+@pytest.mark.parametrize("unused", ["first", "last"])
+def test_an_optimiser_is_noticed_beside_parameters_that_no_forward_uses(unused):
+    class Partly(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            nets = {"net": Net(4), "unused": torch.nn.Linear(2, 2)}
+            for name in sorted(nets, reverse=unused == "first"):
+                setattr(self, name, nets[name])
+
+        def forward(self, images):
+            return self.net(images)
+
+    student = Partly().train()
+    optimiser = torch.optim.SGD(student.parameters(), lr=0.1)
+    points = [KDPoint("net.last", "last", targets=CodebookTargets(4))]
+    kd = attach_kd(student, Net(6), points, example=IMAGES)
+    kd.fit([(IMAGES, LABELS)])
+    step(student, kd, optimiser)
+    with pytest.warns(KDLayersWarning, match=r"not TemplateLoss.net.last"):
         step(student, kd, optimiser)
 
 

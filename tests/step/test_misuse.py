@@ -129,6 +129,15 @@ def hook_gone(s, t, kd):
     kd.loss(LABELS)
 
 
+def layer_dropped(s, t, kd):
+    s.last, last = torch.nn.Conv2d(4, 5, 1), s.last
+    try:
+        s(IMAGES)
+        kd.loss(LABELS)
+    finally:
+        s.last = last
+
+
 def attached_again(s, t, kd):
     attach_kd(s, t, "last", example=IMAGES)
 
@@ -234,6 +243,7 @@ TRAINING = [
     (other_batch_taught, StaleCaptureError, "got different batches"),
     (logits_not_given, CaptureError, r"call kd\.loss\(y, logits=\.\.\.\)"),
     (hook_gone, CaptureError, "its hooks did not run"),
+    (layer_dropped, CaptureError, "or the model skipped this module in this forward, as layer dr"),
     (attached_again, AttachError, r"call kd\.remove\(\) on the earlier handle"),
     (pruned_while_attached, AttachError, r"call kd\.detach\(\) before pruning"),
     (loaded_into_an_attached_one, AttachError, "has KD layers already"),

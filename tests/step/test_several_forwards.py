@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlayers import AEKTLoss, CodebookTargets, DecisionTargets, FitNetLoss, KDPoint, attach_kd
+from kdlayers import (
+    AEKTLoss,
+    CodebookTargets,
+    DecisionTargets,
+    FeatureLoss,
+    FitNetLoss,
+    KDLoss,
+    KDPoint,
+    attach_kd,
+)
 from kdlayers._step.sites import slots
 from kdlayers.errors import StaleCaptureError
 from tests.nets import Net, batch
@@ -131,6 +140,30 @@ def test_both_forwards_before_the_losses_are_refused():
     with pytest.raises(StaleCaptureError, match=r"2 training forwards .* after each forward"):
         kd.loss(LABELS)
     assert len(logits) == 2
+
+
+@pytest.mark.parametrize("given", [0, 1])
+@pytest.mark.parametrize("losses", [[KDLoss()], [KDLoss(), FeatureLoss(at="last")]])
+def test_logits_of_one_forward_of_several_inside_batch_are_refused(losses, given):
+    student = Net(4).train()
+    kd = attach_kd(student, Net(6), losses=losses, example=VIEWS[0])
+    with kd.batch(VIEWS[0]):
+        logits = [student(view) for view in VIEWS]
+    with pytest.raises(StaleCaptureError, match=r"2 training forwards inside kd\.batch\(x\), and"):
+        kd.loss(LABELS, logits=logits[given])
+
+
+def test_logits_of_all_forwards_inside_batch_equal_those_of_one_forward():
+    student = Net(4).train()
+    student.stem[1].eval()  # the statistics of a batch are not those of its halves
+    kd = attach_kd(student, Net(6), losses=[KDLoss()], example=VIEWS[0])
+    student(torch.cat(VIEWS))
+    expected = kd.loss()
+    with kd.batch(torch.cat(VIEWS)):
+        logits = torch.cat([student(view) for view in VIEWS])
+        with torch.no_grad():
+            student(VIEWS[0])
+    torch.testing.assert_close(kd.loss(logits=logits), expected)
 
 
 @pytest.mark.parametrize("parts", [2, 3])

@@ -22,7 +22,7 @@ from kdlayers import (
     attach_kd,
     attach_mutual,
 )
-from kdlayers.errors import ArgumentError
+from kdlayers.errors import ArgumentError, ArgumentTypeError
 from tests.nets import Net, batch
 
 IMAGES, LABELS = batch()
@@ -192,3 +192,59 @@ def test_an_auto_encoder_shares_passes_with_a_codebook():
     shared = len(alone)
     assert passes[:shared] == alone
     assert len(set(passes)) == 1 + 6 - shared
+
+
+class Returning(DistillLoss):
+    """A loss of a user; what it returns is a function of the two tensors."""
+
+    def __init__(self, value, **kwargs):
+        super().__init__(**kwargs)
+        self.value = value
+
+    def forward(self, student, teacher, targets=None):
+        return self.value(student, teacher)
+
+
+UNUSABLE = [
+    (lambda s, t: 0.5, r"of Returning returned a float; return a scalar tensor with a gradient"),
+    (lambda s, t: None, "returned a NoneType"),
+    (lambda s, t: (s - t).square(), r"returned a tensor of shape \[6, 3\]; .*\.mean\(\)"),
+    (lambda s, t: (s.detach() - t).square().mean(), r"does not depend on the student, .*detach"),
+]
+
+
+@pytest.mark.parametrize("call", ["loss", "gradient_norms"])
+@pytest.mark.parametrize(("value", "sentence"), UNUSABLE)
+def test_a_loss_that_returns_no_scalar_with_gradient_is_an_error(value, sentence, call):
+    student, kd = attached(Returning(value, name="mine"), KDLoss())
+    student(IMAGES)
+    with pytest.raises(ArgumentTypeError, match=f"^mine: .*{sentence}"):
+        getattr(kd, call)(LABELS)
+    assert kd.step == 0
+
+
+def test_a_loss_may_be_constant_if_it_is_only_logged_or_for_some_batches():
+    def distance(student, teacher):
+        empty = kd.step == 1
+        return student.new_zeros(()) if empty else (student - teacher).square().mean()
+
+    student, kd = attached(
+        Returning(lambda s, t: (s.detach() - t).abs().mean(), name="logged", weight=0.0),
+        Returning(distance, name="learnt"),
+    )
+    for _ in range(2):
+        student(IMAGES)
+        kd.loss(LABELS)
+    assert kd.terms["logged"] > 0
+    assert kd.terms["total"] == kd.terms["learnt"] == 0
+
+
+def test_a_schedule_that_starts_at_zero_hides_no_loss_without_gradient():
+    student, kd = attached(
+        Returning(lambda s, t: s.detach().mean(), weight=lambda step: float(step)), KDLoss()
+    )
+    student(IMAGES)
+    kd.loss(LABELS)
+    student(IMAGES)
+    with pytest.raises(ArgumentTypeError, match="does not depend on the student"):
+        kd.loss(LABELS)
