@@ -185,6 +185,8 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
         changed_buffers = stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # has no hooks, and calls its children outside Python
             hook = module.register_forward_hook(lambda m, a, out, name=name: note(name, m, a, out))
             stack.callback(hook.remove)
         output = run_example(model, given, label)

@@ -118,7 +118,8 @@ class Teacher:
     def _like(self) -> Tensor:
         """The first floating-point parameter or buffer, for the model's device and dtype."""
         if self._place is not None:
-            tensor = self._place[0].get(self._place[1])
+            table, key = self._place  # without get(): the tables of TorchScript modules lack it
+            tensor = table[key] if key in table else None  # noqa: SIM401
             if tensor is not None and tensor.is_floating_point():
                 return tensor
         for module in self.model.modules():
