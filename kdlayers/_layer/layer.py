@@ -189,6 +189,8 @@ class LayerParts(nn.Module):
         # Call the modules, so that pruning, weight norm or LoRA around them take effect.
         scores = self.head(x)
         last = scores.movedim(self.channel_dim, -1)
+        if not is_scripting():
+            self._need_positions(last)
         # Batch norm gets two axes: positions of all images, templates.
         assignment = F.relu(self.norm(last.flatten(0, -2))).view_as(last)
         value = self.value(assignment).movedim(-1, self.channel_dim)
@@ -197,6 +199,8 @@ class LayerParts(nn.Module):
     @torch.jit.unused
     def _need_positions(self, features: Tensor) -> None:
         """Raise ShapeError for a training forward of one position, which has no variance."""
+        if not isinstance(features, Tensor) or not isinstance(self.norm, nn.BatchNorm1d):
+            return  # torch.fx traces with symbols; other norms may sum over all processes
         if self.norm.training and features.numel() == features.shape[-1] and not is_tracing():
             raise ShapeError(
                 "a KD layer trains with the statistics of all positions in the batch, but this "

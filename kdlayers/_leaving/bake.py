@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
@@ -16,8 +16,31 @@ from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError
 
 
-class BakedPoint(nn.Module):
-    """A module followed by its KD layer, for modules with several arguments or outputs."""
+class _Baked(nn.Module):
+    """A module, its first child, followed by a KD layer; has the module's attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        # The parent may read them, such as the stride of a convolution. Not special methods:
+        # copying and pickling look for those, and would copy the module without its layer.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = next(iter(self.__dict__.get("_modules", {}).values()), None)
+            if module is None or name.startswith("__"):
+                raise
+            return getattr(module, name)
+
+
+class BakedStep(_Baked, nn.Sequential):
+    """For a module that takes and returns one tensor; TorchScript and exports can read it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module itself, which may have another name for its argument."""
+        return super().__call__(*args, *kwargs.values())
+
+
+class BakedPoint(_Baked):
+    """For a module with several arguments or outputs."""
 
     def __init__(self, module: nn.Module, layer: nn.Module, path: Path) -> None:
         super().__init__()
@@ -87,8 +110,9 @@ def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: 
 def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
     point: nn.Module = BakedPoint(module, layer, path)
     # TorchScript does not support *args; use a Sequential if the module takes one tensor.
-    if path == () and len(signature(module.forward).parameters) == 1:
-        point = nn.Sequential(module, layer)
+    kinds = [parameter.kind for parameter in signature(module.forward).parameters.values()]
+    if path == () and kinds == [Parameter.POSITIONAL_OR_KEYWORD]:
+        point = BakedStep(module, layer)
     point.training = module.training
     return point
 

@@ -59,6 +59,14 @@ class Layout:
     def _token_grid(self, count: int, image: Size | None) -> Size:
         height, width = self.grid
         if image is not None and self.image is not None:
+            if image == self.image and height * width != count:
+                raise ShapeError(
+                    f"this forward gave {count} tokens, but the example at attach time, whose "
+                    f"images were also {image[0]} x {image[1]}, gave {height} x {width} = "
+                    f"{height * width}: the model drops or merges tokens in training, so their "
+                    "positions are unknown; turn this off (in timm, patch_drop_rate=0), or choose "
+                    "a point before it"
+                )
             found = self._grid_of(count, image, self.image)
             if found is None:
                 raise ShapeError(
@@ -82,7 +90,7 @@ class Layout:
 
     def _grid_of(self, count: int, image: Size, seen: Size) -> Size | None:
         """Rows and columns of ``count`` tokens, if patches have the size found in attach_kd."""
-        if image == seen and self.grid[0] * self.grid[1] == count:
+        if image == seen:
             return self.grid
         rows, columns = (
             g * now / then for g, now, then in zip(self.grid, image, seen, strict=True)

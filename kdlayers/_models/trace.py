@@ -163,9 +163,14 @@ class Trace:
 
 def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     """Run ``model`` once on ``example`` in eval mode, and record what every module returns."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            f"the dry run of the {label} would run under torch.inference_mode(), in which nothing "
+            "can be trained later; call attach_kd and find_points outside of it"
+        )
     example = to_model(example, model)
     calls: dict[str, Call] = {}
-    tensors: dict[str, tuple[Tensor, int]] = {}
+    tensors: dict[str, tuple[Tensor, int | None]] = {}
     statements = _Statements()
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -177,14 +182,16 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
             path, tensor = found
             shape = tuple(tensor.shape)
             calls[name] = Call(name, path, shape, tensor.dtype, tensor.device, len(calls))
-            tensors[name] = (tensor, tensor._version)
+            tensors[name] = (tensor, _version(tensor))
 
     given = fresh(example)
-    versions = [tensor._version for _, tensor in leaves(given)]
+    versions = [_version(tensor) for _, tensor in leaves(given)]
     with ExitStack() as stack:
         changed_buffers = stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # has no hooks, and calls its children outside Python
             hook = module.register_forward_hook(lambda m, a, out, name=name: note(name, m, a, out))
             stack.callback(hook.remove)
         output = run_example(model, given, label)
@@ -199,7 +206,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
             "returns logits"
         )
     for name, (tensor, version) in tensors.items():
-        calls[name].changed = tensor._version != version
+        calls[name].changed = version is None or _version(tensor) != version
         calls[name].stated = statements.of(tensor)
     calls |= _iterated(model, calls)
     return Trace(
@@ -210,10 +217,15 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
         label,
         unclear=why_unclear(output),
         detections=is_detections(output),
-        changes_input=versions != [tensor._version for _, tensor in leaves(given)],
+        changes_input=versions != [_version(tensor) for _, tensor in leaves(given)],
         changed_buffers=changed_buffers,
         example=example,
     )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """The in-place counter; None for a tensor of a forward under torch.inference_mode()."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _iterated(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Call]:

@@ -31,11 +31,11 @@ def undisturbed(model: nn.Module) -> Generator[list[str], None, None]:
             model.eval()
             yield changed
         finally:
+            for module, flag in flags:
+                module.training = flag
             changed += [buffer.name for buffer in buffers if buffer.restore()]
             for saved in attributes:
                 saved.restore()
-            for module, flag in flags:
-                module.training = flag
 
 
 @dataclass
@@ -51,7 +51,9 @@ class _Buffer:
     def restore(self) -> bool:
         """Put the buffer back; returns whether its values had changed."""
         table = buffer_table(self.module)
-        now, table[self.key] = table.get(self.key), self.tensor
+        # Not get(): the tables of TorchScript modules lack it.
+        now = table[self.key] if self.key in table else None  # noqa: SIM401
+        table[self.key] = self.tensor
         changed = now is not self.tensor and not _equal(now, self.values)
         # Unchanged buffers are left alone: a graph that saved them would refuse its backward pass.
         # Values are compared: fused observers write without counting it as an in-place change.

@@ -105,20 +105,26 @@ class Teacher:
         precision = nullcontext() if plain else torch.autocast(device, dtype=autocast)
         with self.lock, torch.no_grad(), precision:
             output, features = self._forward(args, kwargs, names, logits)
-        if isinstance(output, Tensor) or not logits:
-            return output if isinstance(output, Tensor) else None, features
-        unclear = why_unclear(output)
-        if unclear is not None:
-            raise CaptureError(f"a loss reads the teacher's logits, but {unclear}")
-        found = main_output(output)
-        if found is None:
-            raise CaptureError("the teacher returned no tensor, though it did at attach")
+        for key, tensor in features.items():
+            if tensor.is_inference():
+                features[key] = _ordinary(tensor)
+        found = output if isinstance(output, Tensor) else None
+        if found is None and logits:
+            unclear = why_unclear(output)
+            if unclear is not None:
+                raise CaptureError(f"a loss reads the teacher's logits, but {unclear}")
+            found = main_output(output)
+            if found is None:
+                raise CaptureError("the teacher returned no tensor, though it did at attach")
+        if found is not None and found.is_inference():
+            found = _ordinary(found)
         return found, features
 
     def _like(self) -> Tensor:
         """The first floating-point parameter or buffer, for the model's device and dtype."""
         if self._place is not None:
-            tensor = self._place[0].get(self._place[1])
+            table, key = self._place  # without get(): the tables of TorchScript modules lack it
+            tensor = table[key] if key in table else None  # noqa: SIM401
             if tensor is not None and tensor.is_floating_point():
                 return tensor
         for module in self.model.modules():
@@ -221,11 +227,19 @@ class _Tap:
         """Record the features, or a copy if a later module changes them in place."""
         path = self.point.call.path
         features = pick(output, path) if path else output
-        self.features = features.clone() if self.copies else features
+        # Without a counter (under inference_mode) nothing would show a later in-place change.
+        copies = self.copies or features.is_inference()
+        self.features = features.clone() if copies else features
         self.version = version_of(self.features)
         self.missing.discard(self.point.call.name)
         if self.ends and not self.missing:
             raise _Enough
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A copy of a tensor from torch.inference_mode(), which autograd would refuse."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
 
 
 def _moved(value: Any, like: Tensor) -> Any:

@@ -61,8 +61,9 @@ class TemplateTargets(nn.Module):
 
         Args:
             batches: an iterable of (features ``[..., D]``, labels) that can be iterated several
-                times, such as a list. Labels are integers of shape ``[...]`` or of a leading part
-                of it, such as ``[B]`` for ``[B, H, W, D]``, or ``None`` if they are not needed.
+                times, such as a list. Labels are integers of shape ``[...]``, one for each
+                position, or ``[B]``, one for each image of ``[B, H, W, D]``, or ``None`` if they
+                are not needed.
             seed: seed of sampling and clustering, default 0. The global random state is neither
                 read nor changed. The same rows and seed give the same result for any batch size.
 

@@ -197,8 +197,8 @@ class DecisionTargets(TemplateTargets):
             features: ``[..., D]``, the channels last.
             labels: one of
 
-                - integer classes of shape ``[...]`` or of a leading part of it, such as ``[B]`` for
-                  features ``[B, H, W, D]``, where every position has the label of its image;
+                - integer classes of shape ``[...]``, one for each position, or ``[B]``, one for
+                  each image of features ``[B, H, W, D]``, whose positions all have its label;
                 - masks ``[B, H', W']``, which are resized to the grid (nearest pixel);
                 - floating-point probabilities with one more axis, such as ``[B, C]``. The cost
                   grows with the largest number of nonzero classes in a row (2 after mixup).

@@ -1,5 +1,7 @@
 """Labels of images or positions: class indices, or probabilities such as those of mixup."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ def hard_labels(features: Tensor, labels: object) -> Tensor:
     Raises:
         ArgumentError: if there are no labels.
         ArgumentTypeError: if the labels are not integers, such as those of mixup.
-        ShapeError: if their shape is not a leading part of ``[...]``.
+        ShapeError: if there is not one label for each image, or one for each position.
     """
     if is_mixed(_checked(labels)):
         raise ArgumentTypeError(
@@ -34,8 +36,8 @@ def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor,
     Raises:
         ArgumentError: if there are no labels, or negative ones.
         ArgumentTypeError: if the labels are not a tensor of numbers.
-        ShapeError: if their shape is not a leading part of ``[...]``, followed by ``classes`` for
-            probabilities.
+        ShapeError: if there is not one label for each image, or one for each position, with
+            an axis of ``classes`` for probabilities.
     """
     labels = _checked(labels)
     if not is_mixed(labels):
@@ -44,10 +46,10 @@ def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor,
     if shares is None:
         return _spread(features, indices), None
     where, several = list(features.shape[:-1]), shares.shape[-1:]
-    if list(shares.shape[:-1]) != where[: shares.dim() - 1]:
+    if not _per_image_or_position(shares.shape[:-1], where):
         raise ShapeError(
-            f"labels given as probabilities must have a leading part of {where} and an "
-            f"axis of {classes} classes, got {_found(labels)}"
+            "labels given as probabilities need one row for each image or position, so their "
+            f"shape must be {_shapes(where, classes)}, got {_found(labels)}"
         )
     between = (1,) * (len(where) - shares.dim() + 1)
     shape = (*shares.shape[:-1], *between, *several)
@@ -60,13 +62,23 @@ def _spread(features: Tensor, labels: object) -> Tensor:
     where = list(features.shape[:-1])
     if labels.dim() == len(where) == 3 and len(labels) == where[0]:
         labels = _resized(labels, (where[1], where[2]))
-    if list(labels.shape) != where[: labels.dim()]:
+    if not _per_image_or_position(labels.shape, where):
         raise ShapeError(
             "labels must be integer classes, one for each image or position, so their shape must "
-            f"be a leading part of {where}, got {_found(labels)}; pass one-hot rows as "
-            "labels.float()"
+            f"be {_shapes(where)}, got {_found(labels)}; pass one-hot rows as labels.float()"
         )
     return labels.long().reshape(labels.shape + (1,) * (len(where) - labels.dim())).expand(where)
+
+
+def _per_image_or_position(shape: Sequence[int], where: list[int]) -> bool:
+    """Whether labels of ``shape`` fit; one for each row of a map would be one-hot integers."""
+    return list(shape) in (where[:1], where)
+
+
+def _shapes(where: list[int], *last: int) -> str:
+    """The shapes that labels may have, for messages."""
+    shapes = dict.fromkeys((str([*where[:1], *last]), str([*where, *last])))
+    return " or ".join(shapes)
 
 
 def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:

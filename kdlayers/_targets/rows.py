@@ -47,7 +47,7 @@ class RowFitter:
 
     @torch.no_grad()
     def update(self, teacher: Tensor, targets: Tensor | None) -> None:
-        """Take features [..., D] and labels: any leading part of ``[...]``, or None."""
+        """Take features [..., D] and labels: ``[...]``, or one for each image, or None."""
         current = self._current()
         check_features(teacher)
         rows = self._checked(teacher.detach().reshape(-1, teacher.shape[-1]))

@@ -1,6 +1,7 @@
 """Tensors inside the tuples, lists and dicts that modules return."""
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -53,9 +54,17 @@ def first_tensor(tree: Any) -> Tensor | None:
 
 
 def main_tensor(tree: Any) -> tuple[Path, Tensor] | None:
-    """The largest floating-point tensor, the first on ties: the features of a stage."""
+    """The features in a module's output, which are floating-point.
+
+    The first of several values, such as features and attention weights; the largest value of a
+    dict, such as the maps of a backbone by name. Vectors count only if there is nothing else.
+    """
     found = [(path, t) for path, t in leaves(tree) if t.is_floating_point() and t.dim() > 1]
-    return max(found, key=lambda item: item[1].numel()) if found else None
+    found = [item for item in found if item[1].dim() > 2] or found
+    if not found:
+        return None
+    named = isinstance(tree, dict) and not is_dataclass(tree)
+    return max(found, key=lambda item: item[1].numel()) if named else found[0]
 
 
 def mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from kdlayers import FeatureLoss, FitNetLoss, attach_kd
+from kdlayers import CodebookTargets, FeatureLoss, FitNetLoss, KDPoint, attach_kd
 from kdlayers.errors import ArgumentError, ShapeError
 from tests.nets import Net, batch
 
@@ -177,3 +177,19 @@ def test_fitnet_by_attach_reads_maps_of_tokens():
     student = Net(8, stride=2)
     kd = attach_kd(student, vit(), losses=[FitNetLoss(at=("last", "blocks.1"))], example=IMAGES)
     assert [type(m) for m in kd._terms[0].loss.children()] == [nn.Conv2d]
+
+
+@pytest.mark.parametrize("at", [[], [KDPoint("blocks.1", targets=CodebookTargets(4))]])
+def test_a_student_that_drops_patches_is_refused(at):
+    student, teacher = vit(patch_drop_rate=0.75), vit(8)
+    losses = [] if at else [FeatureLoss(at="blocks.1")]
+    kd = attach_kd(student, teacher, at, losses=losses, example=IMAGES)
+    kd.fit([(IMAGES, LABELS)], progress=False)
+    student.train()(IMAGES)
+    with pytest.raises(
+        ShapeError, match=r"gave 4 tokens, .* 4 x 4 = 16: the model drops or merges"
+    ):
+        kd.loss(LABELS)
+    student.patch_drop.eval()  # all patches, in raster order
+    student(IMAGES)
+    assert torch.isfinite(kd.loss(LABELS))

@@ -122,3 +122,33 @@ def test_an_example_that_does_not_fit_is_named():
         ArgumentError, match=r"could not run on an example of shape \[\(2, 1, 64, 64\)\]"
     ):
         find_points(Net(), IMAGES[:, :1])
+
+
+class Attends(torch.nn.Module):
+    """Returns the tokens and its attention weights, which have more numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        weights = (self.query(x) @ x.transpose(1, 2)).softmax(-1)
+        return x + weights @ x, weights
+
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 16, 8, 8)
+        self.block = Attends()
+        self.head = torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.embed(x).flatten(2).transpose(1, 2))[0].mean(1))
+
+
+def test_features_with_attention_weights_are_the_features():
+    (point,) = [point for point in find_points(Attending(), IMAGES) if point.name == "block"]
+    assert (point.shape, point.layout) == ((2, 64, 16), "tokens")
+    kd = attach_kd(Attending(), at=[KDPoint("block", num_templates=5)], example=IMAGES)
+    assert kd.layers["block"].head.weight.shape == (5, 16)

@@ -29,6 +29,16 @@ def double_layer(channels=5, templates=7, alpha=0.7):
     return layer
 
 
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_a_single_position_cannot_train(memory):
+    layer, one = KDLayer(5, 7, memory=memory), torch.randn(1, 5, 1, 1)
+    with pytest.raises(ShapeError, match="one image with one position; give two images or more"):
+        layer(one)
+    layer.norm.eval()
+    assert layer(one).shape == one.shape
+    assert layer.train()(one.expand(2, 5, 1, 1)).shape == (2, 5, 1, 1)
+
+
 def test_values_and_every_gradient_equal_the_written_out_layer():
     layer = double_layer()
     x = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)

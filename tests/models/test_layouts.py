@@ -110,8 +110,18 @@ def test_tokens_take_the_aspect_ratio_of_the_batch(image):
 
 def test_tokens_that_do_not_fit_the_batch_are_an_error():
     layout = find((2, 16, 3), image=(16, 16))
-    with pytest.raises(ShapeError, match="18 tokens of images of 16 x 16 do not form a grid"):
-        layout.to_grid(torch.zeros(2, 18, 3), (16, 16))
+    with pytest.raises(ShapeError, match="18 tokens of images of 24 x 16 do not form a grid"):
+        layout.to_grid(torch.zeros(2, 18, 3), (24, 16))
+
+
+@pytest.mark.parametrize("count", [4, 9, 36])
+def test_fewer_or_more_tokens_than_the_example_of_this_size_gave_are_an_error(count):
+    layout = find((2, 17, 3), image=(16, 16), root=Root(num_prefix_tokens=1))
+    tokens = torch.zeros(2, 1 + count, 3)
+    with pytest.raises(ShapeError, match=rf"gave {count} tokens, but .* gave 4 x 4 = 16: the mode"):
+        layout.to_grid(tokens, (16, 16))
+    side = int(count**0.5)
+    assert layout.to_grid(tokens, (4 * side, 4 * side)).shape == (2, side, side, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,20 @@
 """Dry runs leave buffers, attributes and inputs as they were."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd, find_points
+from kdlayers import (
+    AttentionTransferLoss,
+    CodebookTargets,
+    FitNetLoss,
+    KDLoss,
+    KDPoint,
+    attach_kd,
+    find_points,
+)
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers.errors import KDLayersWarning
 from tests.nets import Net, batch
@@ -145,3 +155,35 @@ def test_losses_are_those_of_models_that_leave_their_input_alone(changes, taught
     found, changed = value(student, teacher)
     torch.testing.assert_close(found, expected)
     assert changed == (student is InPlace)  # as without kdlayers
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("part", [None, "last"])
+def test_torchscript_in_the_teacher_changes_nothing(part):
+    """Whole, or one module of it; the losses are those of the teacher without TorchScript."""
+    torch.manual_seed(0)
+    student, plain = Net(4), Net(6)
+    teacher = copy.deepcopy(plain).train()
+    losses = [KDLoss()]
+    if part is None:
+        teacher = torch.jit.script(teacher)
+    else:
+        teacher.last = torch.jit.script(teacher.last)
+        losses += [AttentionTransferLoss(at=("first", "first"))]
+    before, found = state(teacher), []
+    for model in (plain, teacher):
+        kd = attach_kd(student, model, losses=losses, example=IMAGES)
+        student.train()(IMAGES)
+        found.append(kd.loss(LABELS))
+        kd.remove()
+    assert torch.equal(*found)
+    assert same(teacher, before)
+    assert all(module.training for module in teacher.modules())
+
+
+def test_flags_come_back_where_a_buffer_cannot(monkeypatch):
+    model = Net(4).train()
+    monkeypatch.setattr("kdlayers._models.undisturbed._equal", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), undisturbed(model):
+        pass
+    assert all(module.training for module in model.modules())

@@ -1,6 +1,7 @@
 """Several teachers, and students that teach each other."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from kdlayers import (
     CodebookTargets,
     DistillLoss,
+    FeatureLoss,
     InheritExploreLoss,
     KDLoss,
     KDPoint,
@@ -16,11 +18,25 @@ from kdlayers import (
     attach_kd,
     attach_mutual,
 )
-from kdlayers.errors import ArgumentError, AttachError, StaleCaptureError
+from kdlayers.errors import ArgumentError, AttachError, KDLayersWarning, StaleCaptureError
 from tests.attach_tester import Frozen
 from tests.nets import Net, batch
 
 IMAGES, LABELS = batch()
+
+
+class InPlace(Net):
+    """Changes the features of ``last`` in place; a subclass does so under inference mode."""
+
+    def __init__(self):
+        super().__init__(6)
+
+    def forward(self, x):
+        return self.head(self.last(self.first(self.stem(x))).sub_(0.5).mean((2, 3)))
+
+
+class Inference(InPlace):
+    forward = torch.inference_mode()(InPlace.forward)
 
 
 def divergence(student, teacher_logits, temperature=4.0):
@@ -290,3 +306,33 @@ def test_compiled_teachers_and_peers_run_completely():
     teacher.ends = 0
     kd.fit([(torch.randn(4, 3, 12, 12), None)], progress=False)
     assert teacher.ends == 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_teacher_under_inference_mode_gives_the_same_losses(ahead):
+    """Its forward itself, or ``kd.teach``; features that a later module changes are copied."""
+    plain, found = InPlace(), []
+    teacher = plain if ahead else Inference()
+    teacher.load_state_dict(plain.state_dict())
+    codebook = CodebookTargets(4)
+    for model in (plain, teacher):
+        torch.manual_seed(0)
+        student = Net(4)
+        points = [KDPoint("last", targets=codebook)]
+        losses = [KDLoss(), FeatureLoss(at="last"), FeatureLoss(at="first", name="first")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KDLayersWarning)  # the codebook is reused
+            kd = attach_kd(student, model, points, losses=losses, example=IMAGES)
+            kd.fit([(IMAGES, LABELS)], progress=False)
+        if ahead and found:
+            with torch.inference_mode():
+                kd.teach(IMAGES)
+        student.train()(IMAGES)
+        found.append(kd.loss(LABELS))
+        found[-1].backward()
+    assert torch.equal(*found)
+
+
+def test_attaching_under_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(ArgumentError, match="call attach_kd and find_poi"):
+        attach_kd(Net(4), Net(6), losses=[KDLoss()], example=IMAGES)

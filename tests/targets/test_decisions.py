@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -283,7 +284,7 @@ def test_compiles_without_graph_break():
         ),
         (torch.ones(2, 4).bool(), ArgumentTypeError, r"pass one-hot rows as labels.float\(\)"),
         (torch.ones(2, 4).long(), ShapeError, r"pass one-hot rows as labels.float\(\)"),
-        (torch.ones(3).long(), ShapeError, r"a leading part of \[2, 3\], got"),
+        (torch.ones(3).long(), ShapeError, r"must be \[2\] or \[2, 3\], got"),
         (torch.tensor([0, 4]), ArgumentError, r"must lie in 0\.\.3 .* got labels from 0 to 4"),
         (torch.tensor([0, -1]), ArgumentError, "got labels from -1 to 0"),
         ([0, 1], ArgumentTypeError, "must be a tensor, got list"),
@@ -293,6 +294,22 @@ def test_bad_labels_at_assignment(labels, error, sentence):
     targets, _, _ = fitted()
     with pytest.raises(error, match=sentence):
         targets.soft_assignment(torch.randn(2, 3, 6), labels)
+
+
+def test_integer_one_hot_rows_are_not_labels_of_the_rows_of_a_map():
+    """They have its shape ``[B, H]`` if the map has as many rows as there are classes."""
+    targets, features, labels = fitted()
+    maps, labels = features[:20].reshape(5, 4, 1, -1).expand(5, 4, 3, -1), labels[:5]
+    hot = F.one_hot(labels, 4)
+    expected = targets.soft_assignment(maps, labels)
+    assert torch.equal(targets.soft_assignment(maps, hot.double()), expected)
+    every = labels[:, None, None].expand(5, 4, 3)
+    assert torch.equal(targets.soft_assignment(maps, every), expected)
+    for wrong in (hot, hot[:, None].expand(5, 4, 4).double()):
+        with pytest.raises(ShapeError, match=r"image or position, .* must be \[5(, 4\]|\] or)"):
+            targets.soft_assignment(maps, wrong)
+    with pytest.raises(ShapeError, match=r"must be \[5\] or \[5, 4, 3\], got int64"):
+        DecisionTargets(3, components=2).fit([(maps, hot)])
 
 
 # ---------------------------------------------------------------- errors of fit
@@ -309,7 +326,7 @@ def tiny(labels):
         (tiny([0, 0, 1, 2, 2]), FitError, r"positions of class 1 for 2 .* classes: 1\)"),
         (tiny([0, 0, -1]), FitError, "labels must be 0 or more, got labels from -1 to 0"),
         ([(torch.randn(4, 3), None)], FitError, "fit.. got batches without them"),
-        ([(torch.randn(4, 3), torch.zeros(3).long())], ShapeError, "a leading part of"),
+        ([(torch.randn(4, 3), torch.zeros(3).long())], ShapeError, r"must be \[4\], got"),
         ([(torch.randn(4, 3), torch.rand(4, 2))], ArgumentTypeError, "a loader without mixup"),
         ([(torch.full((1, 3), math.inf), torch.tensor([0]))], FitError, "batch 0 .* infinite"),
         ([(torch.randn(0, 3), torch.zeros(0).long())], FitError, "without a single row"),

@@ -1,6 +1,7 @@
 """Trees of tensors, and names of modules."""
 
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,17 +18,35 @@ def test_trees_keep_their_types_and_their_other_branches():
     a, b, c = torch.zeros(2, 1), torch.ones(2, 5), torch.ones(2, 3, dtype=torch.long)
     tree = Out({"x": [a, (b, c)]}, OrderedDict(y=None))
     assert [path for path, _ in leaves(tree)] == [(0, "x", 0), (0, "x", 1, 0), (0, "x", 1, 1)]
-    path, tensor = main_tensor(tree)
+    path, tensor = main_tensor(tree[0])
     assert tensor is b
-    assert pick(tree, path) is b
-    changed = put(tree, path, a)
+    assert pick(tree[0], path) is b
+    changed = put(tree, (0, *path), a)
     assert isinstance(changed, Out)
     assert isinstance(changed.aux, OrderedDict)
-    assert pick(changed, path) is a
-    assert pick(tree, path) is b
+    assert pick(changed, (0, *path)) is a
+    assert pick(tree, (0, *path)) is b
     assert first_tensor(tree) is a
     assert first_tensor({"n": 3}) is None
     assert main_tensor([c]) is None
+
+
+@dataclass
+class Fields(OrderedDict):
+    """As the outputs of Hugging Face's models."""
+
+
+def test_the_features_are_the_first_value_or_the_largest_of_a_dict():
+    tokens, attention, vector = torch.zeros(2, 9, 4), torch.zeros(2, 3, 9, 9), torch.zeros(2, 400)
+    for several in ((tokens, attention), [vector, tokens, attention], Out(tokens, (attention,))):
+        assert main_tensor(several)[1] is tokens
+    assert main_tensor((vector, vector.long(), torch.zeros(2, 999)))[1] is vector
+    maps = OrderedDict(aux=tokens, out=attention, pooled=vector)
+    assert main_tensor(maps) == (("out",), attention)
+    assert main_tensor((9, 3)) is None
+    fields = Fields()
+    fields.update(last_hidden_state=tokens, pooler_output=vector, attentions=(attention,))
+    assert main_tensor(fields)[1] is tokens
 
 
 def test_names_are_matched_part_by_part():

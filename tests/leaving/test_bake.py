@@ -1,0 +1,116 @@
+"""Baked and folded students whose forward reads attributes of a point, or passes keywords."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from kdlayers import KDPoint, attach_kd, bake, fold
+
+IMAGES = torch.randn(2, 3, 16, 16)
+
+
+class Reads(nn.Module):
+    """Reads the stride and the weight of its point, and calls it with or without a keyword."""
+
+    def __init__(self, keyword, point):
+        super().__init__()
+        self.keyword = keyword
+        self.conv = point
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        scale = self.conv.stride[0] * self.conv.weight.std()
+        x = self.conv(**{self.keyword: x}) if self.keyword else self.conv(x)
+        return self.head(x * scale).mean((2, 3))
+
+
+class OneInput(nn.Conv2d):
+    def forward(self, image):
+        return super().forward(image)
+
+
+class AnyInputs(nn.Conv2d):
+    def forward(self, *given):
+        return super().forward(given[0]) * given[-1].mean()
+
+
+def vit():
+    """Reads the grid of its patch embedding."""
+    return VisionTransformer(
+        16, 4, num_classes=3, embed_dim=8, depth=1, num_heads=2, dynamic_img_size=True
+    )
+
+
+MODELS = {
+    "attributes": (lambda: Reads(None, nn.Conv2d(3, 4, 3, 2)), "conv"),
+    "torch's keyword": (lambda: Reads("input", nn.Conv2d(3, 4, 3, 2)), "conv"),
+    "own keyword": (lambda: Reads("image", OneInput(3, 4, 3, 2)), "conv"),
+    "any inputs": (lambda: Reads(None, AnyInputs(3, 4, 3, 2)), "conv"),
+    "vit": (vit, "patch_embed"),
+}
+
+
+def attached(name):
+    make, point = MODELS[name]
+    student = make()
+    attach_kd(student, at=[KDPoint(point, num_templates=4)], example=IMAGES)
+    student.train()(IMAGES)
+    return student.eval()
+
+
+@pytest.mark.parametrize("make", [bake, fold])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parent_may_use_a_point_as_before(name, make):
+    student = attached(name)
+    model = make(student)
+    torch.testing.assert_close(model(IMAGES), student(IMAGES))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(again(IMAGES), model(IMAGES))
+        assert list(again.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("make", [bake, fold])
+@pytest.mark.parametrize("name", ["attributes", "own keyword"])
+def test_they_can_be_exported_and_traced(name, make):
+    student = attached(name)
+    model, expected = make(student), student(IMAGES)
+    exported = torch.export.export(model, (IMAGES,)).module()
+    for found in (exported, torch.fx.symbolic_trace(model)):
+        torch.testing.assert_close(found(IMAGES), expected)
+
+
+class Copied(nn.Module):
+    """Has its own way to be copied and pickled, which must not stand for the point's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return F.relu(self.conv(x))
+
+    def __deepcopy__(self, memo):
+        other = Copied()
+        other.__dict__.update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __len__(self):
+        return 7
+
+
+def test_special_methods_are_those_of_the_point():
+    student = nn.Sequential(Copied(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
+    attach_kd(student, at=[KDPoint("0", num_templates=4)], example=IMAGES)
+    model = bake(student.eval())
+    again = copy.deepcopy(model)
+    assert torch.equal(again(IMAGES), student(IMAGES))
+    with pytest.raises(AttributeError, match="missing"):
+        _ = model[0].missing
