@@ -84,7 +84,7 @@ class CodebookTargets(TemplateTargets):
         super().__init__()
         self._num_templates = check.count("num_templates", num_templates)
         if sharpness is not None:
-            check.positive("sharpness", sharpness)
+            sharpness = check.positive("sharpness", sharpness)
         self.sharpness = sharpness
 
     @property

@@ -88,7 +88,7 @@ def aekt(
     """
     check.one_of("form", form, get_args(Form))
     if ratio_clip is not None:
-        check.positive("ratio_clip", ratio_clip)
+        ratio_clip = check.positive("ratio_clip", ratio_clip)
     check.logits(student, teacher)
     limit = ratio_limit(student.dtype, ratio_clip)
 
@@ -117,7 +117,7 @@ def _of_logits(
     limit: float,
     drop_one_minus_s: bool,
 ) -> Tensor:
-    check.positive("temperature", temperature)
+    temperature = check.positive("temperature", temperature)
     targets = check.labels(targets, student)
     ours, theirs = decouple(student, teacher.detach(), targets, temperature)
     values, _ = adaptive(ours.binary(), theirs.binary(), form, limit, drop_one_minus_s)

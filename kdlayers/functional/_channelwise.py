@@ -54,7 +54,7 @@ def channelwise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -
             "maps must have a sample, a channel and at least 2 positions to compare, got "
             f"{check.shape(student)}"
         )
-    check.positive("temperature", temperature)
+    temperature = check.positive("temperature", temperature)
     ours, theirs = ((maps.flatten(2) / temperature).log_softmax(2) for maps in (student, teacher))
     factor = temperature**2 / (student.shape[0] * student.shape[1])
     return (theirs.exp() * (theirs - ours)).sum() * factor

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import inf
+from numbers import Integral, Real
 from typing import Literal, ParamSpec, TypeAlias
 
 import torch
@@ -72,33 +73,38 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
     raise ArgumentError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
 
 
-def positive(name: str, value: float) -> None:
-    """Raise unless ``value`` is a finite number above 0."""
+def positive(name: str, value: float) -> float:
+    """``value`` as a number of Python; raise unless it is finite and above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _not_a_number(name, value)
+        value = _number(name, value)
     if not 0 < value < inf:
         raise ArgumentError(f"{name} must be above 0 and finite, got {value}")
+    return value
 
 
-def not_negative(name: str, value: float) -> None:
-    """Raise unless ``value`` is a finite number, 0 or more."""
+def not_negative(name: str, value: float) -> float:
+    """``value`` as a number of Python; raise unless it is finite, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _not_a_number(name, value)
+        value = _number(name, value)
     if not 0 <= value < inf:
         raise ArgumentError(f"{name} must be 0 or more and finite, got {value}")
+    return value
 
 
-def _not_a_number(name: str, value: object) -> ArgumentTypeError:
-    return ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+def _number(name: str, value: object) -> float:
+    """A number that is not Python's as a float: NumPy's cannot be multiplied by a tensor."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def count(name: str, value: int, least: int = 1) -> int:
-    """``value``; raise unless it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """``value`` as an int; raise unless it is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ArgumentTypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ArgumentError(f"{name} must be {least} or more, got {value}")
-    return value
+    return int(value)
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:

@@ -59,9 +59,9 @@ def dist(
         tensor(0.0095)
     """
     check.logits(student, teacher)
-    check.not_negative("beta", beta)
-    check.not_negative("gamma", gamma)
-    check.positive("temperature", temperature)
+    beta = check.not_negative("beta", beta)
+    gamma = check.not_negative("gamma", gamma)
+    temperature = check.positive("temperature", temperature)
     if gamma and student.shape[0] < 2:
         raise ShapeError(
             f"the intra-class relation of DIST needs a batch of 2 or more, got "

@@ -182,8 +182,8 @@ def dkd(
             student.shape[1],
             reduction,
         )
-    check.not_negative("alpha", alpha)
-    check.not_negative("beta", beta)
+    alpha = check.not_negative("alpha", alpha)
+    beta = check.not_negative("beta", beta)
     targets = _checked(student, teacher, targets, temperature)
     ours, theirs = decouple(student, teacher, targets, temperature)
     square = temperature**2

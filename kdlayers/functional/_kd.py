@@ -56,7 +56,7 @@ def kd(
         tensor(2.6012)
     """
     check.scores(student, teacher)
-    check.positive("temperature", temperature)
+    temperature = check.positive("temperature", temperature)
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
     ours, theirs = student.log_softmax(dim=1), teacher.log_softmax(dim=1)

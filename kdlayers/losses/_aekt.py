@@ -102,14 +102,13 @@ class AEKTLoss(LogitLoss):
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         check.one_of("form", form, get_args(Form))
         check.one_of("fc_init", fc_init, ("identity", "default"))
-        for key, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            check.not_negative(key, value)
-        check.positive("temperature", temperature)
         if ratio_clip is not None:
-            check.positive("ratio_clip", ratio_clip)
+            ratio_clip = check.positive("ratio_clip", ratio_clip)
         self.form: Form = form
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.temperature = temperature
+        self.alpha = check.not_negative("alpha", alpha)
+        self.beta = check.not_negative("beta", beta)
+        self.gamma = check.not_negative("gamma", gamma)
+        self.temperature = check.positive("temperature", temperature)
         self.standardize = standardize
         self.ratio_clip = ratio_clip
         self.drop_one_minus_s = drop_one_minus_s

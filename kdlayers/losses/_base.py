@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import inf
+from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -158,12 +159,11 @@ def check_weight(weight: Weight) -> Weight:
     """``weight`` if it is a finite number of 0 or more, or a function."""
     if callable(weight):
         return weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise ArgumentTypeError(
             f"weight must be a number or a function of the step, got {type(weight).__name__}"
         )
-    check.not_negative("weight", weight)
-    return weight
+    return check.not_negative("weight", weight)
 
 
 class LogitLoss(DistillLoss):

@@ -50,8 +50,7 @@ class ChannelWiseLoss(ProjectedLoss):
         teacher_index: int | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
-        check.positive("temperature", temperature)
-        self.temperature = temperature
+        self.temperature = check.positive("temperature", temperature)
         self._hold("linear")
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002

@@ -48,12 +48,9 @@ class DISTLoss(LogitLoss):
         teacher_index: int | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
-        check.not_negative("beta", beta)
-        check.not_negative("gamma", gamma)
-        check.positive("temperature", temperature)
-        self.beta = beta
-        self.gamma = gamma
-        self.temperature = temperature
+        self.beta = check.not_negative("beta", beta)
+        self.gamma = check.not_negative("gamma", gamma)
+        self.temperature = check.positive("temperature", temperature)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The weighted sum for logits ``[B, K]``; the labels are not used."""

@@ -57,12 +57,9 @@ class DKDLoss(LogitLoss):
         teacher_index: int | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
-        check.not_negative("alpha", alpha)
-        check.not_negative("beta", beta)
-        check.positive("temperature", temperature)
-        self.alpha = alpha
-        self.beta = beta
-        self.temperature = temperature
+        self.alpha = check.not_negative("alpha", alpha)
+        self.beta = check.not_negative("beta", beta)
+        self.temperature = check.positive("temperature", temperature)
         self.standardize = standardize
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -143,9 +143,9 @@ class InheritExploreLoss(DistillLoss):
         check.one_of("host", host, get_args(Host))
         check.one_of("coder", coder, get_args(Learning))
         check.one_of("reconstruction", reconstruction, get_args(Reconstruction))
-        check.not_negative("inherit_weight", inherit_weight)
-        check.not_negative("explore_weight", explore_weight)
-        check.positive("inherit_ratio", inherit_ratio)
+        inherit_weight = check.not_negative("inherit_weight", inherit_weight)
+        explore_weight = check.not_negative("explore_weight", explore_weight)
+        inherit_ratio = check.positive("inherit_ratio", inherit_ratio)
         if inherit_ratio >= 1:
             raise ArgumentError(
                 f"inherit_ratio must be below 1, so that channels are left to explore, got "
@@ -154,7 +154,7 @@ class InheritExploreLoss(DistillLoss):
         for key, value in (("factor_channels", factor_channels), ("epochs", epochs)):
             if value is not None:
                 check.count(key, value)
-        check.positive("fit_lr", fit_lr)
+        fit_lr = check.positive("fit_lr", fit_lr)
         self.factor_channels = factor_channels
         self.split, self.inherit_ratio, self.seed = split, inherit_ratio, seed
         self.p, self.measure, self.scale = p, measure, scale

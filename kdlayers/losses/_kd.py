@@ -59,8 +59,7 @@ class KDLoss(LogitLoss):
         teacher_index: int | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
-        check.positive("temperature", temperature)
-        self.temperature = temperature
+        self.temperature = check.positive("temperature", temperature)
         self.standardize = standardize
         self.ignore_index = ignore_index
 

@@ -47,8 +47,7 @@ class MutualLoss(LogitLoss):
         teacher_index: int | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
-        check.positive("temperature", temperature)
-        self.temperature = temperature
+        self.temperature = check.positive("temperature", temperature)
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The divergence from the peer, for logits ``[B, K]``; the labels are not used."""

@@ -54,8 +54,8 @@ class RKDLoss(DistillLoss):
         teacher_index: int | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
-        check.not_negative("distance", distance)
-        check.not_negative("angle", angle)
+        distance = check.not_negative("distance", distance)
+        angle = check.not_negative("angle", angle)
         if distance == angle == 0:
             raise ArgumentError("distance and angle are both 0: RKDLoss would compare nothing")
         self.distance = distance

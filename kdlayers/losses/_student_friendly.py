@@ -93,12 +93,12 @@ class StudentFriendlyKDLoss(LogitLoss):
         teacher_index: int | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
-        check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
-        check.not_negative("anchor", anchor)
-        check.not_negative("min_agreement", min_agreement)
+        simplifier_grad_scale = check.not_negative("simplifier_grad_scale", simplifier_grad_scale)
+        anchor = check.not_negative("anchor", anchor)
+        min_agreement = check.not_negative("min_agreement", min_agreement)
         if min_agreement > 1:
             raise ArgumentError(f"min_agreement is a share, between 0 and 1, got {min_agreement}")
-        check.count("check_every", check_every)
+        check_every = check.count("check_every", check_every)
         if simplifier is not None and not isinstance(simplifier, nn.Module):
             raise ArgumentTypeError(
                 f"simplifier must be an nn.Module, got {type(simplifier).__name__}"
@@ -236,5 +236,4 @@ def _temperature(base: object, temperature: float | None) -> float:
             f"{temperature}; set the temperature of the base only"
         )
     chosen = own if own is not None else temperature if temperature is not None else 4.0
-    check.positive("temperature", chosen)
-    return float(chosen)
+    return float(check.positive("temperature", chosen))

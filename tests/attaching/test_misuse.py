@@ -2,21 +2,26 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from kdlayers import (
+    AEKTLoss,
     CodebookTargets,
     DecisionTargets,
+    DKDLoss,
     FitNetLoss,
     KDLoss,
     KDPoint,
+    RKDLoss,
     attach_kd,
     attach_mutual,
     bake,
     find_points,
     fold,
+    functional,
     load_student,
     prune_templates,
     save_student,
@@ -206,3 +211,32 @@ def test_attaching_over_kd_layers_of_an_earlier_handle():
     later.remove()
     earlier.detach()
     attach_kd(student, teacher, "last", example=IMAGES)
+
+
+def test_numbers_of_numpy_are_numbers():
+    student, teacher = Net(), Net(6)
+    losses = [KDLoss(temperature=np.float32(4), weight=np.float32(0.5))]
+    losses += [DKDLoss(alpha=np.float16(1), beta=np.int64(2), temperature=np.float32(4))]
+    losses += [AEKTLoss(beta=np.float32(1)), RKDLoss(distance=np.float32(25))]
+    targets = CodebookTargets(np.int64(4), sharpness=np.float32(1))
+    points = [KDPoint("last", targets=targets, alpha=np.float32(1), num_templates=np.int32(4))]
+    kd = attach_kd(student.train(), teacher, points, losses=losses, example=IMAGES)
+    kd.fit([(IMAGES, LABELS)], progress=False)
+    student(IMAGES)
+    kd.loss(LABELS).backward()
+    assert type(losses[0].temperature) is float
+    assert type(targets.num_templates) is int
+    for wrong in (np.float32(-1), np.float32("nan")):
+        with pytest.raises(ArgumentError, match="temperature must be above 0"):
+            KDLoss(temperature=wrong)
+    with pytest.raises(ArgumentTypeError, match="must be an integer, got float32"):
+        CodebookTargets(np.float32(4))
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "aekt", "dist"])
+def test_functions_take_numbers_of_numpy(name):
+    function = getattr(functional, name)
+    student = torch.randn(6, 3, requires_grad=True)
+    given = (student, torch.randn(6, 3), *([LABELS] if name in ("dkd", "aekt") else []))
+    found = function(*given, temperature=np.float32(4))
+    torch.testing.assert_close(found, function(*given, temperature=4.0))

@@ -231,7 +231,9 @@ def test_batch_asks_for_logits_that_a_loss_reads():
     student, _, kd = attached(losses=[KDLoss()])
     with kd.batch(IMAGES):
         student.forward(IMAGES)
-    with pytest.raises(CaptureError, match=r"which a loss reads: call kd\.loss\(y, logits=\.\.\.\)"):
+    with pytest.raises(
+        CaptureError, match=r"which a loss reads: call kd\.loss\(y, logits=\.\.\.\)"
+    ):
         kd.loss(LABELS)
 
 
