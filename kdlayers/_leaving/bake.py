@@ -20,13 +20,13 @@ class _Baked(nn.Module):
     """A module, its first child, followed by a KD layer; has the module's attributes too."""
 
     def __getattr__(self, name: str) -> Any:
-        # The parent may read them, such as the stride of a convolution. Not special methods:
-        # copying and pickling look for those, and would copy the module without its layer.
+        # The parent may read them, such as the stride of a convolution. Neither special methods
+        # (copying would copy the module without its layer) nor the children of a Sequential.
         try:
             return super().__getattr__(name)
         except AttributeError:
             module = next(iter(self.__dict__.get("_modules", {}).values()), None)
-            if module is None or name.startswith("__"):
+            if module is None or name.startswith("__") or not name.isidentifier():
                 raise
             return getattr(module, name)
 

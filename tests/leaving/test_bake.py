@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from kdlayers import KDPoint, attach_kd, bake, fold
+from tests.nets import Net
 
 IMAGES = torch.randn(2, 3, 16, 16)
 
@@ -52,6 +53,7 @@ MODELS = {
     "own keyword": (lambda: Reads("image", OneInput(3, 4, 3, 2)), "conv"),
     "any inputs": (lambda: Reads(None, AnyInputs(3, 4, 3, 2)), "conv"),
     "vit": (vit, "patch_embed"),
+    "ends with a norm": (lambda: Net(4), "stem"),
 }
 
 

@@ -170,13 +170,14 @@ def test_seed_decides_and_global_state_is_left_alone(small_sample):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@given(st.lists(st.integers(1, 3), max_size=2), st.integers(0, 2))
-def test_grids_with_labels_of_any_leading_shape(shape, labelled):
+@given(st.lists(st.integers(1, 3), max_size=2), st.booleans())
+def test_grids_with_labels_of_images_or_positions(shape, positions):
     features, labels = data(24, classes=2, width=2, dtype=torch.float32)
     # Every image repeats its row at each position, so all label shapes say the same.
     grid = features.reshape(24, *[1] * len(shape), 2).expand(24, *shape, 2)
-    labelled = min(labelled, len(shape))
-    spread = labels.reshape(24, *[1] * labelled).expand(24, *shape[:labelled])
+    spread = labels
+    if positions:
+        spread = labels.reshape(24, *[1] * len(shape)).expand(24, *shape)
     one = DecisionTargets(2, components=1).fit([(grid, spread)])
     rows = features.repeat_interleave(math.prod(shape), 0)
     two = DecisionTargets(2, components=1).fit([(rows, labels.repeat_interleave(math.prod(shape)))])
