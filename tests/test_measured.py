@@ -145,6 +145,15 @@ def test_what_the_front_page_says_of_cifar100():
     assert difference(both, kd, without=[0])[1] > 0 > difference(both, wider, without=[0])[1]
 
 
+def test_what_the_page_says_of_letkd2_alone_on_cifar100():
+    runs = accuracies("cifar100-10000")
+    middle, low, high = (f"{number:.1f}" for number in difference(runs["letKD-2"], runs["KD"]))
+    assert set(runs["letKD-2"]) == {0, 1, 2}
+    assert verdict(runs["letKD-2"], runs["KD"]) == 0
+    page = " ".join((DOCS / "results-cifar100-10000.md").read_text("utf-8").split())
+    assert f"is {middle} points above KD, but not separated from it ({low} to {high})" in page
+
+
 def test_what_the_weight_of_the_layers_does_on_cifar100():
     file = DOCS / "data" / "results" / "cifar100-10000.tuning.jsonl"
     found = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
