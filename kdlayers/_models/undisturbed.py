@@ -13,11 +13,12 @@ from kdlayers._utils.torch_internals import buffer_table
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Generator[list[str], None, None]:
+def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Generator[list[str], None, None]:
     """Eval mode for a while; afterwards the model and all random states are as before.
 
     Each module gets back its own training flag, its buffers and its attributes. An observer for
     quantisation, for instance, keeps the range that it had. Only buffers that changed are written.
+    With ``evaluate=False`` the modules keep their modes meanwhile.
 
     Yields:
         A list that holds, once the context has ended, the names of the buffers that had changed.
@@ -28,7 +29,8 @@ def undisturbed(model: nn.Module) -> Generator[list[str], None, None]:
     changed: list[str] = []
     with torch.random.fork_rng(devices=cuda_devices(model)), _uncompiled():
         try:
-            model.eval()
+            if evaluate:
+                model.eval()
             yield changed
         finally:
             for module, flag in flags:

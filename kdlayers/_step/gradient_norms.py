@@ -28,10 +28,8 @@ def gradient_norms(
         ArgumentError: if a term is called "task", or no parameter is shared.
     """
     losses = nn.ModuleList(term.loss for term in terms)
-    flags = [(module, module.training) for module in losses.modules()]
-    with undisturbed(losses):  # running statistics, counters and random draws are not a step's
-        for module, flag in flags:
-            module.training = flag
+    # Running statistics, counters and random draws are not a step's.
+    with undisturbed(losses, evaluate=False):
         found = _found(student, terms, pairs, targets, task)
     shared = [index for index, row in enumerate(zip(*found.values(), strict=True)) if _all(row)]
     if not shared:

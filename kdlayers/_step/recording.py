@@ -52,7 +52,11 @@ def record(
     progress: bool,
 ) -> RecordedDataset:
     """Write a record of what ``plan`` reads from its teachers; see `KDHandle.record`."""
-    _check_arguments(dataset, views=views, batch_size=batch_size, dtype=dtype, topk=topk)
+    _check_dataset(dataset)
+    check.one_of("dtype", dtype, ("float16", "float32"))
+    views = check.count("views", views)
+    batch_size = check.count("batch_size", batch_size)
+    topk = None if topk is None else check.count("topk", topk)
     if not check_repeatable(dataset, seed, views) and views > 1:
         warn(
             f"all views of the first samples are equal, so views={views} stores the same numbers "
@@ -105,13 +109,7 @@ def _described(teacher: Teacher, taps: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _check_arguments(
-    dataset: Any, *, views: int, batch_size: int, dtype: str, topk: int | None
-) -> None:
-    for name, value in (("views", views), ("batch_size", batch_size), ("topk", topk)):
-        if value is not None:
-            check.count(name, value)
-    check.one_of("dtype", dtype, ("float16", "float32"))
+def _check_dataset(dataset: Any) -> None:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ArgumentError(
             f"kd.record needs a data set with a length and samples by index, got "

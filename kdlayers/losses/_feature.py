@@ -63,11 +63,10 @@ class FeatureLoss(ProjectedLoss):
         self.distance: Distance = distance
         self.tokens = tokens
         self.normalize_teacher = normalize_teacher
-        self._direct = projector is None and tokens == "patch" and not normalize_teacher
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean distance for maps, vectors ``[B, C]`` or tokens; the labels are not used."""
-        if self._direct and alike(student, teacher):  # checks would take longer than the distance
+        if self._direct() and alike(student, teacher):  # checks would take longer than the distance
             return feature_distance(student, teacher.detach(), self.distance)
         student, teacher = self._ready(student, teacher)
         projected = self._projected(student, teacher)

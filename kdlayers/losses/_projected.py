@@ -61,6 +61,11 @@ class ProjectedLoss(DistillLoss):
         """Both tensors as they are compared: on one grid, with channels in `channel_dim`."""
         return read(student, teacher, self.tokens)
 
+    def _direct(self) -> bool:
+        """Whether tensors of one shape are compared as they are."""
+        projects = self.projector_kind is not None or getattr(self, self.slot) is not None
+        return not (projects or self.normalize_teacher) and self.tokens == "patch"
+
     def _make(self, student: Tensor, teacher: Tensor) -> None:
         """Make the projector, if it is still to be made."""
         if self.projector_kind is None or getattr(self, self.slot) is not None:

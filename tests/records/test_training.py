@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,6 +209,16 @@ def test_what_shows_no_view_twice_unnoticed_is_not_warned_of(way, tmp_path):
             step(kd, x, y, recorded=key)
             if way == "one batch":
                 break
+
+
+def test_integers_of_numpy_make_the_same_record(tmp_path):
+    kd = attach_kd(Net(6), Net(8), losses=[KDLoss()], example=EXAMPLE)
+    data = Squares(6, transform=FlipAndCrop())
+    two, four, three = np.array([2, 4, 3])
+    kd.record(data, tmp_path / "python", views=2, batch_size=4, topk=3)
+    kd.record(data, tmp_path / "numpy", views=two, batch_size=four, topk=three)
+    for file in (tmp_path / "python").iterdir():
+        assert file.read_bytes() == (tmp_path / "numpy" / file.name).read_bytes()
 
 
 def test_topk_keeps_the_loss_near(tmp_path):
