@@ -12,7 +12,8 @@ from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import sharded
 from kdlayers._step.tape import Forward, Tape
 from kdlayers._step.terms import Shapes, Term, shapes_of
-from kdlayers._utils.tree import mapped
+from kdlayers._utils.tree import leaves, mapped
+from kdlayers._utils.warn import warn
 
 _Sizes: TypeAlias = dict[tuple[str | None, bool], Size | None]
 
@@ -34,7 +35,7 @@ class StudentGrids:
     def of(self, terms: Sequence[Term], args: tuple[Any, ...]) -> list[Size | None]:
         """The student's grid for each term and these inputs.
 
-        None for a term that compares no maps, and if the student cannot run on such inputs.
+        None for a term that compares no maps, and where `_found` cannot find the grid.
         """
         if not any(term.on_grid for term in terms):
             return [None] * len(terms)
@@ -45,15 +46,26 @@ class StudentGrids:
         return [sizes.get(_place(term)) if term.on_grid else None for term in terms]
 
     def _found(self, args: tuple[Any, ...]) -> _Sizes:
-        if sharded(self._student):
-            return {}  # all ranks would have to run it, but the others may have no new shapes
+        """What a forward of the student tells; nothing, with a warning, where it cannot run."""
+        if sharded(self._student):  # all ranks would have to run it, but may not all have new shapes
+            self._warn(args, "its parameters are sharded over the ranks")
+            return {}
         try:
             forward = self._run(args)
             return {_place(term): term.student_grid(forward) for term in self._terms}
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # images that only the teacher takes
+        except Exception as error:
+            self._warn(args, f"it raised {type(error).__name__}: {error}")
             return {}
+
+    def _warn(self, args: tuple[Any, ...], why: str) -> None:
+        shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in leaves(args))
+        warn(
+            f"the student did not run on images of shape {shapes}, because {why}; the grid of its "
+            "maps is estimated from the example's and may differ by a row or a column; pass images "
+            "of the example's size, or attach_kd(..., example=...) images of this size"
+        )
 
     def _run(self, args: tuple[Any, ...]) -> Forward:
         """What the handle's hooks record in a forward of the first image, in eval mode."""

@@ -67,8 +67,9 @@ class Learning(Attachment):
             CaptureError: if the teacher cannot run on a batch.
 
         Warns:
-            KDLayersWarning: if passes that need the same data began with different batches; later,
-                if the first training batches are normalised differently.
+            KDLayersWarning: if passes that need the same data began with different batches; if the
+                student cannot run on images whose size is not the example's; later, if the first
+                training batches are normalised differently.
         """
         self._need_teacher("fit")
         check_loader(loader)

@@ -13,7 +13,7 @@ from kdlayers import (
     RecordedTeacher,
     attach_kd,
 )
-from kdlayers.errors import RecordError
+from kdlayers.errors import KDLayersWarning, RecordError
 
 
 class Halves(nn.Module):
@@ -158,14 +158,17 @@ def test_fit_learns_from_the_grid_that_training_compares():
     assert kd.loss(y).isfinite()  # the pending forward is still there
 
 
-def test_fit_works_on_images_that_only_the_teacher_takes():
+def test_fit_on_images_that_only_the_teacher_takes_warns_of_the_estimated_grid():
     class Fixed(Halves):
         def forward(self, x):
-            assert x.shape[-1] == 8
+            if x.shape[-1] != 8:
+                raise ValueError("8 pixels only")
             return super().forward(x)
 
     torch.manual_seed(0)
     point = KDPoint("coarse", "middle", targets=CodebookTargets(4))
     kd = attach_kd(Fixed(6), Halves(8), [point], example=torch.zeros(2, 3, 8, 8))
-    kd.fit(DataLoader(data(size=16, count=40), batch_size=20), progress=False)
+    with pytest.warns(KDLayersWarning, match=r"\(20, 3, 16, 16\).*ValueError: 8 pixels") as caught:
+        kd.fit(DataLoader(data(size=16, count=40), batch_size=20), progress=False)
+    assert len(caught) == 1  # once for each new size
     assert kd._terms[0].loss.fitted
