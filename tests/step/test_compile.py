@@ -303,13 +303,11 @@ def trained(net=lambda: Net(4), at="last", images=IMAGES):
 
 @compiler
 @pytest.mark.slow
+@pytest.mark.release  # the test of docs/export.md packages a student too
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     "make",
-    [
-        pytest.param(bake, id="baked", marks=pytest.mark.release),
-        pytest.param(lambda student: student, id="with hooks"),
-    ],
+    [pytest.param(bake, id="baked"), pytest.param(lambda student: student, id="with hooks")],
 )
 def test_aot_inductor(make, tmp_path):
     student = trained()
