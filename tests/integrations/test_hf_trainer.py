@@ -132,7 +132,7 @@ def test_accumulated_steps_take_the_mean_of_both_losses(tmp_path, monkeypatch, o
         loss.backward()
 
     def labelled(_model, _args, inputs, outputs):
-        rows = [int((IMAGES == x).flatten(1).all(1).nonzero()) for x in inputs["pixel_values"]]
+        rows = [int((x == IMAGES).flatten(1).all(1).nonzero()) for x in inputs["pixel_values"]]
         seen.append((outputs, LABELS[rows]))  # Trainer has removed the labels from the inputs
 
     student.register_forward_hook(labelled, with_kwargs=True)
