@@ -344,10 +344,11 @@ def _record_hooks(
     if not terms:
         return
     undo.callback(drop_recording, student, tape)
-    student.register_forward_pre_hook(OpenForward(tape), with_kwargs=True, prepend=True)
-    student.register_forward_hook(CloseForward(tape), always_call=True)
+    opens, closes = OpenForward(tape), CloseForward(tape)
+    opens.key = student.register_forward_pre_hook(opens, with_kwargs=True, prepend=True).id
+    closes.key = student.register_forward_hook(closes, always_call=True).id
     points = {term.point for term in terms if term.point is not None and not term.scores}
     for name in sorted(points):
         call = traced.call(name)
         tap = Capture(name, call.path, tape, copies=True if call.changed else None)
-        hook_site(student, name).register_forward_hook(tap)
+        tap.key = hook_site(student, name).register_forward_hook(tap).id

@@ -89,8 +89,8 @@ class Attachment:
         If loading fails, all losses keep their previous state.
 
         Raises:
-            CheckpointError: if the state belongs to other losses, or to KD layers or a teacher of
-                other sizes, or if it is damaged, modified, or of an unknown version.
+            CheckpointError: if the state belongs to other losses or points, or to KD layers or a
+                teacher of other sizes, or if it is damaged, modified, or of an unknown version.
 
         Warns:
             KDLayersWarning: if a teacher's weights are not those that the state was saved with. A

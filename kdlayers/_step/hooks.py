@@ -21,7 +21,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from kdlayers._models.outputs import main_output
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Forward, Tape, version_of
-from kdlayers._utils.torch_internals import current_backward, drop_hooks
+from kdlayers._utils.torch_internals import current_backward, drop_hooks, reserve_hook_key
 from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError
 
@@ -35,7 +35,18 @@ _FOUND: list[bool] = []
 """The setting of torch.compile before the first hook was made."""
 
 
-class InsertLayer:
+class _Hook:
+    """A hook of a module, which keeps its place there when both are unpickled."""
+
+    key = -1
+    """The key of the hook in its module; set where it is registered."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        reserve_hook_key(self.key)
+
+
+class InsertLayer(_Hook):
     """Forward hook that applies a KD layer to a module's output; the module holds the layer."""
 
     def __init__(self, name: str, store: tuple[str, ...], path: Path, tape: Tape) -> None:
@@ -47,7 +58,7 @@ class InsertLayer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the hook of an unpickled or copied student, which may be compiled too."""
-        self.__dict__.update(state)
+        super().__setstate__(state)
         _LIVE.add(self)
         guard_hooks()
 
@@ -77,7 +88,7 @@ class InsertLayer:
         return put(output, path, features) if path else features
 
 
-class Capture:
+class Capture(_Hook):
     """Forward hook that records a module's output as the next module receives it.
 
     A later module may change the features in place, sometimes in training only, such as
@@ -107,7 +118,7 @@ class Capture:
         forward.record_features(self.name, features.clone() if copies else features)
 
 
-class OpenForward:
+class OpenForward(_Hook):
     """Forward pre-hook of the whole student: decides whether this forward is recorded."""
 
     def __init__(self, tape: Tape) -> None:
@@ -132,7 +143,7 @@ class OpenForward:
                 tape.forward.on_all_ranks = tape.ranks.forward(module)
 
 
-class CloseForward:
+class CloseForward(_Hook):
     """Forward hook of the whole student: keeps the logits and counts completed forwards."""
 
     def __init__(self, tape: Tape) -> None:

@@ -88,7 +88,8 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
         )
     store = store_path(site)  # before add_module, which would make the slot the last child
     home.add_module(SLOT, slot)
-    site.register_forward_hook(InsertLayer(name, store, path, tape))
+    hook = InsertLayer(name, store, path, tape)
+    hook.key = site.register_forward_hook(hook).id
     # torch.fx treats modules of torch.nn as leaves without hooks, and quantisation replaces them.
     # With another __module__, this one is traced.
     site.__module__ = __name__

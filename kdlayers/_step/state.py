@@ -17,16 +17,23 @@ from kdlayers._utils.undo import all_or_nothing
 from kdlayers.errors import CheckpointError, KDLayersError
 from kdlayers.losses import TemplateLoss
 
-VERSION = 3
-"""Version 1 had no checksum, and version 2 no fingerprints of the teachers."""
+VERSION = 4
+"""Version 1 had no checksum, 2 no fingerprints of the teachers, and 3 no points."""
 
 
 def state_of(terms: Sequence[Term], teachers: Sequence[Teacher], step: int) -> dict[str, Any]:
-    """Copies of the losses' states, the step, the teachers' fingerprints, and a checksum."""
+    """Copies of the losses' states, the step, points, fingerprints of teachers, and a checksum."""
     losses = {term.name: _copied(term.loss.state_dict()) for term in terms}
+    points = {term.name: _compared(term) for term in terms}
     known = fingerprints(teachers)
-    state = {"version": VERSION, "step": step, "losses": losses, "teachers": known}
+    state = {"version": VERSION, "step": step, "losses": losses, "points": points}
+    state["teachers"] = known
     return {**state, "checksum": checksum(state)}
+
+
+def _compared(term: Term) -> list[Any]:
+    """The student's point, the teacher's, and which teacher; both points are None for logits."""
+    return [term.point, term.tap, term.teacher_index or 0]
 
 
 def _copied(state: dict[str, Any]) -> OrderedDict[str, Any]:
@@ -55,7 +62,7 @@ def load_state(
     Warns:
         KDLayersWarning: if the teachers' weights are not those of the saved handle.
     """
-    losses, step, saved, sealed = _parts(state)
+    losses, step, points, saved, sealed = _parts(state)
     ours, theirs = [term.name for term in terms], list(losses)
     if set(ours) != set(theirs):
         raise CheckpointError(
@@ -63,6 +70,7 @@ def load_state(
             "points and losses of the saved handle"
         )
     for term in terms:
+        _check_points(term, points)
         _check(term, losses[term.name], sealed)
     with all_or_nothing(*(term.loss for term in terms)):
         for term in terms:
@@ -73,8 +81,10 @@ def load_state(
     return step
 
 
-def _parts(state: object) -> tuple[dict[str, Any], int, list[object] | None, bool]:
-    """The losses' states, the step, the teachers, and whether a checksum protects them."""
+def _parts(
+    state: object,
+) -> tuple[dict[str, Any], int, dict[str, Any], list[object] | None, bool]:
+    """The losses' states, the step, points, teachers, and whether a checksum protects them."""
     version = state.get("version") if isinstance(state, dict) else type(state).__name__
     if not isinstance(state, dict) or type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
@@ -88,17 +98,31 @@ def _parts(state: object) -> tuple[dict[str, Any], int, list[object] | None, boo
             "the result of kd.state_dict()"
         )
     if version == 1:
-        return losses, step, None, False
+        return losses, step, {}, None, False
     content: dict[str, Any] = {"version": version, "step": step, "losses": losses}
-    saved = state.get("teachers")
+    saved, points = state.get("teachers"), state.get("points")
     if version > 2:
         content["teachers"] = saved
+    if version > 3:
+        content["points"] = points
     if state.get("checksum") != checksum(content):
         raise CheckpointError(
             "the state of a KDHandle is damaged, or was changed after kd.state_dict() returned it: "
             "its checksum is wrong; load it from another copy of the file"
         )
-    return losses, step, saved if isinstance(saved, list) else None, True
+    known = points if version > 3 and isinstance(points, dict) else {}
+    return losses, step, known, saved if isinstance(saved, list) else None, True
+
+
+def _check_points(term: Term, points: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the loss was saved for other points, which may have equal sizes."""
+    ours, saved = _compared(term), points.get(term.name)
+    if saved is not None and saved != ours:
+        raise CheckpointError(
+            f"the state of {term.name} is for {saved} (the student's point, the teacher's, "
+            f"teacher_index), but this handle has {ours}; attach with the points and losses of the "
+            "saved handle"
+        )
 
 
 def _check(term: Term, state: object, sealed: bool) -> None:

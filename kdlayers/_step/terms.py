@@ -111,8 +111,9 @@ class Term:
         )
 
     def pair(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring both tensors to the same grid, and to the student's device."""
-        teacher = teacher.to(student.device)
+        """Bring both tensors to the same grid and device, and to float64 if the student has it."""
+        double = student.dtype == torch.float64 and teacher.is_floating_point()
+        teacher = teacher.to(student.device, torch.float64 if double else None)
         ours, theirs = self.student_layout, self.teacher_layout
         if not self.on_grid or ours is None or theirs is None:
             return student, teacher
@@ -274,7 +275,8 @@ class Plan:
                 student = term.student_layout.on_grid(student, image)
             place = (student.device, student.dtype == torch.float64)
             if term.place != place:
-                _follow(term.loss, *place)
+                was_double = term.place is not None and term.place[1]
+                _follow(term.loss, *place, was_double)
                 term.place = place
             pairs.append(Pair(student, templates, teacher, term.loss.weight_at(step)))
         return pairs
@@ -289,8 +291,8 @@ class Plan:
         return torch.stack(parts).sum(0)
 
 
-def _follow(loss: nn.Module, device: torch.device, double: bool) -> None:
-    """Move the loss to the student's device, and to float64 with a student in float64.
+def _follow(loss: nn.Module, device: torch.device, double: bool, was_double: bool) -> None:
+    """Move the loss to the student's device, and to float64 and back with a student in float64.
 
     Losses compute in float32 for all other dtypes. Parameters keep their identity for the
     optimiser.
@@ -301,6 +303,8 @@ def _follow(loss: nn.Module, device: torch.device, double: bool) -> None:
         loss.to(device)
     if double and any(tensor.dtype != torch.float64 for tensor in floats):
         loss.to(torch.float64)
+    elif was_double and not double:
+        loss.to(torch.float32)
 
 
 def weighted_sum(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -46,6 +47,15 @@ def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
         for key in [key for key, hook in hooks.items() if unwanted(hook)]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def reserve_hook_key(key: int) -> None:
+    """Let no later hook of this process get ``key``, under which an unpickled module has one.
+
+    Keys count the hooks of a process. An equal key would replace the hook of that module.
+    """
+    RemovableHandle.next_id = max(RemovableHandle.next_id, key + 1)
 
 
 # The number of the current backward pass; -1 outside, or if torch does not report it.

@@ -47,8 +47,16 @@ class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if self.kd is not None and model.training:
             with self.accelerator.autocast():
-                loss = loss + self.kd.loss(labels)
+                loss = loss + self.kd.loss(labels) / self._batches_summed()
         return (loss, outputs) if return_outputs else loss
+
+    def _batches_summed(self) -> int:
+        """Number of batches whose losses Trainer adds up in a step without dividing them."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:  # Trainer expects compute_loss_func to divide by all items of the step
+            scaled = self.compute_loss_func is not None
+        given = self.args.gradient_accumulation_steps
+        return int(getattr(self, "current_gradient_accumulation_steps", given)) if scaled else 1
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create Trainer's optimiser, with another group for the train-only parameters."""

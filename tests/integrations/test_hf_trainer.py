@@ -109,6 +109,38 @@ def test_the_teacher_runs_in_trainers_precision(tmp_path):
     assert found == [torch.bfloat16]
 
 
+def mean_over_the_step(outputs, labels, num_items_in_batch):
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("own", [None, mean_over_the_step])
+def test_accumulated_steps_take_the_mean_of_both_losses(tmp_path, monkeypatch, own):
+    options = {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.0, "max_steps": 1}
+    options |= {"per_device_train_batch_size": 2, "save_strategy": "no"}
+    student, _, kd, _ = attached(tmp_path, [KDLoss()])
+    rows = [{"pixel_values": IMAGES[i], "labels": LABELS[i]} for i in range(4)]
+    trainer = KDTrainer(
+        student, arguments(tmp_path, **options), kd=kd, train_dataset=rows, compute_loss_func=own
+    )
+    seen, found, expected = [], [], []
+
+    def backward(loss):
+        outputs, labels = seen.pop()
+        task = F.cross_entropy(outputs.logits, labels)
+        found.append(loss.detach())
+        expected.append((task + kd.terms["total"]).detach() / 2)
+        loss.backward()
+
+    def labelled(_model, _args, inputs, outputs):
+        rows = [int((x == IMAGES).flatten(1).all(1).nonzero()) for x in inputs["pixel_values"]]
+        seen.append((outputs, LABELS[rows]))  # Trainer has removed the labels from the inputs
+
+    student.register_forward_hook(labelled, with_kwargs=True)
+    monkeypatch.setattr(trainer.accelerator, "backward", backward)
+    trainer.train()
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
+
+
 def test_without_a_handle_it_is_trainer(tmp_path):
     trainer = KDTrainer(hf_model(hf, 16).train(), arguments(tmp_path))
     plain = hf.Trainer(trainer.model, arguments(tmp_path))

@@ -1,4 +1,4 @@
-"""Teacher and student on different devices; needs a GPU, and is skipped without."""
+"""Teacher and student on different devices, which needs a GPU, and in other dtypes."""
 
 import copy
 
@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from kdlayers import (
     AEKTLoss,
+    ChannelWiseLoss,
     CodebookTargets,
     DecisionTargets,
     FitNetLoss,
     InheritExploreLoss,
     KDLoss,
     KDPoint,
+    StudentFriendlyKDLoss,
     attach_kd,
 )
 from kdlayers._models.trace import trace
@@ -87,6 +89,31 @@ def test_losses_follow_a_student_that_moves_after_attach():
     kd.loss(LABELS).backward()
     assert [p.is_cuda for p in kd.parameters()] == [True] * len(parameters)
     assert all(a is b for a, b in zip(parameters, kd.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: AEKTLoss(beta=1.0),
+        StudentFriendlyKDLoss,
+        lambda: FitNetLoss(at="last"),
+        lambda: ChannelWiseLoss(at="last"),
+        lambda: InheritExploreLoss(at="last", coder="online"),
+    ],
+)
+def test_losses_follow_a_student_to_float64_and_back(loss):
+    student = Net(4)
+    kd = attach_kd(student, Net(6), losses=[loss()], example=IMAGES)
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        student.to(dtype)(IMAGES.to(dtype))  # the teacher stays in float32
+        found.append(kd.loss(LABELS))
+        found[-1].backward()
+        assert all(p.dtype == dtype for p in kd.parameters())
+        for parameter in kd.parameters():
+            parameter.grad = None
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[1].float(), found[0], rtol=1e-5, atol=1e-5)
 
 
 class Abroad(Net):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from torchvision.models import resnet18
 
 from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd, load_student, save_student
@@ -74,6 +75,29 @@ def test_copies_run_their_own_layers_without_recording(copied):
         for layer in slots(student).values():
             layer.value.weight.normal_()
     assert not torch.equal(twin.eval()(IMAGES), student.eval()(IMAGES))
+
+
+def test_hooks_of_another_process_replace_none_of_an_unpickled_student(monkeypatch):
+    student, kd = attached(losses=[KDLoss()])
+    expected = student.eval()(IMAGES)
+    content = pickle.dumps((student.train(), kd))
+    keys = [key for m in student.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks)]
+    for key in keys:  # a new process counts its hooks from 0 and reaches this number some time
+        monkeypatch.setattr(RemovableHandle, "next_id", key)
+        twin, handle = pickle.loads(content)
+        for module in [m for m in twin.modules() if m._forward_hooks or m._forward_pre_hooks]:
+            module.register_forward_hook(lambda *_: None)
+        assert torch.equal(twin.eval()(IMAGES), expected)
+        twin.train()(IMAGES)
+        handle.loss(LABELS).backward()
+
+
+def test_removing_empties_torchs_tables_of_hooks():
+    student, kd = attached(losses=[KDLoss()])
+    kd.remove()
+    tables = [n for n in vars(nn.Module()) if n.startswith(("_forward_hooks", "_forward_pre"))]
+    assert len(tables) == 5
+    assert not any(vars(module)[name] for module in student.modules() for name in tables)
 
 
 def test_a_pickled_student_takes_no_teacher_with_it():

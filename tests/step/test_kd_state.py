@@ -16,6 +16,7 @@ from kdlayers import (
     KDPoint,
     attach_kd,
 )
+from kdlayers._utils.checksums import checksum
 from kdlayers.errors import CheckpointError
 from tests.nets import Net, batch
 
@@ -70,7 +71,7 @@ def unsealed(kd):
     "state", [{}, None, [], 3, "state", nn.Linear(1, 1), {"version": True}, {"version": None}]
 )
 def test_other_things_are_refused(fitted, state):
-    refused(fitted, state, r"expected the state of a KDHandle, version 1 to 3, found")
+    refused(fitted, state, r"expected the state of a KDHandle, version 1 to 4, found")
 
 
 @pytest.mark.parametrize("step", [-1, 2.0, True, None, "3"])
@@ -168,6 +169,40 @@ def test_another_teacher_width_is_refused(fitted):
     other = attached(teacher=5, losses=[])
     mine = attached(losses=[])
     refused(mine, other.state_dict(), "but the teacher has 6 at 'first'")
+
+
+class Even(Net):
+    """Two maps of the same sizes, ``last`` and ``same``."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = nn.Sequential(nn.Conv2d(5, 5, 1), nn.ReLU())
+
+    def forward(self, x):
+        return self.head(self.same(self.last(self.first(self.stem(x)))).mean((2, 3)))
+
+
+def test_other_points_of_equal_sizes_are_refused():
+    def handle(ours="last", theirs="last", **options):
+        losses = [FitNetLoss(at=(ours, theirs), name="hint", **options)]
+        return attach_kd(Even(), teachers, losses=losses, example=IMAGES)
+
+    teachers = [Even(), Even()]
+    saved = handle()
+    handle(teacher_index=0).load_state_dict(saved.state_dict())  # the first is the default
+    for other in (handle("same"), handle(theirs="same"), handle(teacher_index=1)):
+        refused(other, saved.state_dict(), r"the state of hint is for \['last', 'last', 0\]")
+    points = [KDPoint("last", name, targets=CodebookTargets(4)) for name in ("last", "same")]
+    first, second = (attach_kd(Even(), teachers[0], [p], example=IMAGES) for p in points)
+    first.fit([(IMAGES, LABELS)])
+    refused(second, first.state_dict(), r"but this handle has \['last', 'same', 0\]; attach with")
+
+
+def test_a_state_of_version_3_had_no_points(fitted):
+    state = fitted.state_dict()
+    del state["points"], state["checksum"]
+    state["version"] = 3
+    fitted.load_state_dict({**state, "checksum": checksum(state)})
 
 
 def test_states_are_copies():
