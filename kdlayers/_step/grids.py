@@ -47,7 +47,9 @@ class StudentGrids:
 
     def _found(self, args: tuple[Any, ...]) -> _Sizes:
         """What a forward of the student tells; nothing, with a warning, where it cannot run."""
-        if sharded(self._student):  # all ranks would have to run it, but may not all have new shapes
+        if sharded(
+            self._student
+        ):  # all ranks would have to run it, but may not all have new shapes
             self._warn(args, "its parameters are sharded over the ranks")
             return {}
         try:

@@ -1,9 +1,10 @@
 import pytest
 import timm
 import torch
+from torch import nn
 from torchvision import models
 
-from kdlayers import KDPoint, attach_kd, find_points
+from kdlayers import FeatureLoss, KDPoint, attach_kd, find_points
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 from tests.nets import Awkward, Net
 
@@ -152,3 +153,31 @@ def test_features_with_attention_weights_are_the_features():
     assert (point.shape, point.layout) == ((2, 64, 16), "tokens")
     kd = attach_kd(Attending(), at=[KDPoint("block", num_templates=5)], example=IMAGES)
     assert kd.layers["block"].head.weight.shape == (5, 16)
+
+
+class SharedEnd(nn.Module):
+    """Two stages that end with one and the same activation."""
+
+    def __init__(self):
+        super().__init__()
+        activation = nn.ReLU()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), activation)
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3), activation)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)).mean((2, 3)))
+
+
+def test_a_stage_that_ends_with_a_shared_module_is_refused():
+    # The hook of a Sequential is on its last module, so it would see the features of both stages.
+    images, own, alike = torch.randn(2, 3, 8, 8), SharedEnd(), SharedEnd()
+    own.first[1], own.second[1] = nn.ReLU(), nn.ReLU()
+    assert find_points(alike, images).left_out == dict.fromkeys(
+        ("first", "second"), "it ends with a module that runs 2 times in one forward"
+    )
+    with pytest.raises(AttachError, match=r"'first' of the student ends with .*a copy\.deepcopy"):
+        attach_kd(alike, at=[KDPoint("first", num_templates=4)], example=images)
+    with pytest.raises(AttachError, match="'second' of the teacher ends with a module that runs 2"):
+        attach_kd(own, alike, losses=[FeatureLoss(at="second")], example=images)
+    attach_kd(own, alike, losses=[FeatureLoss(at=("second", "second.0"))], example=images)
