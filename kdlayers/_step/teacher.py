@@ -287,7 +287,7 @@ def make_teachers(
 
     Raises:
         AttachError: if one is the student, or shares parameters with it.
-        ArgumentError: if the weights, or the teachers' classes, do not fit together.
+        ArgumentError: if the weights do not fit the teachers.
     """
     if isinstance(given, RecordedTeacher):
         batch = next((len(t) for _, t in leaves(example) if t.dim() > 1), 2)
@@ -312,13 +312,22 @@ def make_teachers(
             images = example if own is None else transformed(example, {}, own)[0]
             traced = trace(inner, images, "teacher")
         teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
+    return teachers
+
+
+def check_mean(reader: str, teachers: Sequence[Teacher]) -> None:
+    """Check that the mean of the teachers' logits, which ``reader`` needs, is defined.
+
+    Raises:
+        ArgumentError: if they have different classes.
+    """
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
         raise ArgumentError(
-            f"the teachers' logits have shapes {sorted(classes)}: their mean is not defined; pass "
-            "teachers of the same classes"
+            f"{reader} reads the mean of the teachers' logits, but they have shapes "
+            f"{sorted(classes)}: pass teachers of the same classes, or select one with "
+            "teacher_index="
         )
-    return teachers
 
 
 def _recorded_teachers(

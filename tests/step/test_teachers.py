@@ -113,8 +113,22 @@ def test_refusals(kwargs, sentence):
 
 
 def test_teachers_of_other_classes_are_refused():
-    with pytest.raises(ArgumentError, match="teachers of the same classes"):
+    sentence = "KDLoss reads the mean of the teachers' logits, but .* teachers of the same classes"
+    with pytest.raises(ArgumentError, match=sentence):
         attach_kd(Net(4), [Net(5), Net(6, classes=4)], losses=[KDLoss()], example=IMAGES)
+
+
+def test_teachers_of_other_classes_serve_losses_that_read_one_of_them():
+    student, teachers = Net(4), [Net(5), Net(6, classes=4), Net(4, classes=7)]
+    features = [
+        FeatureLoss(at="last", teacher_index=index, name=f"of {index}") for index in range(3)
+    ]
+    kd = attach_kd(student, teachers, losses=[*features, KDLoss(teacher_index=0)], example=IMAGES)
+    logits = student(IMAGES)
+    kd.loss(LABELS).backward()
+    expected = KDLoss()(logits, teachers[0].eval()(IMAGES)).item()
+    assert kd.terms["KDLoss"].item() == pytest.approx(expected, abs=1e-6)
+    assert all(kd.terms[loss.name].item() > 0 for loss in features)
 
 
 def mutual_reference(a, b, steps, lr, sequential):
