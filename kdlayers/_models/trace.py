@@ -126,6 +126,12 @@ class Trace:
             )
         module = self.model.get_submodule(name)
         found = self._grown().get(name) if len(call.shape) in (3, 4) else None
+        if found is not None and 0 in (found.height, found.width):
+            raise LayoutError(
+                f"the output of {name!r} has shape {call.shape}, and its first axis grows with the "
+                "images: it holds positions, not the batch, as in nn.TransformerEncoder without "
+                "batch_first=True; find_points(model) lists usable points"
+            )
         evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
         evidence["grids"] = self._grids() if len(call.shape) in (3, 4) else ()
         return find_layout(name, module, self.model, call.shape, self.image, **evidence)

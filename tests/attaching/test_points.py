@@ -181,3 +181,27 @@ def test_a_stage_that_ends_with_a_shared_module_is_refused():
     with pytest.raises(AttachError, match="'second' of the teacher ends with a module that runs 2"):
         attach_kd(own, alike, losses=[FeatureLoss(at="second")], example=images)
     attach_kd(own, alike, losses=[FeatureLoss(at=("second", "second.0"))], example=images)
+
+
+class SequenceFirst(nn.Module):
+    """A transformer with torch's default order of axes, ``[tokens, batch, channels]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.patches(x).flatten(2).permute(2, 0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("images", [2, 16])  # 16 images have 16 tokens each
+def test_tokens_before_the_batch_are_refused(images):
+    example = torch.zeros(images, 3, 16, 16)
+    with pytest.raises(LayoutError, match=r"first axis (is not|grows with the images)"):
+        attach_kd(
+            SequenceFirst(), at=[KDPoint("encoder.layers.0", num_templates=4)], example=example
+        )
+    assert not [p for p in find_points(SequenceFirst(), example) if "encoder" in p.name]
