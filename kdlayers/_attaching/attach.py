@@ -24,7 +24,7 @@ from kdlayers._step.recorded_teacher import RecordedTeacher
 from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
 from kdlayers._step.slot import Slot
 from kdlayers._step.tape import Forward, Tape
-from kdlayers._step.teacher import Teacher, Transform, make_teachers
+from kdlayers._step.teacher import Teacher, Transform, check_mean, make_teachers
 from kdlayers._step.term_making import example_pair, feature_term, unique_names
 from kdlayers._step.terms import Term
 from kdlayers._utils.tree import leaves
@@ -309,6 +309,7 @@ def _terms(
             read = teachers if one is None else [teachers[one]]
             for each in (traced, *(teacher.traced for teacher in read)):
                 each.need_logits(term.name)
+            check_mean(term.name, read)
         term.loss.build(*example_pair(term, traced, teachers))
         term.loss.to(traced.logits.device)
     return terms

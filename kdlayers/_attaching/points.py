@@ -151,6 +151,9 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
         if call.calls > 1:
             found.left_out[call.name] = f"it runs {call.calls} times in one forward"
             continue
+        if call.shared > 1:
+            found.left_out[call.name] = f"it {call.ending}"
+            continue
         try:
             layout = traced.layout(call.name)
         except LayoutError as error:

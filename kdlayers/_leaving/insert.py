@@ -25,12 +25,18 @@ class Place:
     home: nn.Module
     prefix: str
     """Prefix of the keys of the layer's tensors."""
+    others: tuple[str, ...] = ()
+    """Further prefixes, if the model has the module under several names."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's tensors, by their keys in the state."""
         with torch.device("meta"):
             tensors = make_slot(self.layer).state_dict()
-        return {self.prefix + key: tuple(value.shape) for key, value in tensors.items()}
+        return {
+            prefix + key: tuple(value.shape)
+            for prefix in (self.prefix, *self.others)
+            for key, value in tensors.items()
+        }
 
 
 def make_slot(layer: LayerDescription) -> Slot:
@@ -74,8 +80,8 @@ def _place(
             f"module with that name; {_ADVICE}"
         )
     home = home_of(model, layer.name)
-    prefix = next(name for name, module in names.items() if module is home)
-    prefix = f"{prefix}.{SLOT}." if prefix else f"{SLOT}."
+    every = model.named_modules(remove_duplicate=False)
+    prefix, *others = (f"{at}.{SLOT}." if at else f"{SLOT}." for at, m in every if m is home)
     weight = state.get(f"{prefix}head.weight")
     sizes = (layer.num_templates, layer.in_channels)
     # Check before allocating memory: a wrong size must not exhaust it.
@@ -85,7 +91,7 @@ def _place(
             f"the KD layer at {layer.name!r} is described with (templates, channels) {sizes}, but "
             f"its weights are {found}: the file is damaged"
         )
-    return Place(layer, home, prefix)
+    return Place(layer, home, prefix, tuple(others))
 
 
 def _check_state(model: nn.Module, theirs: dict[str, Any], places: list[Place]) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from math import ceil, floor, isqrt, sqrt
+from itertools import product
+from math import ceil, dist, floor, isqrt, sqrt
 from typing import Literal, TypeAlias
 
 import torch.nn.functional as F
@@ -73,7 +74,8 @@ class Layout:
                     f"{count} tokens of images of {image[0]} x {image[1]} do not form a grid of "
                     f"the images' proportions; the example at attach time, {self.image[0]} x "
                     f"{self.image[1]}, gave {height} x {width} tokens; call attach_kd with "
-                    "example= of the new size"
+                    "example= of the new size; if the model drops or merges tokens in training, "
+                    "turn this off (in timm, patch_drop_rate=0)"
                 )
             return found
         if height * width != count:
@@ -92,14 +94,20 @@ class Layout:
         """Rows and columns of ``count`` tokens, if patches have the size found in attach_kd."""
         if image == seen:
             return self.grid
-        rows, columns = (
-            g * now / then for g, now, then in zip(self.grid, image, seen, strict=True)
-        )
-        for row in (floor(rows), ceil(rows)):
-            for column in (floor(columns), ceil(columns)):
-                if row * column == count:
-                    return row, column
-        return _proportional_grid(count, image)
+        zoom = [now / then for now, then in zip(image, seen, strict=True)]
+        rows, columns = (g * z for g, z in zip(self.grid, zoom, strict=True))
+        near = product({floor(rows), ceil(rows)}, {floor(columns), ceil(columns)})
+        # The nearest first: 15 x 14 has as many positions as 14 x 15.
+        for grid in sorted(near, key=lambda grid: dist(grid, (rows, columns))):
+            if grid[0] * grid[1] == count:
+                return grid
+        found = _proportional_grid(count, image)
+        if found is None:
+            return None
+        # The example's grid was rounded too, by up to a patch. A grid that is farther away is not
+        # that of all tokens, but what is left after some were dropped.
+        off = [abs(found[0] - rows), abs(found[1] - columns)]
+        return found if all(o <= z + 1 for o, z in zip(off, zoom, strict=True)) else None
 
     def __str__(self) -> str:
         return f"tokens+{self.prefix}" if self.kind == "tokens" and self.prefix else self.kind

@@ -1,5 +1,6 @@
 """Dry runs: record what every module returns, without changing the model."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -36,10 +37,17 @@ class Call:
     device: torch.device
     order: int
     calls: int = 1
+    shared: int = 1
+    """How often the module ran that gets the hook, which is the last child of a Sequential."""
     changed: bool = False
     """Whether a later module changed the features in place."""
     stated: Kind | None = None
     """Layout declared by a convolution or norm that produced or consumed the features."""
+
+    @property
+    def ending(self) -> str:
+        """What makes a Sequential unusable whose last module is shared."""
+        return f"ends with a module that runs {self.shared} times in one forward"
 
 
 @dataclass
@@ -88,6 +96,12 @@ class Trace:
                 "its features are ambiguous; choose a module that runs once, find_points(model) "
                 "lists them"
             )
+        if call.shared > 1:
+            raise AttachError(
+                f"module {name!r} of the {self.label} {call.ending}: a hook there would also see "
+                f"other features; end {name!r} with a module of its own, such as a copy.deepcopy "
+                "of it, or choose another point, find_points(model) lists them"
+            )
         return call
 
     def layout(self, name: str) -> Layout:
@@ -112,6 +126,12 @@ class Trace:
             )
         module = self.model.get_submodule(name)
         found = self._grown().get(name) if len(call.shape) in (3, 4) else None
+        if found is not None and 0 in (found.height, found.width):
+            raise LayoutError(
+                f"the output of {name!r} has shape {call.shape}, and its first axis grows with the "
+                "images: it holds positions, not the batch, as in nn.TransformerEncoder without "
+                "batch_first=True; find_points(model) lists usable points"
+            )
         evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
         evidence["grids"] = self._grids() if len(call.shape) in (3, 4) else ()
         return find_layout(name, module, self.model, call.shape, self.image, **evidence)
@@ -171,9 +191,11 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     example = to_model(example, model)
     calls: dict[str, Call] = {}
     tensors: dict[str, tuple[Tensor, int | None]] = {}
+    runs: Counter[nn.Module] = Counter()
     statements = _Statements()
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        runs[module] += 1
         found = main_tensor(output)
         statements.note(module, args, output)
         if name in calls:
@@ -208,6 +230,9 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     for name, (tensor, version) in tensors.items():
         calls[name].changed = version is None or _version(tensor) != version
         calls[name].stated = statements.of(tensor)
+        if name:
+            last = _last_child(model.get_submodule(name), name)
+            calls[name].shared = max(1, runs[model.get_submodule(last)])
     calls |= _iterated(model, calls)
     return Trace(
         model,

@@ -214,7 +214,7 @@ class KDHandle(Learning):
         self._need_teacher("batch")
         tape = self._tape
         tape.consume()
-        tape.forward = Forward(args, kwargs)
+        tape.forward = Forward(args, kwargs, copies=tape.copies)
         tape.manual = tape.active = True
         try:
             yield

@@ -93,7 +93,7 @@ class Capture(_Hook):
 
     A later module may change the features in place, sometimes in training only, such as
     ``nn.Dropout(inplace=True)``. So the first forward records a copy. Later forwards record a copy
-    only if the first one showed such a change, or under torch.compile, which hides in-place
+    only if an earlier one showed such a change, or under torch.compile, which hides in-place
     changes.
     """
 

@@ -99,11 +99,12 @@ class Renormalize:
     def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         if tuple(images.shape[-2:]) == size:
             return images
-        if self.interpolation == "nearest":
-            return F.interpolate(images, size, mode="nearest")
-        return F.interpolate(
-            images, size, mode=self.interpolation, antialias=True, align_corners=False
-        )
+        antialias = self.interpolation != "nearest"
+        options = {"antialias": True, "align_corners": False} if antialias else {}
+        # One batch axis, and float32 or wider: interpolate refuses other axes, and half on CPUs.
+        batch = images.reshape(-1, *images.shape[-3:]).to(work_dtype(images))
+        found = F.interpolate(batch, size, mode=self.interpolation, **options)
+        return found.to(images.dtype).reshape(*images.shape[:-2], *size)
 
     def __repr__(self) -> str:
         parts = [f"student={self.student}", f"teacher={self.teacher}"]
@@ -208,7 +209,10 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
 def _size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2:
+        raise ArgumentError(f"size must be one number, or height and width, got {size!r}")
+    height, width = pair
     return check.count("size", height), check.count("size", width)
 
 

@@ -346,7 +346,8 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
         changed = features._version != version
         if changed and not hook.copies and forward.features[hook.name] is features:
             lost.append(hook.name)
-        hook.copies = changed
+        # Once changed, always copied: a module may change them in some forwards only.
+        hook.copies = changed or bool(hook.copies)
     if lost:
         raise StaleCaptureError(
             f"{', '.join(lost)}: a later module changed these features in place for the first "

@@ -1,7 +1,7 @@
 """Runs a teacher on the student's batch, and restores its state afterwards."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
@@ -287,22 +287,19 @@ def make_teachers(
 
     Raises:
         AttachError: if one is the student, or shares parameters with it.
-        ArgumentError: if the weights, or the teachers' classes, do not fit together.
+        ArgumentError: if the weights do not fit the teachers.
     """
     if isinstance(given, RecordedTeacher):
         batch = next((len(t) for _, t in leaves(example) if t.dim() > 1), 2)
         return _recorded_teachers(given, weights, transform, batch)
     models: list[nn.Module] = []
-    if given is not None:
-        models = [given] if isinstance(given, nn.Module) else list(given)
-    weights = [1.0] * len(models) if weights is None else list(weights)
-    if len(weights) != len(models) or any(not 0 < w < inf for w in weights):
-        raise ArgumentError(
-            f"teacher_weights needs a positive number for each of the {len(models)} teachers, got "
-            f"{weights}"
-        )
+    if isinstance(given, Iterable) and not isinstance(given, nn.Module):
+        models = list(given)
+    elif given is not None:
+        models = [given]
+    shares = _shares(weights, len(models))
     teachers = []
-    for model, weight in zip(models, weights, strict=True):
+    for model, share in zip(models, shares, strict=True):
         whole, called = unwrap(model, "teacher")
         inner = inside(whole)
         called = called if inner is whole else inner
@@ -311,14 +308,37 @@ def make_teachers(
         with lock_of(inner):
             images = example if own is None else transformed(example, {}, own)[0]
             traced = trace(inner, images, "teacher")
-        teachers.append(Teacher(inner, traced, called, weight / sum(weights), own))
+        teachers.append(Teacher(inner, traced, called, share, own))
+    return teachers
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Each teacher's share in the mean of their logits; they sum to 1."""
+    try:
+        given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        given = [-1.0]
+    if len(given) != count or any(not 0 < weight < inf for weight in given):
+        raise ArgumentError(
+            f"teacher_weights needs a positive number for each of the {count} teachers, got "
+            f"{weights!r}"
+        )
+    return [weight / sum(given) for weight in given]
+
+
+def check_mean(reader: str, teachers: Sequence[Teacher]) -> None:
+    """Check that the mean of the teachers' logits, which ``reader`` needs, is defined.
+
+    Raises:
+        ArgumentError: if they have different classes.
+    """
     classes = {tuple(teacher.traced.logits.shape[1:]) for teacher in teachers}
     if len(classes) > 1:
         raise ArgumentError(
-            f"the teachers' logits have shapes {sorted(classes)}: their mean is not defined; pass "
-            "teachers of the same classes"
+            f"{reader} reads the mean of the teachers' logits, but they have shapes "
+            f"{sorted(classes)}: pass teachers of the same classes, or select one with "
+            "teacher_index="
         )
-    return teachers
 
 
 def _recorded_teachers(
@@ -343,10 +363,10 @@ def _transform_for(
     if transform is None:
         warn_of_difference(student, teacher)
         return None
-    if isinstance(transform, str):
-        if transform != "auto":
-            raise ArgumentError(
-                f'teacher_transform must be a function of the images or "auto", got {transform!r}'
-            )
+    if transform == "auto":
         return automatic(student, teacher)
+    if not callable(transform):
+        raise ArgumentError(
+            f'teacher_transform must be a function of the images or "auto", got {transform!r}'
+        )
     return transform

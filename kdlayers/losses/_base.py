@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -76,8 +76,13 @@ class DistillLoss(nn.Module):
             raise ArgumentError(
                 f"at must be None (logits), a module name or a (student, teacher) pair, got {at!r}"
             )
-        if teacher_index is not None and (not isinstance(teacher_index, int) or teacher_index < 0):
-            raise ArgumentError(f"teacher_index counts the teachers from 0, got {teacher_index!r}")
+        if teacher_index is not None:
+            integer = isinstance(teacher_index, Integral) and not isinstance(teacher_index, bool)
+            if not integer or teacher_index < 0:
+                raise ArgumentError(
+                    f"teacher_index counts the teachers from 0, got {teacher_index!r}"
+                )
+            teacher_index = int(teacher_index)
         self.weight = check_weight(weight)
         self.at = at
         self.name = name

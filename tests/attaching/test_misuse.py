@@ -218,6 +218,7 @@ def test_numbers_of_numpy_are_numbers():
     losses = [KDLoss(temperature=np.float32(4), weight=np.float32(0.5))]
     losses += [DKDLoss(alpha=np.float16(1), beta=np.int64(2), temperature=np.float32(4))]
     losses += [AEKTLoss(beta=np.float32(1)), RKDLoss(distance=np.float32(25))]
+    losses += [KDLoss(name="one teacher", teacher_index=np.int64(0))]
     targets = CodebookTargets(np.int64(4), sharpness=np.float32(1))
     points = [KDPoint("last", targets=targets, alpha=np.float32(1), num_templates=np.int32(4))]
     kd = attach_kd(student.train(), teacher, points, losses=losses, example=IMAGES)
@@ -226,6 +227,7 @@ def test_numbers_of_numpy_are_numbers():
     kd.loss(LABELS).backward()
     assert type(losses[0].temperature) is float
     assert type(targets.num_templates) is int
+    assert type(losses[-1].teacher_index) is int
     for wrong in (np.float32(-1), np.float32("nan")):
         with pytest.raises(ArgumentError, match="temperature must be above 0"):
             KDLoss(temperature=wrong)

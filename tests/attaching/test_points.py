@@ -1,9 +1,10 @@
 import pytest
 import timm
 import torch
+from torch import nn
 from torchvision import models
 
-from kdlayers import KDPoint, attach_kd, find_points
+from kdlayers import FeatureLoss, KDPoint, attach_kd, find_points
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 from tests.nets import Awkward, Net
 
@@ -152,3 +153,55 @@ def test_features_with_attention_weights_are_the_features():
     assert (point.shape, point.layout) == ((2, 64, 16), "tokens")
     kd = attach_kd(Attending(), at=[KDPoint("block", num_templates=5)], example=IMAGES)
     assert kd.layers["block"].head.weight.shape == (5, 16)
+
+
+class SharedEnd(nn.Module):
+    """Two stages that end with one and the same activation."""
+
+    def __init__(self):
+        super().__init__()
+        activation = nn.ReLU()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), activation)
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3), activation)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)).mean((2, 3)))
+
+
+def test_a_stage_that_ends_with_a_shared_module_is_refused():
+    # The hook of a Sequential is on its last module, so it would see the features of both stages.
+    images, own, alike = torch.randn(2, 3, 8, 8), SharedEnd(), SharedEnd()
+    own.first[1], own.second[1] = nn.ReLU(), nn.ReLU()
+    assert find_points(alike, images).left_out == dict.fromkeys(
+        ("first", "second"), "it ends with a module that runs 2 times in one forward"
+    )
+    with pytest.raises(AttachError, match=r"'first' of the student ends with .*a copy\.deepcopy"):
+        attach_kd(alike, at=[KDPoint("first", num_templates=4)], example=images)
+    with pytest.raises(AttachError, match="'second' of the teacher ends with a module that runs 2"):
+        attach_kd(own, alike, losses=[FeatureLoss(at="second")], example=images)
+    attach_kd(own, alike, losses=[FeatureLoss(at=("second", "second.0"))], example=images)
+
+
+class SequenceFirst(nn.Module):
+    """A transformer with torch's default order of axes, ``[tokens, batch, channels]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.patches(x).flatten(2).permute(2, 0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("images", [2, 16])  # 16 images have 16 tokens each
+def test_tokens_before_the_batch_are_refused(images):
+    example = torch.zeros(images, 3, 16, 16)
+    with pytest.raises(LayoutError, match=r"first axis (is not|grows with the images)"):
+        attach_kd(
+            SequenceFirst(), at=[KDPoint("encoder.layers.0", num_templates=4)], example=example
+        )
+    assert not [p for p in find_points(SequenceFirst(), example) if "encoder" in p.name]

@@ -116,6 +116,25 @@ def test_loading_keeps_flags_and_random_state(tmp_path):
     assert list(slots(fresh)) == ["first", "last"]
 
 
+class Alias(Net):
+    """Has one module under two names, whose keys its state dict then holds twice."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.features = self.last
+
+
+@pytest.mark.parametrize("point", ["first", "last", "last.0"])
+def test_a_module_with_two_names(tmp_path, point):
+    student = Alias()
+    attach_kd(student, at=[KDPoint(point, num_templates=5)], example=IMAGES)
+    student(IMAGES)
+    save_student(student, tmp_path / "student.pt")
+    loaded = load_student(Alias(), tmp_path / "student.pt")
+    assert torch.equal(loaded.eval()(IMAGES), student.eval()(IMAGES))
+    assert list(loaded.state_dict()) == list(student.state_dict())
+
+
 class Versioned(Net):
     """Loads its state by the version it was saved with."""
 

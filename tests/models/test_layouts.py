@@ -114,6 +114,25 @@ def test_tokens_that_do_not_fit_the_batch_are_an_error():
         layout.to_grid(torch.zeros(2, 18, 3), (24, 16))
 
 
+@pytest.mark.parametrize(("image", "grid"), [((240, 236), (15, 14)), ((236, 240), (14, 15))])
+def test_rows_and_columns_are_not_exchanged(image, grid):
+    layout = Layout("tokens", 0, (14, 14), (232, 232))  # patches of 16, rounded down
+    assert layout.to_grid(torch.zeros(1, 210, 3), image).shape == (1, *grid, 3)
+
+
+@pytest.mark.parametrize(("side", "kept"), [(12, 6), (16, 8), (28, 14)])
+def test_the_tokens_left_after_a_drop_are_no_grid_at_another_image_size_either(side, kept):
+    layout = Layout("tokens", 0, (14, 14), (224, 224))
+    with pytest.raises(ShapeError, match=rf"{kept**2} tokens of images of .* drops or merges"):
+        layout.to_grid(torch.zeros(1, kept**2, 3), (16 * side, 16 * side))
+
+
+@pytest.mark.parametrize(("seen", "side"), [(31, 14), (40, 14), (24, 3)])
+def test_grids_that_the_example_rounds_are_found(seen, side):
+    layout = Layout("tokens", 0, (seen // 16, seen // 16), (seen, seen))
+    assert layout.to_grid(torch.zeros(1, side**2, 3), (16 * side, 16 * side)).shape[1] == side
+
+
 @pytest.mark.parametrize("count", [4, 9, 36])
 def test_fewer_or_more_tokens_than_the_example_of_this_size_gave_are_an_error(count):
     layout = find((2, 17, 3), image=(16, 16), root=Root(num_prefix_tokens=1))

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,21 @@ def test_a_size_resizes_as_torchvision_does(interpolation):
     assert Renormalize(IMAGENET, HALF, (16, 24))(images).shape[-2:] == (16, 24)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_a_size_is_for_all_dtypes_and_leading_axes(dtype, interpolation):
+    images = pictures(size=24).to(dtype)
+    change = Renormalize(IMAGENET, HALF, np.int64(16), interpolation=interpolation)
+    found = change(images)
+    assert found.dtype == dtype
+    tolerance = 1e-6 if dtype.itemsize > 2 else 0.05
+    torch.testing.assert_close(
+        found.float(), change(images.float()), rtol=tolerance, atol=tolerance
+    )
+    assert torch.equal(change(images[0]), found[0])
+    assert torch.equal(change(torch.stack([images, images])), torch.stack([found, found]))
+
+
 def test_the_images_given_are_kept_and_one_normalisation_changes_nothing():
     images = pictures()
     before = images.clone()
@@ -80,6 +96,8 @@ def test_accepted_numbers_copies_and_repr():
         ((HALF, (0.5, 0.0)), ArgumentError, "teacher's std must be above 0"),
         ((HALF, ((0.5, 0.5), 1.0)), ArgumentError, "the same channels"),
         ((HALF, HALF, 0), ArgumentError, "size must be 1 or more"),
+        ((HALF, HALF, 8.0), ArgumentTypeError, "size must be an integer, got float"),
+        ((HALF, HALF, (8,)), ArgumentError, r"one number, or height and width, got \(8,\)"),
     ],
 )
 def test_bad_arguments(arguments, error, sentence):

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,13 @@ from kdlayers import (
     attach_kd,
     attach_mutual,
 )
-from kdlayers.errors import ArgumentError, AttachError, KDLayersWarning, StaleCaptureError
+from kdlayers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    AttachError,
+    KDLayersWarning,
+    StaleCaptureError,
+)
 from tests.attach_tester import Frozen
 from tests.nets import Net, batch
 
@@ -103,6 +110,10 @@ def test_features_are_read_from_the_named_teacher():
         ({"teacher_weights": [1.0]}, "positive number for each of the 2 teachers"),
         ({"teacher_weights": [1.0, 0.0]}, "positive number for each"),
         ({"teacher_weights": [1.0, float("inf")]}, "positive number for each"),
+        ({"teacher_weights": 2.0}, "positive number for each of the 2 teachers, got 2.0"),
+        ({"teacher_weights": ["a", "b"]}, r"positive number for each .* got \['a', 'b'\]"),
+        ({"teacher_transform": 3}, 'a function of the images or "auto", got 3'),
+        ({"losses": [KDLoss()], "teacher_transform": "Auto"}, "\"auto\", got 'Auto'"),
         ({"losses": [KDLoss(teacher_index=2)]}, "reads teacher 2, but there are 2"),
     ],
 )
@@ -112,9 +123,39 @@ def test_refusals(kwargs, sentence):
         attach_kd(Net(4), [Net(5), Net(6)], losses=losses, example=IMAGES, **kwargs)
 
 
+@pytest.mark.parametrize("kind", [list, np.float32, torch.tensor])
+def test_shares_are_numbers_of_python(kind):
+    weights = [3.0, 1.0] if kind is list else kind([3.0, 1.0])
+    kd = attach_kd(
+        Net(4), [Net(5), Net(6)], losses=[KDLoss()], teacher_weights=weights, example=IMAGES
+    )
+    shares = [teacher.weight for teacher in kd._teachers]
+    assert shares == [0.75, 0.25]
+    assert all(type(share) is float for share in shares)
+
+
+def test_a_teacher_that_is_no_module_is_named():
+    with pytest.raises(ArgumentTypeError, match=r"must be a torch\.nn\.Module, got type"):
+        attach_kd(Net(4), Net, losses=[KDLoss()], example=IMAGES)
+
+
 def test_teachers_of_other_classes_are_refused():
-    with pytest.raises(ArgumentError, match="teachers of the same classes"):
+    sentence = "KDLoss reads the mean of the teachers' logits, but .* teachers of the same classes"
+    with pytest.raises(ArgumentError, match=sentence):
         attach_kd(Net(4), [Net(5), Net(6, classes=4)], losses=[KDLoss()], example=IMAGES)
+
+
+def test_teachers_of_other_classes_serve_losses_that_read_one_of_them():
+    student, teachers = Net(4), [Net(5), Net(6, classes=4), Net(4, classes=7)]
+    features = [
+        FeatureLoss(at="last", teacher_index=index, name=f"of {index}") for index in range(3)
+    ]
+    kd = attach_kd(student, teachers, losses=[*features, KDLoss(teacher_index=0)], example=IMAGES)
+    logits = student(IMAGES)
+    kd.loss(LABELS).backward()
+    expected = KDLoss()(logits, teachers[0].eval()(IMAGES)).item()
+    assert kd.terms["KDLoss"].item() == pytest.approx(expected, abs=1e-6)
+    assert all(kd.terms[loss.name].item() > 0 for loss in features)
 
 
 def mutual_reference(a, b, steps, lr, sequential):
