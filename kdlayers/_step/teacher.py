@@ -287,7 +287,7 @@ def make_teachers(
 
     Raises:
         AttachError: if one is the student, or shares parameters with it.
-        ArgumentError: if the weights do not fit the teachers.
+        ArgumentError: if the weights do not fit the teachers, or a transform has no teacher.
     """
     if isinstance(given, RecordedTeacher):
         batch = next((len(t) for _, t in leaves(example) if t.dim() > 1), 2)
@@ -297,6 +297,10 @@ def make_teachers(
         models = list(given)
     elif given is not None:
         models = [given]
+    if transform is not None and not models:
+        raise ArgumentError(
+            "teacher_transform was given without a teacher; pass a teacher, or leave it out"
+        )
     shares = _shares(weights, len(models))
     teachers = []
     for model, share in zip(models, shares, strict=True):

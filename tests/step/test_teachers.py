@@ -123,6 +123,13 @@ def test_refusals(kwargs, sentence):
         attach_kd(Net(4), [Net(5), Net(6)], losses=losses, example=IMAGES, **kwargs)
 
 
+def test_a_transform_without_a_teacher_is_refused():
+    with pytest.raises(ArgumentError, match="teacher_transform was given without a teacher"):
+        attach_kd(
+            Net(4), at=[KDPoint("last", num_templates=4)], example=IMAGES, teacher_transform="auto"
+        )
+
+
 @pytest.mark.parametrize("kind", [list, np.float32, torch.tensor])
 def test_shares_are_numbers_of_python(kind):
     weights = [3.0, 1.0] if kind is list else kind([3.0, 1.0])
