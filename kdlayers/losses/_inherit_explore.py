@@ -22,7 +22,7 @@ from kdlayers.losses._coder import (
     freeze,
     reconstruction_error,
 )
-from kdlayers.losses._maps import check_maps, on_one_grid
+from kdlayers.losses._maps import check_maps, check_positions, on_one_grid
 
 Split: TypeAlias = Literal["natural", "random"]
 Host: TypeAlias = Literal["factor", "attention"]
@@ -85,7 +85,8 @@ class InheritExploreLoss(DistillLoss):
         ArgumentError: if an option or number is out of range.
         NotFittedError: at the call, before the auto-encoder has been fitted.
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, or the
-            channels differ from those at the first call.
+            channels differ from those at the first call; with ``host="attention"`` also for maps
+            of one position, and with ``measure="cka"`` for fewer than 3 samples.
 
     Differences from the authors' code: it calls the trained network teacher and the frozen one
     student; the names here are the paper's. The decoders of the student's halves are left out,
@@ -174,6 +175,8 @@ class InheritExploreLoss(DistillLoss):
         check_maps(student, teacher)
         if self.inherit_channels is None:
             self._split_channels(student.shape[1], student.device)
+        if self.host == "attention":
+            check_positions(student, teacher, self)
         if self.host == "attention" or self.inherit_encoder is not None:
             return
         dtype = work_dtype(student)
