@@ -74,7 +74,7 @@ class TemplateTargets(nn.Module):
             FitError: if the data cannot be learnt from.
             ShapeError: if the widths of batches differ, or labels do not match the features.
         """
-        fit_rows(self.fitter(seed=seed), batches)
+        fit_rows(self.fitter(seed=check.integer("seed", seed)), batches)
         return self
 
     def fitter(self, *, seed: int = 0) -> Fitter:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class DistillLoss(nn.Module):
             raise ArgumentError(
                 f"at must be None (logits), a module name or a (student, teacher) pair, got {at!r}"
             )
-        if teacher_index is not None and (not isinstance(teacher_index, int) or teacher_index < 0):
-            raise ArgumentError(f"teacher_index counts the teachers from 0, got {teacher_index!r}")
+        if teacher_index is not None:
+            teacher_index = check_index(teacher_index)
         self.weight = check_weight(weight)
         self.at = at
         self.name = name
@@ -164,6 +164,13 @@ def check_weight(weight: Weight) -> Weight:
             f"weight must be a number or a function of the step, got {type(weight).__name__}"
         )
     return check.not_negative("weight", weight)
+
+
+def check_index(index: object) -> int:
+    """``index`` as an int; raise unless it can be the index of a teacher."""
+    if isinstance(index, bool) or not isinstance(index, Integral) or index < 0:
+        raise ArgumentError(f"teacher_index counts the teachers from 0, got {index!r}")
+    return int(index)
 
 
 class LogitLoss(DistillLoss):

@@ -83,6 +83,7 @@ class InheritExploreLoss(DistillLoss):
 
     Raises:
         ArgumentError: if an option or number is out of range.
+        ArgumentTypeError: if a number has another type.
         NotFittedError: at the call, before the auto-encoder has been fitted.
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, or the
             channels differ from those at the first call; with ``host="attention"`` also for maps
@@ -157,7 +158,8 @@ class InheritExploreLoss(DistillLoss):
                 check.count(key, value)
         fit_lr = check.positive("fit_lr", fit_lr)
         self.factor_channels = factor_channels
-        self.split, self.inherit_ratio, self.seed = split, inherit_ratio, seed
+        self.split, self.inherit_ratio = split, inherit_ratio
+        self.seed = check.integer("seed", seed)
         self.p, self.measure, self.scale = p, measure, scale
         self.inherit_weight, self.explore_weight = inherit_weight, explore_weight
         self.host, self.coder, self.reconstruction = host, coder, reconstruction
@@ -314,7 +316,7 @@ class InheritExploreLoss(DistillLoss):
             ArgumentError: if neither ``factor_channels`` was given nor :meth:`build` called.
             FitError: if there is no batch, or the reconstruction loss is not finite.
         """
-        fitter = self.fitter(seed=seed)
+        fitter = self.fitter(seed=check.integer("seed", seed))
         if fitter is not None:
             fit_rows(fitter, batches)
         return self

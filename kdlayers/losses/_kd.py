@@ -37,6 +37,7 @@ class KDLoss(LogitLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
+        ArgumentTypeError: if ``ignore_index`` is not an integer.
         ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]`` or class maps
             of the same images and classes, or the labels of class maps are not ``[B, H, W]``.
 
@@ -61,7 +62,7 @@ class KDLoss(LogitLoss):
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         self.temperature = check.positive("temperature", temperature)
         self.standardize = standardize
-        self.ignore_index = ignore_index
+        self.ignore_index = check.integer("ignore_index", ignore_index)
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Check the shapes of a dry run: logits, or class maps of any size."""
