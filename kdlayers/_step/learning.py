@@ -16,6 +16,7 @@ from kdlayers._step.ranks import Ranks
 from kdlayers._step.recording import record
 from kdlayers._step.terms import Plan
 from kdlayers.errors import AttachError
+from kdlayers.functional import _checks as check
 
 
 class Learning(Attachment):
@@ -83,7 +84,7 @@ class Learning(Attachment):
             self._images,
             self._pictures,
             prepare=prepare,
-            seed=seed,
+            seed=check.integer("seed", seed),
             progress=progress,
             refit=refit,
         )

@@ -57,6 +57,7 @@ def record(
     views = check.count("views", views)
     batch_size = check.count("batch_size", batch_size)
     topk = None if topk is None else check.count("topk", topk)
+    seed = check.integer("seed", seed)
     if not check_repeatable(dataset, seed, views) and views > 1:
         warn(
             f"all views of the first samples are equal, so views={views} stores the same numbers "

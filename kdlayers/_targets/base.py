@@ -74,7 +74,7 @@ class TemplateTargets(nn.Module):
             FitError: if the data cannot be learnt from.
             ShapeError: if the widths of batches differ, or labels do not match the features.
         """
-        fit_rows(self.fitter(seed=seed), batches)
+        fit_rows(self.fitter(seed=check.integer("seed", seed)), batches)
         return self
 
     def fitter(self, *, seed: int = 0) -> Fitter:
@@ -102,8 +102,15 @@ class TemplateTargets(nn.Module):
             templates: ``[K, C]``; the scores are their products with the unit vectors.
 
         Raises:
-            ShapeError: if the number of scores differs from the number of templates.
+            ShapeError: if the number of scores differs from the number of templates, or student and
+                features do not have the same positions.
         """
+        check_features(features)
+        if student.shape[:-1] != features.shape[:-1]:
+            raise ShapeError(
+                "scores [..., templates] and features [..., channels] must have the same "
+                f"positions, got {check.shape(student)} and {check.shape(features)}"
+            )
         if self._fusible and _fuses(student, templates):
             return self._fused(student, features, labels, templates)
         return divergence_from(self.soft_assignment(features, labels), student, templates)

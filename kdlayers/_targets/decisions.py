@@ -18,7 +18,7 @@ from kdlayers._targets.divergence import decision_divergence, needs_grad
 from kdlayers._targets.fitter import Fitter
 from kdlayers._targets.labels import hard_labels, soft_labels
 from kdlayers._targets.rows import RowFitter
-from kdlayers.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from kdlayers.errors import ArgumentError, CheckpointError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import work_dtype
 from kdlayers.functional._mixed import is_mixed
@@ -141,10 +141,8 @@ class DecisionTargets(TemplateTargets):
         self.subclasses = check.count("subclasses", subclasses)
         self.components = check.count("components", components)
         self.num_classes = num_classes
-        if ignore_index is not None and type(ignore_index) is not int:
-            raise ArgumentTypeError(
-                f"ignore_index must be an integer or None, got {type(ignore_index).__name__}"
-            )
+        if ignore_index is not None:
+            ignore_index = check.integer("ignore_index", ignore_index)
         self.ignore_index = ignore_index
 
     @property
@@ -155,7 +153,7 @@ class DecisionTargets(TemplateTargets):
     @num_classes.setter
     def num_classes(self, value: int | None) -> None:
         if value is not None:
-            check.count("num_classes", value, least=2)
+            value = check.count("num_classes", value, least=2)
         if self.fitted and value != self._num_classes:
             raise ArgumentError(
                 f"these targets are fitted to {self._num_classes} classes; create new "

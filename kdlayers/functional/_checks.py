@@ -98,13 +98,19 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def count(name: str, value: int, least: int = 1) -> int:
-    """``value`` as an int; raise unless it is an integer of at least ``least``."""
+def integer(name: str, value: object) -> int:
+    """``value`` as an int; raise unless it is an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ArgumentTypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return int(value)
+
+
+def count(name: str, value: int, least: int = 1) -> int:
+    """``value`` as an int; raise unless it is an integer of at least ``least``."""
+    value = integer(name, value)
     if value < least:
         raise ArgumentError(f"{name} must be {least} or more, got {value}")
-    return int(value)
+    return value
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:

@@ -1,11 +1,11 @@
 """DIST: correlations of class probabilities, within samples and within classes."""
 
+import torch
 from torch import Tensor
 
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import full_precision
-from kdlayers.functional._cosine import cosine
 
 _EPS = 1e-8
 
@@ -49,7 +49,8 @@ def dist(
 
     References:
         T. Huang, S. You, F. Wang, C. Qian, C. Xu, "Knowledge Distillation from A Stronger Teacher",
-        NeurIPS 2022, section 4. Norms are at least 1e-8, as in the authors' code.
+        NeurIPS 2022, section 4. The product of the norms gets 1e-8 added, as in the authors' code,
+        so probabilities that hardly vary, as of a class that no sample resembles, count little.
 
     Example:
         >>> import torch
@@ -68,11 +69,22 @@ def dist(
             f"{check.shape(student)}; use drop_last=True in the DataLoader, or gamma=0"
         )
     ours, theirs = (_centred(logits, temperature) for logits in (student, teacher))
-    total = _weighted(beta, cosine(ours, theirs, 1, _EPS))
+    total = _weighted(beta, _correlations(ours, theirs, 1))
     if gamma:
         ours, theirs = (p - p.mean(dim=0, keepdim=True) for p in (ours, theirs))
-        total = total + _weighted(gamma, cosine(ours, theirs, 0, _EPS))
+        total = total + _weighted(gamma, _correlations(ours, theirs, 0))
     return total if temperature == 1 else temperature**2 * total
+
+
+def _correlations(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """Correlations of centred vectors along ``dim``; 0 without a gradient for zero vectors."""
+    ours, theirs = (torch.linalg.vector_norm(value, dim=dim) for value in (student, teacher))
+    norms = ours * theirs
+    scale = norms + _EPS
+    if not check.known_above(0, norms):  # left out where it does nothing, as in `cosine`
+        scale = scale.masked_fill((ours == 0) | (theirs == 0), torch.inf)
+    found: Tensor = (student * teacher).sum(dim=dim) / scale
+    return found
 
 
 def _weighted(weight: float, correlations: Tensor) -> Tensor:

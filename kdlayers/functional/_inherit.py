@@ -59,7 +59,8 @@ def inheritance(
         A scalar, or ``[B]`` with ``reduction="none"``; 0 or more.
 
     Raises:
-        ShapeError: if the shapes differ, or for ``"cka"`` with one sample.
+        ShapeError: if the shapes differ, or for ``"cka"`` with fewer than 3 samples: of two, CKA
+            is always 1.
         ArgumentTypeError: if an argument is not a floating-point tensor.
         ArgumentError: if an option is unknown or has no meaning together with another.
 
@@ -174,8 +175,11 @@ def _check(
         )
     check.filled("factors", student)
     check_measure(p, measure, scale)
-    if measure == "cka" and len(student) < 2:
-        raise ShapeError('measure="cka" compares samples: it needs a batch of 2 or more, got 1')
+    if measure == "cka" and len(student) < 3:
+        raise ShapeError(
+            f'measure="cka" compares samples: it needs a batch of 3 or more, got {len(student)} '
+            "(of 2 samples, CKA is always 1); use drop_last=True in the DataLoader"
+        )
     if reduction != "mean" and (p == 2 or measure == "cka"):
         raise ArgumentError(
             f'reduction={reduction!r} is not possible with p=2 or measure="cka", which give one '

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kdlayers._utils.warn import warn
 from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import full_precision
@@ -27,7 +28,8 @@ def standardize(logits: Tensor) -> Tensor:
 
     Returns:
         A tensor of the same shape, in float32 or better. Logits that are all equal become 0, and
-        get no gradient. A logit of -inf has no mean: the whole sample becomes NaN.
+        get no gradient. A logit of -inf has no mean: the whole sample becomes NaN. With two classes
+        the result is always plus and minus :math:`1 / \sqrt 2`, without a gradient.
 
     Raises:
         ShapeError: if ``logits`` are not ``[B, K]`` or ``[B, K, H, W]`` with at least two classes.
@@ -50,6 +52,15 @@ def standardize(logits: Tensor) -> Tensor:
             f"classes, got {check.shape(logits)}"
         )
     return standardized(logits, 1.0)
+
+
+def warn_of_signs(logits: Tensor) -> None:
+    """Warn of two classes, whose standardised logits are plus and minus a constant."""
+    if logits.shape[1] == 2:
+        warn(
+            "with 2 classes standardised logits only tell which class is larger, so the gradient "
+            "of a loss on them is always 0; leave out standardize=True"
+        )
 
 
 def standardized(logits: Tensor, temperature: float) -> Tensor:

@@ -14,6 +14,7 @@ from kdlayers.functional._decoupled import decouple
 from kdlayers.functional._dkd import warn_of_two_classes
 from kdlayers.functional._kd import divergence
 from kdlayers.functional._mixed import classes_of, is_mixed
+from kdlayers.functional._standardize import warn_of_signs
 from kdlayers.losses._base import LogitLoss, Weight
 
 
@@ -66,7 +67,8 @@ class AEKTLoss(LogitLoss):
         ShapeError: at the call, if shapes differ or the number of classes has changed.
 
     Warns:
-        KDLayersWarning: at the call, with two classes, where the non-target term is always 0.
+        KDLayersWarning: at the call, with two classes, where the non-target term is always 0, and
+            standardised logits have no gradient.
 
     Example:
         >>> import torch
@@ -155,6 +157,7 @@ class AEKTLoss(LogitLoss):
     ) -> Tensor:
         square = self.temperature**2
         if self.standardize:
+            warn_of_signs(student)
             student, teacher = standardize(student), standardize(teacher)
         ours, theirs = decouple(student, teacher, targets, self.temperature)
         binary, taught = ours.binary(), theirs.binary()

@@ -7,7 +7,7 @@ from torch import Tensor
 from kdlayers._utils.norms import inverse_norm
 from kdlayers.functional._checks import full_precision
 from kdlayers.losses._base import DistillLoss, Weight
-from kdlayers.losses._maps import check_maps, on_one_grid
+from kdlayers.losses._maps import check_maps, check_positions, on_one_grid
 
 
 class AttentionTransferLoss(DistillLoss):
@@ -29,7 +29,8 @@ class AttentionTransferLoss(DistillLoss):
             is 1000, usual for this mean, and :func:`kdlayers.attach_kd` needs ``at``.
 
     Raises:
-        ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch.
+        ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, with 2
+            positions or more.
 
     Example:
         >>> import torch
@@ -51,9 +52,14 @@ class AttentionTransferLoss(DistillLoss):
     ) -> None:
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
 
+    def build(self, student: Tensor, teacher: Tensor) -> None:
+        """Check that both are maps of several positions: one position is always the unit vector."""
+        check_maps(student, teacher)
+        check_positions(student, teacher, self)
+
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean squared difference for maps ``[B, C, H, W]``; the labels are not used."""
-        check_maps(student, teacher)
+        self.build(student, teacher)
         student, teacher = on_one_grid(student, teacher.detach())
         ours, theirs = (
             energy * inverse_norm(energy) for energy in map(attention, (student, teacher))

@@ -77,12 +77,7 @@ class DistillLoss(nn.Module):
                 f"at must be None (logits), a module name or a (student, teacher) pair, got {at!r}"
             )
         if teacher_index is not None:
-            integer = isinstance(teacher_index, Integral) and not isinstance(teacher_index, bool)
-            if not integer or teacher_index < 0:
-                raise ArgumentError(
-                    f"teacher_index counts the teachers from 0, got {teacher_index!r}"
-                )
-            teacher_index = int(teacher_index)
+            teacher_index = check_index(teacher_index)
         self.weight = check_weight(weight)
         self.at = at
         self.name = name
@@ -169,6 +164,13 @@ def check_weight(weight: Weight) -> Weight:
             f"weight must be a number or a function of the step, got {type(weight).__name__}"
         )
     return check.not_negative("weight", weight)
+
+
+def check_index(index: object) -> int:
+    """``index`` as an int; raise unless it can be the index of a teacher."""
+    if isinstance(index, bool) or not isinstance(index, Integral) or index < 0:
+        raise ArgumentError(f"teacher_index counts the teachers from 0, got {index!r}")
+    return int(index)
 
 
 class LogitLoss(DistillLoss):

@@ -4,11 +4,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kdlayers.errors import ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import channelwise
 from kdlayers.losses._base import Weight
-from kdlayers.losses._maps import check_maps, on_one_grid
+from kdlayers.losses._maps import check_maps, check_positions, on_one_grid
 from kdlayers.losses._projected import ProjectedLoss
 
 
@@ -61,14 +60,8 @@ class ChannelWiseLoss(ProjectedLoss):
 
     def _read(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         check_maps(student, teacher)
-        maps = on_one_grid(student, teacher)
-        if maps[0][0, 0].numel() < 2:
-            raise ShapeError(
-                f"maps must have at least 2 positions on one grid, got {check.shape(student)} and "
-                f"{check.shape(teacher)}; ChannelWiseLoss compares where a channel is active: "
-                "choose an earlier point, or RKDLoss for vectors"
-            )
-        return maps
+        check_positions(student, teacher, self)
+        return on_one_grid(student, teacher)
 
     def _make(self, student: Tensor, teacher: Tensor) -> None:
         if student.shape[1] != teacher.shape[1]:  # equal channels need no convolution

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kdlayers.functional import _checks as check
 from kdlayers.functional import dkd, standardize
+from kdlayers.functional._standardize import warn_of_signs
 from kdlayers.losses._base import LogitLoss, Weight
 
 
@@ -34,7 +35,8 @@ class DKDLoss(LogitLoss):
         ShapeError: at the call, if the tensors are not logits of one shape with a label per sample.
 
     Warns:
-        KDLayersWarning: at the call, with two classes, where the non-target term is always 0.
+        KDLayersWarning: at the call, with two classes, where the non-target term is always 0, and
+            standardised logits have no gradient.
 
     Example:
         >>> import torch
@@ -67,6 +69,7 @@ class DKDLoss(LogitLoss):
         targets = check.given(targets, self)
         if self.standardize:
             check.logits(student, teacher)
+            warn_of_signs(student)
             student, teacher = standardize(student), standardize(teacher)
         return dkd(
             student,

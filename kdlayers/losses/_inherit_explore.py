@@ -22,7 +22,7 @@ from kdlayers.losses._coder import (
     freeze,
     reconstruction_error,
 )
-from kdlayers.losses._maps import check_maps, on_one_grid
+from kdlayers.losses._maps import check_maps, check_positions, on_one_grid
 
 Split: TypeAlias = Literal["natural", "random"]
 Host: TypeAlias = Literal["factor", "attention"]
@@ -83,9 +83,11 @@ class InheritExploreLoss(DistillLoss):
 
     Raises:
         ArgumentError: if an option or number is out of range.
+        ArgumentTypeError: if a number has another type.
         NotFittedError: at the call, before the auto-encoder has been fitted.
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch, or the
-            channels differ from those at the first call.
+            channels differ from those at the first call; with ``host="attention"`` also for maps
+            of one position, and with ``measure="cka"`` for fewer than 3 samples.
 
     Differences from the authors' code: it calls the trained network teacher and the frozen one
     student; the names here are the paper's. The decoders of the student's halves are left out,
@@ -156,7 +158,8 @@ class InheritExploreLoss(DistillLoss):
                 check.count(key, value)
         fit_lr = check.positive("fit_lr", fit_lr)
         self.factor_channels = factor_channels
-        self.split, self.inherit_ratio, self.seed = split, inherit_ratio, seed
+        self.split, self.inherit_ratio = split, inherit_ratio
+        self.seed = check.integer("seed", seed)
         self.p, self.measure, self.scale = p, measure, scale
         self.inherit_weight, self.explore_weight = inherit_weight, explore_weight
         self.host, self.coder, self.reconstruction = host, coder, reconstruction
@@ -174,6 +177,8 @@ class InheritExploreLoss(DistillLoss):
         check_maps(student, teacher)
         if self.inherit_channels is None:
             self._split_channels(student.shape[1], student.device)
+        if self.host == "attention":
+            check_positions(student, teacher, self)
         if self.host == "attention" or self.inherit_encoder is not None:
             return
         dtype = work_dtype(student)
@@ -311,7 +316,7 @@ class InheritExploreLoss(DistillLoss):
             ArgumentError: if neither ``factor_channels`` was given nor :meth:`build` called.
             FitError: if there is no batch, or the reconstruction loss is not finite.
         """
-        fitter = self.fitter(seed=seed)
+        fitter = self.fitter(seed=check.integer("seed", seed))
         if fitter is not None:
             fit_rows(fitter, batches)
         return self

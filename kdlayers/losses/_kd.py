@@ -6,6 +6,7 @@ from kdlayers.functional import _checks as check
 from kdlayers.functional import kd
 from kdlayers.functional._checks import Reduction
 from kdlayers.functional._kd import standardized_kd
+from kdlayers.functional._standardize import warn_of_signs
 from kdlayers.losses._base import LogitLoss, Weight
 from kdlayers.losses._class_maps import counted, mean_where, resized
 
@@ -37,8 +38,13 @@ class KDLoss(LogitLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
+        ArgumentTypeError: if ``ignore_index`` is not an integer.
         ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]`` or class maps
             of the same images and classes, or the labels of class maps are not ``[B, H, W]``.
+
+    Warns:
+        KDLayersWarning: at the call, with ``standardize=True`` and two classes, whose standardised
+            logits have no gradient.
 
     Example:
         >>> import torch
@@ -61,7 +67,7 @@ class KDLoss(LogitLoss):
         super().__init__(weight=weight, at=at, name=name, teacher_index=teacher_index)
         self.temperature = check.positive("temperature", temperature)
         self.standardize = standardize
-        self.ignore_index = ignore_index
+        self.ignore_index = check.integer("ignore_index", ignore_index)
 
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Check the shapes of a dry run: logits, or class maps of any size."""
@@ -83,6 +89,7 @@ class KDLoss(LogitLoss):
 
     def _divergence(self, student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
         if self.standardize:
+            warn_of_signs(student)
             return standardized_kd(student, teacher, self.temperature, reduction)
         return kd(student, teacher, temperature=self.temperature, reduction=reduction)
 

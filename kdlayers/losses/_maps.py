@@ -30,6 +30,17 @@ def check_map(name: str, value: Tensor) -> None:
     check.filled(f"{name} maps", value)
 
 
+def check_positions(student: Tensor, teacher: Tensor, loss: object) -> None:
+    """Raise unless both have several positions on one grid, so that these can be compared."""
+    height, width = map(min, student.shape[2:], teacher.shape[2:])
+    if height * width < 2:
+        raise ShapeError(
+            f"maps must have at least 2 positions on one grid, got {check.shape(student)} and "
+            f"{check.shape(teacher)}; {type(loss).__name__} compares positions: choose an earlier "
+            "point, larger images, or RKDLoss for vectors"
+        )
+
+
 def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps on the smaller grid, axis by axis; the larger one is average-pooled."""
     if student.shape[2:] == teacher.shape[2:]:

@@ -11,7 +11,7 @@ from kdlayers.functional import _checks as check
 from kdlayers.functional._checks import full_precision, work_dtype
 from kdlayers.functional._features import channel_dim
 from kdlayers.losses._base import DistillLoss
-from kdlayers.losses._projector import make_projector, projector_like, widths
+from kdlayers.losses._projector import check_kind, make_projector, projector_like, widths
 from kdlayers.losses._reading import read
 from kdlayers.losses._teacher_norm import TeacherNorm, norm_for, norm_like
 
@@ -35,7 +35,7 @@ class ProjectedLoss(DistillLoss):
     def _hold(self, projector: str | nn.Module | None) -> None:
         """Keep the user's projector, or note which kind to make."""
         if projector is not None and not isinstance(projector, nn.Module):
-            check.one_of("projector", projector, ("linear", "mlp", "None", "a module"))
+            check_kind(projector)
         own = projector if isinstance(projector, nn.Module) else None
         self.projector_kind = None if isinstance(projector, nn.Module) else projector
         self.register_module(self.slot, own)

@@ -4,7 +4,18 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from kdlayers.errors import ArgumentError
+
 Layer: TypeAlias = nn.Conv2d | nn.Linear
+
+
+def check_kind(kind: object) -> None:
+    """Raise unless ``kind`` is a kind of `make_projector`."""
+    if kind not in ("linear", "mlp"):
+        raise ArgumentError(
+            f'projector must be "linear", "mlp", None or a module, got {kind!r}; None is the '
+            "object, not a word"
+        )
 
 
 def make_projector(

@@ -43,7 +43,7 @@ class StudentFriendlyKDLoss(LogitLoss):
     Args:
         base: the loss that compares logits. Default ``KDLoss(temperature)``; also DKDLoss, AEKTLoss
             (our combination) or your own, if it does not detach the teacher. Its own ``weight``,
-            ``at`` and ``name`` must be the defaults.
+            ``at``, ``name`` and ``teacher_index`` must be the defaults.
         simplifier: any module ``[B, K] -> [B, K]`` from x to u. Default
             :class:`~kdlayers.losses.AttentionSimplifier`, made for the number of classes by
             :func:`kdlayers.attach_kd` or at the first call.
@@ -224,9 +224,10 @@ def _temperature(base: object, temperature: float | None) -> float:
             f"base={kind} sends no gradient to the teacher's side, so the simplifier would never "
             "learn; use KDLoss, DKDLoss or AEKTLoss"
         )
-    if callable(base.weight) or base.weight != 1 or base.at is not None or base.name is not None:
+    given = (base.at, base.name, base.teacher_index)
+    if callable(base.weight) or base.weight != 1 or given != (None, None, None):
         raise ArgumentError(
-            f"weight, at and name of base={kind} would be ignored; give them to "
+            f"weight, at, name and teacher_index of base={kind} would be ignored; give them to "
             "StudentFriendlyKDLoss"
         )
     own = getattr(base, "temperature", None)

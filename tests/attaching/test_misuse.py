@@ -13,6 +13,7 @@ from kdlayers import (
     DecisionTargets,
     DKDLoss,
     FitNetLoss,
+    InheritExploreLoss,
     KDLoss,
     KDPoint,
     RKDLoss,
@@ -218,11 +219,17 @@ def test_numbers_of_numpy_are_numbers():
     losses = [KDLoss(temperature=np.float32(4), weight=np.float32(0.5))]
     losses += [DKDLoss(alpha=np.float16(1), beta=np.int64(2), temperature=np.float32(4))]
     losses += [AEKTLoss(beta=np.float32(1)), RKDLoss(distance=np.float32(25))]
-    losses += [KDLoss(name="one teacher", teacher_index=np.int64(0))]
+    losses += [KDLoss(ignore_index=np.int64(255), teacher_index=np.int64(0), name="first")]
+    whole = InheritExploreLoss(split="random", seed=np.int64(1), factor_channels=2, epochs=1)
+    whole.build(torch.rand(2, 4, 3, 3), torch.rand(2, 4, 3, 3))
+    assert DecisionTargets(num_classes=np.int64(3), ignore_index=np.int64(255)).ignore_index == 255
     targets = CodebookTargets(np.int64(4), sharpness=np.float32(1))
     points = [KDPoint("last", targets=targets, alpha=np.float32(1), num_templates=np.int32(4))]
     kd = attach_kd(student.train(), teacher, points, losses=losses, example=IMAGES)
-    kd.fit([(IMAGES, LABELS)], progress=False)
+    kd.fit([(IMAGES, LABELS)], seed=np.int64(2), progress=False)
+    centers = targets.centers
+    kd.fit([(IMAGES, LABELS)], seed=2, progress=False, refit=True)
+    assert torch.equal(targets.centers, centers)
     student(IMAGES)
     kd.loss(LABELS).backward()
     assert type(losses[0].temperature) is float
@@ -233,6 +240,21 @@ def test_numbers_of_numpy_are_numbers():
             KDLoss(temperature=wrong)
     with pytest.raises(ArgumentTypeError, match="must be an integer, got float32"):
         CodebookTargets(np.float32(4))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: KDLoss(ignore_index=None), "ignore_index"),
+        (lambda: DecisionTargets(ignore_index=True), "ignore_index"),
+        (lambda: CodebookTargets(2).fit([(torch.rand(9, 3), None)], seed=0.5), "seed"),
+        (lambda: InheritExploreLoss(seed="0"), "seed"),
+        (lambda: InheritExploreLoss(factor_channels=2).fit([], seed=None), "seed"),
+    ],
+)
+def test_options_that_are_no_integers_are_named(call, name):
+    with pytest.raises(ArgumentTypeError, match=f"{name} must be an integer, got"):
+        call()
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "aekt", "dist"])

@@ -100,8 +100,9 @@ def test_autocast_and_compile_give_the_same_value(call, make):
 def test_equal_tensors_are_the_minimum(call, make):
     student = make()[0].requires_grad_()
     value = call(student, student.detach().clone())
-    assert value.item() == pytest.approx(0, abs=1e-12)
-    assert torch.autograd.grad(value, student)[0].abs().max() < 1e-6
+    # DIST has a constant in its denominators.
+    assert value.item() == pytest.approx(0, abs=1e-5 if call is CALLS["dist"][0] else 1e-12)
+    assert torch.autograd.grad(value, student)[0].abs().max() < 1e-5
 
 
 @given(scale=st.floats(0.1, 50), shift=st.floats(-20, 20), seed=st.integers(0, 999))
@@ -124,8 +125,19 @@ def test_irrelevant_transformations_do_not_change_the_value(scale, shift, seed):
 def test_probabilities_that_are_a_linear_function_of_the_teachers_cost_nothing():
     teacher = pair()[1].softmax(1)
     student = (0.4 * teacher + 0.6 / 5).log()
-    assert kdf.dist(student, teacher.log()).item() == pytest.approx(0, abs=1e-12)
+    assert kdf.dist(student, teacher.log()).item() == pytest.approx(0, abs=1e-5)
     assert kdf.kd(student, teacher.log()) > 0.1
+
+
+def test_classes_that_no_sample_resembles_count_little():
+    """As in the authors' code: its constant is added to the product of the norms."""
+    student, teacher = pair(batch=6, width=8)
+    for logits in (student, teacher):
+        logits[:, :3] += 14.0  # the probabilities of the other five are about 1e-6
+    found = kdf.dist(student, teacher, beta=0.0).item()
+    assert found == pytest.approx(naive.dist(student, teacher, beta=0.0), rel=1e-9)
+    few = kdf.dist(student[:, :3], teacher[:, :3], beta=0.0).item()
+    assert found == pytest.approx(5 / 8 + 3 / 8 * few, rel=1e-2)
 
 
 def test_close_samples_keep_their_digits_in_float32():

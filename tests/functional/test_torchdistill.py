@@ -63,5 +63,6 @@ def test_values_and_gradients_are_the_same(ours, make, seed):
         found.append((value.detach(), torch.autograd.grad(value, student)[0]))
     (value, slope), (their_value, their_slope) = found
     assert value > 1e-3
-    torch.testing.assert_close(value, their_value, rtol=0, atol=1e-6)
-    torch.testing.assert_close(slope, their_slope, rtol=0, atol=1e-6)
+    # In DIST it bounds each norm, where the authors' code adds a constant to their product.
+    torch.testing.assert_close(value, their_value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(slope, their_slope, rtol=0, atol=1e-5)

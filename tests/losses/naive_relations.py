@@ -11,8 +11,8 @@ def standardized(logits):
 
 def correlation(x, y):
     x, y = ([v - mean(z) for v in z] for z in (x, y))
-    lengths = [max(sum(v * v for v in z) ** 0.5, 1e-8) for z in (x, y)]
-    return sum(a * b for a, b in zip(x, y, strict=True)) / (lengths[0] * lengths[1])
+    lengths = [sum(v * v for v in z) ** 0.5 for z in (x, y)]
+    return sum(a * b for a, b in zip(x, y, strict=True)) / (lengths[0] * lengths[1] + 1e-8)
 
 
 def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):

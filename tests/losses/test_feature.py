@@ -205,7 +205,8 @@ def test_a_module_of_ones_own_is_tried_without_a_trace():
     [
         (lambda: FeatureLoss(distance="l2"), ArgumentError, "distance must be one of cosine, mse"),
         (lambda: FeatureLoss(tokens="class"), ArgumentError, "tokens must be one of patch, cls"),
-        (lambda: FeatureLoss(projector="conv"), ArgumentError, "linear, mlp, None, a module"),
+        (lambda: FeatureLoss(projector="conv"), ArgumentError, "None or a module, got .conv"),
+        (lambda: FeatureLoss(projector="None"), ArgumentError, "got 'None'; None is the object"),
         (
             lambda: FeatureLoss(projector=None)(torch.rand(2, 3), torch.rand(2, 4)),
             ShapeError,

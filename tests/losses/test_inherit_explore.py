@@ -174,6 +174,8 @@ def test_the_attention_host_needs_no_fit_and_has_no_parameters():
     assert loss.fitter() is None
     loss(maps(6), maps(8))
     assert not list(loss.parameters())
+    with pytest.raises(ShapeError, match=r"2 positions on one grid, got .* InheritExplore"):
+        loss(maps(6, size=1), maps(8))
 
 
 def test_maps_of_different_size_are_pooled_to_the_smaller_grid():
@@ -276,5 +278,5 @@ def test_alignment_of_kernels_as_measure():
     assert all(0 <= term <= 1 for term in terms.values())
     torch.testing.assert_close(value.detach(), terms["inheritance"] + 2 * terms["exploration"])
     assert student.grad.abs().sum() > 0
-    with pytest.raises(ShapeError, match="needs a batch of 2 or more, got 1"):
-        loss(maps(6, batch=1), maps(8, batch=1))
+    with pytest.raises(ShapeError, match="needs a batch of 3 or more, got 2"):
+        loss(maps(6, batch=2), maps(8, batch=2))

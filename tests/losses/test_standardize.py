@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kdlayers import functional as kdf
+from kdlayers.errors import KDLayersWarning
 from kdlayers.losses import AEKTLoss, DKDLoss, KDLoss
 
 from . import naive
@@ -22,6 +23,7 @@ def dkd(student, teacher, targets):
 class TestStandardizedKD(LossTester):
     make = staticmethod(lambda: KDLoss(standardize=True))
     reference = staticmethod(lambda loss, s, t, y: naive.kd(rows(s), rows(t), y))
+    warns_on_two_classes = True
 
 
 class TestStandardizedDKD(LossTester):
@@ -50,6 +52,16 @@ class TestStandardizedAEKT(LossTester):
         )
         tensors = rows(mapped), rows(teacher), targets
         return dkd(*tensors) + naive.aekt(*tensors)
+
+
+@pytest.mark.parametrize("make", [KDLoss, lambda **o: DKDLoss(beta=0, **o), AEKTLoss])
+def test_two_classes_have_no_gradient_and_a_warning_says_so(make):
+    student = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 2, dtype=torch.float64)
+    with pytest.warns(KDLayersWarning) as seen:
+        value = make(standardize=True)(student, teacher, torch.tensor([0, 1, 1, 0]))
+    assert any("the gradient of a loss on them is always 0" in str(w.message) for w in seen)
+    assert torch.autograd.grad(value, student)[0].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("make", [KDLoss, DKDLoss, AEKTLoss])

@@ -192,7 +192,8 @@ def test_a_simplifier_must_keep_the_shape():
     ("wrong", "error", "sentence"),
     [
         ({"base": MutualLoss()}, ArgumentError, "base=MutualLoss sends no gradient to the teacher"),
-        ({"base": KDLoss(weight=0.9)}, ArgumentError, "weight, at and name of base=KDLoss would"),
+        ({"base": KDLoss(weight=0.9)}, ArgumentError, "weight, at, name and teacher_index of"),
+        ({"base": KDLoss(teacher_index=1)}, ArgumentError, "base=KDLoss would be ignored; give"),
         (
             {"base": KDLoss(temperature=2.0), "temperature": 4.0},
             ArgumentError,

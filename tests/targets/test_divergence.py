@@ -140,6 +140,9 @@ def test_invalid_arguments_are_errors():
             targets.divergence(torch.randn(200, 5), features, labels)
         with pytest.raises(ShapeError, match=f"num_templates={number}"):
             targets.divergence(torch.randn(200, 3), features, labels, templates=torch.randn(5, 3))
+        for rows in (199, 201):
+            with pytest.raises(ShapeError, match=rf"the same positions, got \[{rows}, "):
+                targets.divergence(torch.randn(rows, targets.num_templates), features, labels)
     with pytest.raises(ArgumentError, match='"normal" or "low"'):
         KDLayer(4, 4, memory="little")
     with pytest.raises(ArgumentError, match='"normal" or "low"'):
