@@ -1,4 +1,4 @@
-"""A record in the place of the teacher, against the live teacher: class maps and class tokens."""
+"""A record in the place of the teacher, against the live teacher."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kdlayers import ChannelWiseLoss, FeatureLoss, KDLoss, RecordedTeacher, attach_kd
 from kdlayers.errors import ArgumentError
-from tests.records.test_training import Net, Tokens
+from tests.records.test_training import EXAMPLE, LOSSES, Net, Tokens, setup, step
 
 
 class Maps(nn.Module):
@@ -82,3 +82,41 @@ def test_registers_are_not_taken_for_a_class_token(tmp_path):
     absent, loss = RecordedTeacher(tmp_path / "b"), FeatureLoss(at="second", tokens="cls")
     with pytest.raises(ArgumentError, match="neither"):
         attach_kd(Net(6), absent, losses=[loss], example=torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_a_recorded_teacher_takes_an_example_of_any_number_of_images(images, tmp_path):
+    (live, _), recorded, _ = setup("all", "same grid", tmp_path)
+    place = {
+        "teacher": RecordedTeacher(tmp_path / "record"),
+        "example": torch.zeros(images, 3, 8, 8),
+    }
+    absent = attach_kd(Net(6), **place, **LOSSES["all"]())
+    absent.student.load_state_dict(live.student.state_dict())
+    absent.load_state_dict(live.state_dict())
+    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
+    assert torch.equal(step(absent, x, y, recorded=key)[0], step(live, x, y)[0])
+
+
+def test_a_recorded_teacher_fits_from_its_record(tmp_path):
+    (_, kd), recorded, teacher = setup("codebook", "same grid", tmp_path)
+    student = Net(6)
+    absent = attach_kd(
+        student, RecordedTeacher(tmp_path / "record"), **LOSSES["codebook"](), example=EXAMPLE
+    )
+    absent.fit(DataLoader(recorded, batch_size=16))
+    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
+    assert step(absent, x, y, recorded=key)[0].isfinite()
+
+
+@pytest.mark.parametrize("options", [{"teacher_weights": [1.0]}, {"teacher_transform": abs}])
+def test_what_was_applied_while_recording_is_refused_later(options, tmp_path):
+    setup("logits", "same grid", tmp_path)
+    with pytest.raises(ValueError, match="when the teacher was recorded"):
+        attach_kd(
+            Net(6),
+            RecordedTeacher(tmp_path / "record"),
+            losses=[KDLoss()],
+            example=EXAMPLE,
+            **options,
+        )

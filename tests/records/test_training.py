@@ -358,44 +358,6 @@ def test_a_record_takes_the_place_of_the_teacher(tmp_path):
         absent.loss(y)
 
 
-@pytest.mark.parametrize("images", [1, 5])
-def test_a_recorded_teacher_takes_an_example_of_any_number_of_images(images, tmp_path):
-    (live, _), recorded, _ = setup("all", "same grid", tmp_path)
-    place = {
-        "teacher": RecordedTeacher(tmp_path / "record"),
-        "example": torch.zeros(images, 3, 8, 8),
-    }
-    absent = attach_kd(Net(6), **place, **LOSSES["all"]())
-    absent.student.load_state_dict(live.student.state_dict())
-    absent.load_state_dict(live.state_dict())
-    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
-    assert torch.equal(step(absent, x, y, recorded=key)[0], step(live, x, y)[0])
-
-
-def test_a_recorded_teacher_fits_from_its_record(tmp_path):
-    (_, kd), recorded, teacher = setup("codebook", "same grid", tmp_path)
-    student = Net(6)
-    absent = attach_kd(
-        student, RecordedTeacher(tmp_path / "record"), **LOSSES["codebook"](), example=EXAMPLE
-    )
-    absent.fit(DataLoader(recorded, batch_size=16))
-    x, y, key = next(iter(DataLoader(recorded, batch_size=16)))
-    assert step(absent, x, y, recorded=key)[0].isfinite()
-
-
-@pytest.mark.parametrize("options", [{"teacher_weights": [1.0]}, {"teacher_transform": abs}])
-def test_what_was_applied_while_recording_is_refused_later(options, tmp_path):
-    setup("logits", "same grid", tmp_path)
-    with pytest.raises(ValueError, match="when the teacher was recorded"):
-        attach_kd(
-            Net(6),
-            RecordedTeacher(tmp_path / "record"),
-            losses=[KDLoss()],
-            example=EXAMPLE,
-            **options,
-        )
-
-
 def test_class_tokens_and_patches_of_one_point_are_recorded_apart(tmp_path, monkeypatch):
     losses = [FeatureLoss(at="second", tokens=t, name=t) for t in ("patch", "cls", "pooled")]
     monkeypatch.setitem(LOSSES, "tokens", lambda: {"losses": copy.deepcopy(losses)})

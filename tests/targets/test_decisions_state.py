@@ -39,3 +39,21 @@ def test_moves_and_widens():
     assert targets.double().soft_assignment(features, labels).dtype == torch.float64
     assert targets.counts.dtype == torch.long
     assert targets.to("meta").decisions.is_meta
+
+
+def test_state_loads_strictly_into_unfitted_and_other_sizes():
+    targets, features, labels = fitted()
+    others = [DecisionTargets(3), DecisionTargets(5, num_classes=7), fitted()[0]]
+    for other in others:
+        other.load_state_dict(targets.state_dict())
+        assert (other.subclasses, other.num_classes, other.num_templates) == (3, 4, 12)
+        q = other.soft_assignment(features, labels)
+        assert torch.equal(q, targets.soft_assignment(features, labels))
+    assert set(targets.state_dict()) == {
+        "projection",
+        "shift",
+        "centers",
+        "prototypes",
+        "decisions",
+        "counts",
+    }
