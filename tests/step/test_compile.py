@@ -185,8 +185,8 @@ def whole_step(student, kd, images=IMAGES):
 @pytest.mark.parametrize(
     ("part", "weight"),
     [
-        ("kd.loss", 1.0),
-        ("kd.loss", Cosine(10)),
+        pytest.param("kd.loss", 1.0, marks=pytest.mark.release),
+        pytest.param("kd.loss", Cosine(10), marks=pytest.mark.release),
         ("kd.loss", LinearWarmup(3)),
         ("student and kd.loss", table),
         ("step", table),
