@@ -312,7 +312,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="default: %(default)s")
     add("--padding", type=int, default=2, help="padding of the crops; default: %(default)s")
     add("--augment", action="store_true", help="crop and flip the student's images")
-    add("--views", type=views, default=0, help="recorded views of each image, with --augment; default: live")
+    add("--views", type=views, default=0, help="recorded views, with --augment; default: live")
     add("--draw", type=int, help="seed to draw the images; default: the run's seed")
     add("--lr", type=float, default=0.1, help="highest learning rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
