@@ -13,7 +13,7 @@ from tests.test_measured import DOCS
 
 def test_the_page_shows_every_figure(tmp_path):
     run("visualize", tmp_path)
-    page = tmp_path / "runs" / "visualize"
+    page = tmp_path / "runs" / "visualize-quick"
     text = (page / "index.html").read_text("utf-8")
     figures = sorted(file.name for file in page.glob("*.png"))
     assert len(figures) == 8
