@@ -346,6 +346,10 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
         changed = features._version != version
         if changed and not hook.copies and forward.features[hook.name] is features:
             lost.append(hook.name)
+        if not changed:
+            # A copy would add up the gradients in another order, and a resumed run, whose first
+            # forward has a copy, would differ in rounding from one that was not stopped.
+            forward.features[hook.name] = features
         hook.copies = changed
     if lost:
         raise StaleCaptureError(
