@@ -52,12 +52,13 @@ class Pictures(Dataset):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def options(description: str) -> argparse.ArgumentParser:
+def options(description: str, epochs: int = 30) -> argparse.ArgumentParser:
     """The command-line options that all examples share."""
     parser = argparse.ArgumentParser(description=description.partition("\n\n    ")[0])
-    add, out = parser.add_argument, Path("runs", Path(sys.argv[0]).stem)
+    add, quick = parser.add_argument, "-quick" if "--quick" in sys.argv else ""
+    out = Path("runs", Path(sys.argv[0]).stem + quick)  # a whole call trains its own teacher
     add("--data", type=Path, metavar="DIR", help="train/CLASS/ and val/CLASS/; default: digits")
-    add("--epochs", type=int, default=30, help="epochs of the student; default: 30")
+    add("--epochs", type=int, default=epochs, help="epochs of the student; default: %(default)s")
     add("--quick", action="store_true", help="few images and epochs, to check that all works")
     add("--out", type=Path, default=out, help=f"folder for the output files; default: {out}")
     return parser

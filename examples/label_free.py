@@ -29,7 +29,7 @@ SMALL = {"channels": (16, 32, 64, 128), "output_stride": 8, "num_classes": 0}
 
 def main() -> None:
     """Evaluate the teacher, distilled students and untrained students."""
-    options = data.options(__doc__)
+    options = data.options(__doc__, epochs=15)
     options.add_argument("--teacher", metavar="NAME", help="timm model; default: train a ViT")
     images = data.load(args := options.parse_args())
     known = 0 if args.teacher else len(images.classes) // 2
@@ -58,7 +58,7 @@ def main() -> None:
             if name == "distilled":
                 losses = [FeatureLoss(name="image"), FeatureLoss(at=("layer4", last))]
                 kd = attach_kd(student, teacher, losses=losses, **more)
-                train(student, Subset(images.augmented, new), args.epochs // 2, 3e-3, kd)
+                train(student, Subset(images.augmented, new), args.epochs, 3e-3, kd)
                 kd.detach()
             found = probes(student, *parts)
             student.reset_classifier(len(images.classes))

@@ -23,7 +23,7 @@ SEEDS, T95 = range(5), 2.776  # 97.5 % quantile of Student's t for five seeds
 
 def main() -> None:
     """Train a teacher, and five students for each method, and print the table."""
-    args = data.options(__doc__).parse_args()
+    args = data.options(__doc__, epochs=60).parse_args()
     images = data.load(args)
     labels = torch.tensor([y for _, y in images.plain])
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def main() -> None:
             if kd:
                 kd.fit(DataLoader(Subset(images.plain, few), 25))
             torch.manual_seed(seed)
-            train(student, Subset(images.augmented, few), 2 if args.quick else 60, kd)
+            train(student, Subset(images.augmented, few), args.epochs, kd)
             found.setdefault(method, []).append(accuracy(student, images.test))
         ours, theirs = (torch.tensor(found[name]) for name in (method, "labels only"))
         middle = (ours - theirs).mean()  # mean of the differences, paired by seed

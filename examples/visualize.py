@@ -24,7 +24,7 @@ NAMES = ("trunk_output.block2", f"{STAGE}.block3-0", STAGE)  # a finer grid; let
 
 def main() -> None:
     """Train, draw, and write the page."""
-    args = data.options(__doc__).parse_args()
+    args = data.options(__doc__, epochs=10).parse_args()
     images = data.load(args)
     classes = len(images.classes)
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def main() -> None:
     aekt = AEKTLoss(beta=1.0, gamma=0.1, ratio_clip=10.0, weight=0.2)
     kd = attach_kd(student, teacher, points, losses=[aekt], example=images.example)
     kd.fit(DataLoader(images.plain, 50))
-    train(student, images.augmented, min(args.epochs, 10), kd)
+    train(student, images.augmented, args.epochs, kd)
     kd.detach()
 
     page = ['<meta charset="utf-8"><style>img{max-width:100%}</style><h1>KD layers</h1>']

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from _accuracy_forest import reference_of
 from _accuracy_published import published_of
-from _accuracy_words import Line, bold, difference, plus_minus, table
+from _accuracy_words import Line, bold, difference, paired, plus_minus, table
 
 Runs = Mapping[str, Sequence[Line]]
 
@@ -194,7 +194,7 @@ def cell(name: str, runs: Runs) -> str:
         return plus_minus([line["test_accuracy"] for line in runs[name]])
     text, verdict = difference(runs[name], runs[reference])
     if verdict.startswith("too few"):
-        seeds = len(runs[name])
+        seeds = len(paired(runs[name], runs[reference])[0])
         return f"{text} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
     return bold(text, verdict) if verdict in ("better", "worse") else text
 

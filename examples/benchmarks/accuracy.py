@@ -70,6 +70,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from _accuracy_methods import Options, add_options, attach, chosen, recipes
 from _accuracy_probe import probes, pruned
+from _accuracy_record import CHANNELS_MEAN
 from _accuracy_regimes import REGIMES, Regime, add_regimes, prepared
 from _accuracy_train import digest, macs, matching_width, new_model, one_cycle
 from common.files import claimed
@@ -273,6 +274,18 @@ def views(text: str) -> int:
     return count
 
 
+def check_views(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit if a record would not hold what the recipe says."""
+    if not args.augment:
+        parser.error("--views records cropped and mirrored images: add --augment")
+    for at in (args.first, args.last):
+        if at.rpartition(":")[2] in CHANNELS_MEAN:
+            parser.error(
+                f"a record has only the attention map of {at}, which is no features for a layer: "
+                "choose another point, or pass --views live"
+            )
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -299,7 +312,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="default: %(default)s")
     add("--padding", type=int, default=2, help="padding of the crops; default: %(default)s")
     add("--augment", action="store_true", help="crop and flip the student's images")
-    add("--views", type=views, default=0, help="number of recorded views; default: live")
+    add("--views", type=views, default=0, help="recorded views, with --augment; default: live")
     add("--draw", type=int, help="seed to draw the images; default: the run's seed")
     add("--lr", type=float, default=0.1, help="highest learning rate; default: %(default)s")
     add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
@@ -312,6 +325,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_options(parser)
     parser.set_defaults(**REGIMES[parser.parse_known_args(arguments)[0].regime])
     args = parser.parse_args(arguments)
+    if args.views:
+        check_views(parser, args)
     unknown = set(args.methods or ()) - set(recipes(chosen(args)))
     if unknown:
         parser.error(f"no method {sorted(unknown)}; the methods are {list(recipes(chosen(args)))}")

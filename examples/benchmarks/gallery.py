@@ -1,11 +1,13 @@
 """Draw the gallery: what students of the accuracy benchmark and their losses have learnt.
 
-First let accuracy.py save two students, then call this with the same options:
+First let accuracy.py save two students. It skips runs that are in --out, so give it a new file.
+Then call this with the same options, and with the file whose curves are drawn:
 
     python examples/benchmarks/accuracy.py --regime cifar100-10000 --root CIFAR100 \
-        --teacher-checkpoint resnet56.pt --cache runs --out docs/data/results/cifar100-10000.jsonl \
+        --teacher-checkpoint resnet56.pt --cache runs --out runs/gallery.jsonl \
         --seeds 0 --methods "letKD-2 + KD" "AEKT chi2" --save runs/students
-    python examples/benchmarks/gallery.py --without-images (the same options)
+    python examples/benchmarks/gallery.py --without-images (the same options) \
+        --out docs/data/results/cifar100-10000.jsonl
 
 The figures are written to runs/figures, or to the folder of --figures. --without-images leaves out
 the figures that show images of the data set, for data whose images must not be published.

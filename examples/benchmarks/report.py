@@ -46,6 +46,12 @@ from _accuracy_words import (
 ROOT = Path(__file__).resolve().parents[2]
 DATA, PAGE = ROOT / "docs" / "data" / "results", ROOT / "docs" / "results.md"
 
+# The settings that all methods of a regime share.
+COMMON = (
+    *("data", "teacher", "student", "validation", "images", "draw", "views", "padding", "flips"),
+    *("epochs", "batch_size", "lr", "weight_decay", "precision"),
+)
+
 # For each control: a method, the method it is compared with, and the question it answers.
 CONTROLS = (
     ("letKD-1", "layers only (1)", "one layer: does its supervision help?"),
@@ -93,11 +99,12 @@ INTRODUCTION = """\
 # {title}
 
 This page is one regime of the [results](results.md). Accuracies are those of the **last epoch** on
-the test images. No choice was made on these images. For each seed all methods use the same student
-images, the same batches and the same initial weights of the student (except a wider student).
-Differences are therefore paired by seed. ± and brackets are 95 % Student's t intervals. A method is
-called **better** or **worse** only if the interval excludes zero. Otherwise it is "not separated",
-which does not mean equal. With fewer than three seeds there is no interval and no verdict.
+the test images. No setting was chosen on these images; seeds were added where the first three left
+a comparison open. For each seed all methods use the same student images, the same batches and the
+same initial weights of the student (except a wider student). Differences are therefore paired by
+seed. ± and brackets are 95 % Student's t intervals. A method is called **better** or **worse** only
+if the interval excludes zero. Otherwise it is "not separated", which does not mean equal. With
+fewer than three seeds there is no interval and no verdict.
 """
 
 
@@ -233,13 +240,21 @@ def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """Lines by method, sorted by seed.
 
     Raises:
-        SystemExit: if the lines mix devices, or a method has two recipes or two runs of one seed.
+        SystemExit: if the lines mix devices or common settings, or a method has two recipes or two
+            runs of one seed.
     """
     runs: dict[str, list[Line]] = {}
     for line in lines:
         runs.setdefault(line["method"], []).append(line)
     if len({line.get("device") for own in runs.values() for line in own}) > 1:
         raise SystemExit("there are runs of several devices: put them into separate files")
+    for name in COMMON:
+        found = {line.get("recipe", {}).get(name) for own in runs.values() for line in own}
+        if len(found) > 1:
+            raise SystemExit(
+                f"there are runs with {name} {' and '.join(sorted(map(str, found)))}, which cannot "
+                "be compared: put them into separate files"
+            )
     for name, own in runs.items():
         if len({line["recipe_hash"] for line in own}) > 1:
             raise SystemExit(f"{name!r} has runs of several recipes: put them into separate files")

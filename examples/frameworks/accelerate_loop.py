@@ -1,7 +1,7 @@
 """letKD in a loop with Hugging Face Accelerate: attach, prepare, register the handle, resume.
 
     python examples/frameworks/accelerate_loop.py --quick
-    python examples/frameworks/accelerate_loop.py --quick --resume runs/accelerate_loop/state
+    python examples/frameworks/accelerate_loop.py --quick --resume runs/accelerate_loop-quick/state
 
 AEKT's loss shows how to train a loss that has parameters of its own.
 """

@@ -1,7 +1,7 @@
 """letKD with Hugging Face's Trainer: a small ResNet of transformers learns from a larger one.
 
 python examples/frameworks/hf_trainer.py --quick
-python examples/frameworks/hf_trainer.py --quick --resume runs/hf_trainer/checkpoint-8
+python examples/frameworks/hf_trainer.py --quick --resume runs/hf_trainer-quick/checkpoint-8
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """letKD in a LightningModule, with the teacher outside it and the targets in the checkpoint.
 
-python examples/frameworks/lightning_module.py --quick [--resume runs/lightning_module/last.ckpt]
+python examples/frameworks/lightning_module.py [--resume runs/lightning_module/last.ckpt]
 """
 
 from __future__ import annotations

@@ -92,9 +92,9 @@ class Capture(_Hook):
     """Forward hook that records a module's output as the next module receives it.
 
     A later module may change the features in place, sometimes in training only, such as
-    ``nn.Dropout(inplace=True)``. So the first forward records a copy. Later forwards record a copy
-    only if an earlier one showed such a change, or under torch.compile, which hides in-place
-    changes.
+    ``nn.Dropout(inplace=True)``. So the first forward also records a copy, which the losses read if
+    the features were changed. Later forwards record a copy only if an earlier one showed such a
+    change, or under torch.compile, which hides in-place changes.
     """
 
     def __init__(self, name: str, path: Path, tape: Tape, copies: bool | None) -> None:

@@ -214,14 +214,16 @@ def teacher_tensors(plan: Plan, student: StudentGrids, batch: Any, images: Any) 
     The teachers run on the batch's images, or a record is read where the batch has its keys.
     """
     args = images if isinstance(images, tuple) else (images,)
-    ours = student.of(plan.terms, args)
     key = batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
     if key is not None and is_key(key):
+        ours = student.of(plan.terms, args)
         reader, rows = rows_of(key)
         plan, names = _plan_for(plan, reader, ours)
         tensors = read(plan.terms, names, reader, rows)
     else:
+        # The teacher first: its error on wrong images says more than the student's warning.
         tensors = plan.of_teachers(plan.teach(args, {}))
+        ours = student.of(plan.terms, args)
     found = zip(plan.terms, tensors, ours, strict=True)
     return [term.teacher_alone(tensor, size) for term, tensor, size in found]
 

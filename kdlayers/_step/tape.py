@@ -348,6 +348,10 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
             lost.append(hook.name)
         # Once changed, always copied: a module may change them in some forwards only.
         hook.copies = changed or bool(hook.copies)
+        if not changed:
+            # A copy would add up the gradients in another order, and a resumed run, whose first
+            # forward has a copy, would differ in rounding from one that was not stopped.
+            forward.features[hook.name] = features
     if lost:
         raise StaleCaptureError(
             f"{', '.join(lost)}: a later module changed these features in place for the first "

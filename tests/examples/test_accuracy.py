@@ -152,6 +152,20 @@ def test_recorded_views_of_grey_images_in_bfloat16(bench, tmp_path):
     assert line["last_terms"]["TemplateLoss.last"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--views records cropped and mirrored images: add --augment"),
+        (["--augment", "--first", "layer2"], "a record has only the attention map of layer2"),
+        (["--augment", "--last", "features.9:layer1"], "only the attention map of features.9:lay"),
+    ],
+)
+def test_a_record_that_would_not_hold_what_the_recipe_says(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        accuracy.parse(["--out", str(tmp_path / "v.jsonl"), "--views", "2", *options])
+    assert message in capsys.readouterr().err
+
+
 def test_tuning_leaves_the_test_images_alone(bench, tmp_path):
     line, *_ = bench(tmp_path / "t.jsonl", "--tuning", "--methods", "labels only", "--seeds", "9")
     assert line["test_accuracy"] is None

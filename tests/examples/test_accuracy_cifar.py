@@ -315,7 +315,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("method", ["letKD-2 + KD", "IE-KD", "AEKT chi2"])
+@pytest.mark.parametrize("method", ["letKD-2 + KD", "IE-KD", "AEKT chi2", "AT"])
 def test_a_killed_run_goes_on_after_its_last_epoch(method, bench, tmp_path, monkeypatch, capsys):
     options = ("--seeds", "4", "--methods", method)
     (whole,) = bench(tmp_path / "whole.jsonl", *options)

@@ -69,6 +69,12 @@ def test_recipes_and_seeds_are_not_mixed():
         report.by_method(lines("KD", [1.0]) + other)
     with pytest.raises(SystemExit, match="two runs of one seed"):
         report.by_method(lines("KD", [1.0]) + lines("KD", [2.0]))
+    short, long = (
+        [line | {"recipe": {"epochs": epochs}} for line in lines(method, [1.0])]
+        for method, epochs in (("KD", 20), ("DKD", 30))
+    )
+    with pytest.raises(SystemExit, match="runs with epochs 20 and 30, which cannot be compared"):
+        report.by_method(short + long)
 
 
 def entry(runs, short="some data"):
@@ -100,6 +106,12 @@ def test_the_first_page_says_what_the_intervals_say():
     assert cells["letKD-2"] == [f"{text} **better**", "not run yet |"]
     assert cells["letKD-1"][0] == f"{sum(OURS[:2]) / 2 - sum(THEIRS[:2]) / 2:+.2f} (2 seeds)"
     assert cells["KD"] == [words.plus_minus(THEIRS), f"{words.plus_minus(THEIRS)} |"]
+
+
+def test_the_first_page_counts_the_seeds_of_both():
+    """A difference has as many seeds as the method and its reference have in common."""
+    runs = {"KD": lines("KD", THEIRS[:1]), "letKD-2": lines("letKD-2", OURS)}
+    assert overview.cell("letKD-2", entry(runs).runs) == f"{OURS[0] - THEIRS[0]:+.2f} (1 seed)"
 
 
 def test_without_logits_differences_are_to_labels_only():

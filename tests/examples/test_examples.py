@@ -1,12 +1,14 @@
 """The examples are short, complete in themselves, and run; what they print is finite."""
 
 import ast
+import importlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_the_saved_student_is_the_trained_one(example):
     import letkd2
 
     fresh = letkd2.regnet([1, 1, 2], [16, 32, 64], 10)
-    student = load_student(fresh, folder / "runs" / "letkd2" / "student.pt")
+    student = load_student(fresh, folder / "runs" / "letkd2-quick" / "student.pt")
     assert sum(key.endswith(".head.weight") for key in student.state_dict()) == 2  # KD layers
     accuracy = dict(re.findall(r"^([\w -]+): ([\d.]+) %", output, re.M))
     assert accuracy["letKD-2"] == accuracy["loaded and baked"]
@@ -105,7 +107,7 @@ def test_own_loop_goes_on_where_it_stopped_and_exports(tmp_path):
     assert re.findall(r"^epoch (\d+):", first, re.M) == ["0"]
     assert re.findall(r"^epoch (\d+):", second, re.M) == ["1"]
     assert "layer4" in first
-    folder = tmp_path / "runs" / "own_loop"
+    folder = tmp_path / "runs" / "own_loop-quick"
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["kd"]["step"] == 16
     program = torch.export.load(folder / "student.pt2").module()
@@ -116,7 +118,38 @@ def test_a_second_call_trains_from_the_record_alone(tmp_path):
     first, second = run("recorded", tmp_path), run("recorded", tmp_path)
     assert re.findall(r"^(.*): \d+\.\d\d %$", first, re.M) == ["teacher", "recorded teacher"]
     assert second == first[first.index("epoch 0") :]  # the same student, without a teacher
-    assert (tmp_path / "runs" / "recorded" / "record" / "record.json").exists()
+    assert (tmp_path / "runs" / "recorded-quick" / "record" / "record.json").exists()
+
+
+def test_a_quick_call_leaves_nothing_to_a_whole_one(monkeypatch):
+    import data
+
+    for options, folder in (([], "recorded"), (["--quick"], "recorded-quick")):
+        monkeypatch.setattr(sys, "argv", ["examples/recorded.py", *options])
+        assert data.options("What it shows.").parse_args().out == Path("runs", folder)
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("quickstart", 60), ("label_free", 15)])
+def test_the_epochs_are_those_that_help_says(name, epochs, tmp_path, monkeypatch, capsys):
+    module, trained = importlib.import_module(name), []
+    train, digits = module.train, module.data.digits
+
+    def counted(model, images, epochs, *more):  # one epoch is enough to see how many were asked
+        trained.append(epochs)
+        return train(model, images, 1, *more)
+
+    monkeypatch.setattr(module, "train", counted)
+    monkeypatch.setattr(module, "probes", lambda *_: {}, raising=False)
+    monkeypatch.setattr(module, "SEEDS", range(2), raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert f"epochs of the student; default: {epochs}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--epochs", "7"])
+    monkeypatch.setattr(module.data, "digits", lambda end: digits(end).first(300, 50))
+    module.main()
+    assert trained.count(7) == (8 if name == "quickstart" else 3)
 
 
 def test_a_foundation_model_teaches_without_labels(tmp_path):

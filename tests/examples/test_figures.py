@@ -1,16 +1,19 @@
 """The page of visualize.py, and the figures of a student of the accuracy benchmark."""
 
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from kdlayers import KDPoint, attach_kd, save_student
 from tests.accuracy_bench import TINY
 from tests.benchmark_modules import load
 from tests.examples.test_examples import run
+from tests.test_measured import DOCS
 
 
 def test_the_page_shows_every_figure(tmp_path):
     run("visualize", tmp_path)
-    page = tmp_path / "runs" / "visualize"
+    page = tmp_path / "runs" / "visualize-quick"
     text = (page / "index.html").read_text("utf-8")
     figures = sorted(file.name for file in page.glob("*.png"))
     assert len(figures) == 8
@@ -46,3 +49,23 @@ def test_the_gallery_shows_what_two_runs_have_learnt(tmp_path, tmp_path_factory,
         load("gallery").main([*given, *TINY, *students, *figures])
         found = {file.stem.removeprefix("gallery-") for file in (tmp_path / folder).iterdir()}
         assert found == usual | expected
+
+
+def test_the_gallerys_curves_are_those_of_the_committed_lines(tmp_path):
+    gallery, drawn = load("gallery"), tmp_path / "curves.png"
+    lines = gallery.read(DOCS / "data" / "results" / "cifar100-10000.jsonl")
+    gallery.save_png(gallery.curves(lines, 0), drawn)
+    ours, theirs = (
+        pil_to_tensor(Image.open(file).convert("L")).float() / 255
+        for file in (drawn, DOCS / "figures" / "gallery-curves.png")
+    )
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().mean() < 0.002  # other versions of matplotlib draw text otherwise
+    weights = {
+        line["method"]: line["recipe"]["layer_weight"]
+        for line in lines
+        if line["seed"] == 0 and line["method"] in gallery.CURVES[2:]
+    }
+    assert weights == {"letKD-1": 1.0, "letKD-2": 10.0, "letKD-2 + KD": 10.0}
+    page = " ".join((DOCS / "gallery.md").read_text("utf-8").split())
+    assert "letKD-2, with KD and without, has its layers' losses multiplied by 10" in page
