@@ -26,7 +26,7 @@ def state_of(terms: Sequence[Term], teachers: Sequence[Teacher], step: int) -> d
     losses = {term.name: _copied(term.loss.state_dict()) for term in terms}
     points = {term.name: _compared(term) for term in terms}
     known = fingerprints(teachers)
-    state = {"version": VERSION, "step": step, "losses": losses, "points": points}
+    state: dict[str, Any] = {"version": VERSION, "step": step, "losses": losses, "points": points}
     state["teachers"] = known
     return {**state, "checksum": checksum(state)}
 
