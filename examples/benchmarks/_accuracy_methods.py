@@ -43,7 +43,7 @@ class Options:
     alpha_last: float = option(1.0, "value ratio of the last layer")
     head_scale: float = option(3.0, "initial scale of the scores of all layers")
     layer_weight: float = option(3.0, "weight of the layers' losses")
-    layer_weight_beside: float = option(3.0, "weight of the layers' losses if KD or DKD is added")
+    layer_weight_beside: float = option(3.0, "weight of the layers' losses beside another loss")
     layer_epochs: int = option(20, "epochs over which this weight falls to 0, if falling")
     ce_weight: float = option(1.0, "weight of cross-entropy if KDLoss is added")
     kd_weight: float = option(1.0, "weight of KDLoss")
@@ -185,6 +185,7 @@ def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
         "QuEST + KD": {"layers": [codebook(o, alpha=0.0)], "losses": [kd(o)]},
         "letKD-1 + KD": {"layers": [codebook(o)], "losses": [kd(o)]},
         "letKD-2 + DKD": {"layers": both, "losses": [dkd(o)]},
+        "letKD-2 + FitNet": {"layers": both, "losses": [fitnet(o)]},
         "layers only (1)": {"layers": [codebook(o)]} | free,
         "AEKT ratio_sq": {"losses": [aekt(o, "ratio_sq")]},
         "AEKT ratio": {"losses": [aekt(o, "ratio")]},

@@ -38,7 +38,10 @@ FOREIGN = CIFAR | {
     "components": 9,
     "epochs": 100,
     "views": 16,
-    "methods": ["labels only", "FitNet", "AT", "IE-KD", "letKD-1", "letKD-2", "layers only (2)"],
+    "methods": [
+        *("labels only", "FitNet", "AT", "IE-KD", "letKD-1", "letKD-2", "layers only (2)"),
+        "letKD-2 + FitNet",
+    ],
 }
 
 # The defaults that a regime sets. The command line can still override each of them.

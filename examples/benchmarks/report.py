@@ -79,6 +79,8 @@ CONTROLS = (
     ("letKD-2 + KD", "wider, same parameters + KD", "with KD: against as many parameters"),
     ("letKD-2 + KD", "wider, same MACs + KD", "with KD: against as many multiply-adds"),
     ("letKD-2 + DKD", "DKD", "do two layers help DKD?"),
+    ("letKD-2 + FitNet", "FitNet", "do two layers help FitNet?"),
+    ("letKD-2", "FitNet", "two layers against FitNet"),
     ("SKD + KD", "KD", "does the simplifier help KD?"),
     ("SKD + DKD", "DKD", "does the simplifier help DKD?"),
     ("AEKT chi2", "DKD", "does AEKT's adaptive term, with its linear layer, help DKD?"),
