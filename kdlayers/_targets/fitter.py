@@ -5,11 +5,13 @@ Several fitters share a pass, so that the teacher runs once for each batch. `KDH
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kdlayers._utils.distributed import together
 from kdlayers.errors import FitError
 
 
@@ -30,36 +32,47 @@ class Fitter(Protocol):
         ...
 
 
-def run_passes(
-    fitters: Sequence[Fitter],
-    batches: Callable[[Sequence[Fitter], int], Iterator[tuple[Sequence[Tensor], Tensor | None]]],
-) -> int:
+_Batches: TypeAlias = Callable[
+    [Sequence[Fitter], int], Iterator[tuple[Sequence[Tensor], Tensor | None]]
+]
+
+
+def run_passes(fitters: Sequence[Fitter], batches: _Batches) -> int:
     """Run passes until no fitter needs another one; returns the number of passes.
 
     ``batches(active, index)`` starts pass ``index`` and yields, for each batch, one teacher tensor
     for each of the ``active`` fitters, and the labels. Inside ``torch.inference_mode`` this uses
     ``torch.no_grad`` instead, because autograd cannot use inference tensors in training.
+
+    Raises:
+        FitError: if there is no batch, or if another rank failed.
     """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             return run_passes(fitters, batches)
     active, passes = list(fitters), 0
     while active:
-        seen = 0
-        for tensors, targets in batches(active, passes):
-            seen += 1
-            for fitter, tensor in zip(active, tensors, strict=True):
-                fitter.update(tensor, targets)
-        if not seen:
-            raise FitError(
-                "fit() got an empty loader: it yielded no batch"
-                if passes == 0
-                else f"fit() needs pass {passes + 1} over the data, but the loader yielded no "
-                "batch, as an exhausted generator does; pass a DataLoader or a list of batches"
-            )
+        # A rank that fails must not leave the others waiting at the end of the pass.
+        together(partial(_read, active, passes, batches), FitError)
         passes += 1
         active = [fitter for fitter in active if fitter.end_pass()]
     return passes
+
+
+def _read(active: Sequence[Fitter], index: int, batches: _Batches) -> None:
+    """Let the fitters read all batches of one pass."""
+    seen = 0
+    for tensors, targets in batches(active, index):
+        seen += 1
+        for fitter, tensor in zip(active, tensors, strict=True):
+            fitter.update(tensor, targets)
+    if not seen:
+        raise FitError(
+            "fit() got an empty loader: it yielded no batch"
+            if index == 0
+            else f"fit() needs pass {index + 1} over the data, but the loader yielded no "
+            "batch, as an exhausted generator does; pass a DataLoader or a list of batches"
+        )
 
 
 def pass_seed(seed: int, active: Sequence[Fitter], index: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from kdlayers.errors import RecordError
+from kdlayers.errors import KDLayersError, RecordError
 
 T = TypeVar("T")
 
@@ -53,22 +53,22 @@ def everywhere(value: T) -> list[T]:
     return found
 
 
-def together(work: Callable[[], T]) -> T:
+def together(work: Callable[[], T], error: type[KDLayersError] = RecordError) -> T:
     """Call ``work`` on every rank and wait for all; an error on one rank raises on all ranks.
 
     Raises:
-        RecordError: on the ranks that did not fail, if another did.
+        KDLayersError: of type ``error``, on the ranks that did not fail, if another did.
     """
     failure: Exception | None = None
     results: list[T] = []
     try:
         results.append(work())
-    except Exception as error:  # the other ranks must not wait for this one
-        failure = error
+    except Exception as raised:  # the other ranks must not wait for this one
+        failure = raised
     said = everywhere(None if failure is None else str(failure))
     if failure is not None:
         raise failure
     for index, text in enumerate(said):
         if text is not None:
-            raise RecordError(f"rank {index} failed: {text}")
+            raise error(f"rank {index} failed: {text}")
     return results[0]

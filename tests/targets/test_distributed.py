@@ -5,6 +5,7 @@ import torch
 
 from kdlayers import CodebookTargets, DecisionTargets
 from kdlayers._targets import codebook_fit, decision_fit
+from kdlayers.errors import FitError
 from tests.two_ranks import connect, on_two_ranks
 
 pytestmark = pytest.mark.slow
@@ -44,6 +45,24 @@ def work(rank, folder):
     small_samples(setattr)
     connect(rank)
     torch.save(fit_all(rank), f"{folder}/{rank}.pt")
+
+
+def fail(rank, folder):
+    connect(rank)
+    batches = share(rank, ALL)
+    batches[1][0][0] = torch.nan if rank else 0.0
+    for targets in (CodebookTargets(4), DecisionTargets(1)):
+        said = "NaN or infinite" if rank else "rank 1 failed: .*NaN or infinite"
+        with pytest.raises(FitError, match=said):
+            targets.fit(batches)
+        with pytest.raises(FitError, match="empty loader" if rank == 0 else "rank 0 failed"):
+            targets.fit([] if rank == 0 else share(rank, ALL))
+    torch.save(rank, f"{folder}/{rank}.pt")
+
+
+def test_what_fails_on_one_rank_is_an_error_on_both(tmp_path):
+    on_two_ranks(fail, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
 
 
 @pytest.fixture(scope="module")
