@@ -83,8 +83,9 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
     if present is not None:
         raise AttachError(
             f"there is already a {SLOT!r} at {name!r}: two points refer to the same module (such "
-            "as a stage and its last block), or the student was attached before; choose one of "
-            "the points, or call kd.remove() on the earlier handle"
+            "as a stage and its last block), or the student was attached or loaded before; choose "
+            "one of the points, call kd.remove() on the earlier handle, or attach to a new model "
+            "and then load the state_dict() of this one"
         )
     store = store_path(site)  # before add_module, which would make the slot the last child
     home.add_module(SLOT, slot)

@@ -137,6 +137,22 @@ def test_a_saved_student_predicts_the_same_in_a_fresh_process(tmp_path):
     subprocess.run([sys.executable, "-c", code, *files], check=True)
 
 
+def test_a_saved_student_is_distilled_further(tmp_path):
+    student, kd = attached()
+    kd.fit([(IMAGES, LABELS)])
+    train(student, kd, sgd(student), 3)
+    save_student(student, tmp_path / "student.pt")
+    loaded = load_student(Net(4), tmp_path / "student.pt")
+    with pytest.raises(AttachError, match="or attach to a new model and then load"):
+        attach_kd(loaded, Net(6), [KDPoint("last", targets=CodebookTargets(4))], example=IMAGES)
+    again, more = attached()
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again.eval()(IMAGES), student.eval()(IMAGES))
+    more.fit([(IMAGES, LABELS)])
+    train(again, more, sgd(again), 1)
+    assert more.terms.keys() == kd.terms.keys()
+
+
 def test_loading_keeps_flags_and_random_state(tmp_path):
     student, _ = attached()
     save_student(student, tmp_path / "student.pt")
