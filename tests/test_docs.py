@@ -103,6 +103,8 @@ def test_code_runs(page, tmp_path, monkeypatch):
     if page.name == "own-loop.md":
         images_and_teacher()
     text = page.read_text("utf-8")
+    if page.name == "export.md" and torch.__version__ < TorchVersion("2.10"):
+        text = re.sub(r"## AOTInductor\n.*?(?=\n## )", "", text, flags=re.S)  # as the page says
     if page.name in NEEDS_BEFORE:
         text = f"```python\n{NEEDS_BEFORE[page.name]}\n```\n{text}"
     run_page(text, str(page))
