@@ -56,6 +56,7 @@ class Options:
     warmup: int = option(4, "warm-up epochs of DKDLoss and AEKTLoss")
     skd_grad_scale: float = option(0.01, "simplifier_grad_scale of StudentFriendlyKDLoss")
     fitnet_weight: float = option(10.0, "weight of FitNetLoss")
+    feature_weight: float = option(1.0, "weight of FeatureLoss, with its default distance")
     at_weight: float = option(1000.0, "weight of AttentionTransferLoss at each stage")
     iekd_weight: float = option(2000.0, "inherit_weight and explore_weight of InheritExploreLoss")
     iekd_epochs: int = option(10, "epochs of InheritExploreLoss's auto-encoder")
@@ -142,6 +143,10 @@ def fitnet(o: Options) -> Recipe:
     return {"loss": "FitNetLoss", "at": o.last, "weight": o.fitnet_weight}
 
 
+def feature(o: Options) -> Recipe:
+    return {"loss": "FeatureLoss", "at": o.last, "weight": o.feature_weight}
+
+
 def iekd(o: Options) -> Recipe:
     return {
         "loss": "InheritExploreLoss",
@@ -178,6 +183,7 @@ def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
         "IE-KD": {"losses": [iekd(o)]},
         "AT": {"losses": attention(o)},
         "FitNet": {"losses": [fitnet(o)]},
+        "FeatureLoss": {"losses": [feature(o)]},
         "wider, same parameters": {"width": o.width_parameters},
         "wider, same MACs": {"width": o.width_macs},
         "wider, same parameters + KD": {"width": o.width_parameters, "losses": [kd(o)]},

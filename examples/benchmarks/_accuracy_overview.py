@@ -28,6 +28,8 @@ SHOWN = (
     "wider, same parameters + KD",
     "QuEST",
     "FitNet",
+    "letKD-2 + FitNet",
+    "FeatureLoss",
     "AT",
     "IE-KD",
     "SKD + KD",
@@ -45,6 +47,7 @@ DRAWN = (
     "wider, same MACs + KD",
     "wider, same parameters + KD",
     "FitNet",
+    "letKD-2 + FitNet",
     "AT",
     "IE-KD",
 )

@@ -40,7 +40,7 @@ FOREIGN = CIFAR | {
     "views": 16,
     "methods": [
         *("labels only", "FitNet", "AT", "IE-KD", "letKD-1", "letKD-2", "layers only (2)"),
-        "letKD-2 + FitNet",
+        *("letKD-2 + FitNet", "FeatureLoss"),
     ],
 }
 
