@@ -196,7 +196,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[module] += 1
-        found = main_tensor(output)
+        found = main_tensor(output, batch)
         statements.note(module, args, output)
         if name in calls:
             calls[name].calls += 1
@@ -207,6 +207,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
             tensors[name] = (tensor, _version(tensor))
 
     given = fresh(example)
+    batch = next((len(tensor) for _, tensor in leaves(given) if tensor.dim() > 3), None)
     versions = [_version(tensor) for _, tensor in leaves(given)]
     with ExitStack() as stack:
         changed_buffers = stack.enter_context(undisturbed(model))

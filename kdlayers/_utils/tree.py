@@ -53,16 +53,20 @@ def first_tensor(tree: Any) -> Tensor | None:
     return found[0][1] if found else None
 
 
-def main_tensor(tree: Any) -> tuple[Path, Tensor] | None:
+def main_tensor(tree: Any, batch: int | None = None) -> tuple[Path, Tensor] | None:
     """The features in a module's output, which are floating-point.
 
     The first of several values, such as features and attention weights; the largest value of a
     dict, such as the maps of a backbone by name. Vectors count only if there is nothing else.
+    With the number of images, ``batch``, values of other numbers of samples count only if there is
+    nothing else: blocks of TNT return the pixels of each patch before the patches of each image.
     """
     found = [(path, t) for path, t in leaves(tree) if t.is_floating_point() and t.dim() > 1]
     found = [item for item in found if item[1].dim() > 2] or found
     if not found:
         return None
+    # Sequence-first tokens have the batch second; attention weights must not take their place.
+    found = [item for item in found if batch in item[1].shape[:2]] or found
     named = isinstance(tree, dict) and not is_dataclass(tree)
     return max(found, key=lambda item: item[1].numel()) if named else found[0]
 

@@ -49,6 +49,15 @@ def test_the_features_are_the_first_value_or_the_largest_of_a_dict():
     assert main_tensor(fields)[1] is tokens
 
 
+def test_the_features_have_the_batch_where_any_value_has_it():
+    pixels, patches = torch.zeros(18, 16, 4), torch.zeros(2, 10, 4)
+    assert main_tensor((pixels, patches), 2)[1] is patches
+    assert main_tensor((pixels, patches))[1] is pixels
+    assert main_tensor((pixels,), 2)[1] is pixels
+    sequence_first, attention = torch.zeros(9, 2, 4), torch.zeros(2, 9, 9)
+    assert main_tensor((sequence_first, attention), 2)[1] is sequence_first
+
+
 def test_names_are_matched_part_by_part():
     names = ["layer1", "layer1.0", "layer1.1", "layer2", "layer2.0", "head"]
     assert match("layer*", names, Net(), "student") == ["layer1", "layer2"]
