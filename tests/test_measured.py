@@ -209,3 +209,26 @@ def test_what_the_pages_say_of_recorded_views():
     for views, before in ((4, "a live teacher"), (16, "nor with 16 views")):
         middle, low, high = (f"{number:.1f}" for number in difference(runs[views], live))
         assert f"{before} ({middle} points, {low} to {high}, three seeds)" in found
+
+
+def test_what_the_pages_say_of_a_teacher_of_other_classes():
+    runs = accuracies("cifar10-500")
+    pairs = {
+        ("letKD-2", "labels only"): (1, "letkd.md", "README"),
+        ("FitNet", "labels only"): (1, "README"),
+        ("layers only (2)", "labels only"): (0, "README"),
+        ("letKD-2", "layers only (2)"): (1, "letkd.md"),
+        ("letKD-2", "letKD-1"): (1, "letkd.md"),
+        ("letKD-2", "FitNet"): (0, "letkd.md"),
+        ("letKD-2 + FitNet", "FitNet"): (0, "letkd.md"),
+        ("AT", "labels only"): (1,),
+        ("letKD-1", "labels only"): (1,),
+    }
+    for (ours, theirs), (expected, *pages) in pairs.items():
+        assert set(runs[ours]) == set(runs[theirs]) == {0, 1, 2}
+        assert verdict(runs[ours], runs[theirs]) == expected, (ours, theirs)
+        middle, low, high = (f"{x:.1f}" for x in difference(runs[ours], runs[theirs]))
+        for page in ("results-cifar10-500.md", *pages):
+            path = DOCS.parent / "README.md" if page == "README" else DOCS / page
+            text = " ".join(path.read_text("utf-8").split())
+            assert re.search(rf"{middle}( points)?,? \(?{low} to {high}", text), (page, ours, theirs)
