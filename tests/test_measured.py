@@ -231,4 +231,5 @@ def test_what_the_pages_say_of_a_teacher_of_other_classes():
         for page in ("results-cifar10-500.md", *pages):
             path = DOCS.parent / "README.md" if page == "README" else DOCS / page
             text = " ".join(path.read_text("utf-8").split())
-            assert re.search(rf"{middle}( points)?,? \(?{low} to {high}", text), (page, ours, theirs)
+            said = rf"{middle}( points)?,? \(?{low} to {high}"
+            assert re.search(said, text), (page, ours, theirs)

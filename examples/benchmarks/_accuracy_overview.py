@@ -80,12 +80,13 @@ PUBLISHED = """\
 """
 
 READING = """\
-*layers only*: letKD's layers without the teacher's supervision. *wider*: a student without layers
-with as many parameters, or multiply-adds (MACs), as letKD-2's student. **The rows of KD and labels
-only are accuracies in %. The other rows are differences to KD**, or to labels only where the
-teacher has other classes. All runs of a seed have the same initial weights and the same images in
-the same order. Accuracies are those of the last epoch. With so many comparisons, about one in
-twenty excludes 0 by chance.
+*left out*: not part of the regime, as losses on logits where the teacher has other classes. *layers
+only*: letKD's layers without the teacher's supervision. *wider*: a student without layers with as
+many parameters, or multiply-adds (MACs), as letKD-2's student. **The rows of KD and labels only are
+accuracies in %. The other rows are differences to KD**, or to labels only where the teacher has
+other classes. All runs of a seed have the same initial weights and the same images in the same
+order. Accuracies are those of the last epoch. With so many comparisons, about one in twenty
+excludes 0 by chance.
 
 `python examples/benchmarks/report.py` computes every number on these pages from the committed lines
 in `docs/data/results`, one line per training run. `examples/benchmarks/accuracy.py` makes these
@@ -102,14 +103,14 @@ class Entry:
         title: title of the page.
         short: short title for the figure and the table.
         runs: lines by method.
-        total: number of methods of the regime, including those that were not run.
+        methods: the methods of the regime, including those that were not run.
     """
 
     stem: str
     title: str
     short: str
     runs: Runs
-    total: int
+    methods: Sequence[str]
 
 
 def overview(
@@ -168,7 +169,7 @@ def overview_table(entries: Sequence[Entry]) -> str:
     names = [name for name in SHOWN if any(name in entry.runs for entry in entries)]
     rows = []
     for name in names:
-        row = [name, *(cell(name, entry.runs) for entry in entries)]
+        row = [name, *(cell(name, entry) for entry in entries)]
         if known:
             value = known.get(name)
             level = name in ("labels only", "KD")
@@ -188,10 +189,11 @@ def against(value: float, known: Mapping[str, float]) -> str:
     return f"{value - known['KD']:+.2f}"
 
 
-def cell(name: str, runs: Runs) -> str:
+def cell(name: str, entry: Entry) -> str:
     """The accuracy of KD and of labels only; for other methods the difference."""
+    runs = entry.runs
     if name not in runs:
-        return "not run yet"
+        return "not run yet" if name in entry.methods else "left out"
     reference = reference_of(runs)
     if name in ("labels only", reference) or reference not in runs:
         return plus_minus([line["test_accuracy"] for line in runs[name]])
@@ -207,7 +209,7 @@ def link(entry: Entry) -> str:
     seeds = sorted({len(lines) for lines in entry.runs.values()})
     span = str(seeds[-1]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     plural = "" if seeds[-1] == 1 else "s"
-    count = f"{len(entry.runs)} of {entry.total} methods, {span} seed{plural}"
+    count = f"{len(entry.runs)} of {len(entry.methods)} methods, {span} seed{plural}"
     return f"- [{entry.title}](results-{entry.stem}.md): {count}"
 
 

@@ -170,7 +170,7 @@ def entry_of(path: Path) -> Entry:
     """A regime for the first page."""
     runs = by_method(read(path))
     name = title(first_line(runs))
-    return Entry(path.stem, name, MAIN.get(path.stem, name), runs, len(methods_of(runs)))
+    return Entry(path.stem, name, MAIN.get(path.stem, name), runs, methods_of(runs))
 
 
 def methods_of(runs: dict[str, list[Line]]) -> list[str]:
