@@ -80,13 +80,13 @@ PUBLISHED = """\
 """
 
 READING = """\
-*left out*: not part of the regime, as losses on logits where the teacher has other classes. *layers
-only*: letKD's layers without the teacher's supervision. *wider*: a student without layers with as
-many parameters, or multiply-adds (MACs), as letKD-2's student. **The rows of KD and labels only are
-accuracies in %. The other rows are differences to KD**, or to labels only where the teacher has
-other classes. All runs of a seed have the same initial weights and the same images in the same
-order. Accuracies are those of the last epoch. With so many comparisons, about one in twenty
-excludes 0 by chance.
+*left out*: not part of the regime, such as losses on logits where the teacher has other classes.
+*layers only*: letKD's layers without the teacher's supervision. *wider*: a student without layers
+with as many parameters, or multiply-adds (MACs), as letKD-2's student. **The rows of KD and labels
+only are accuracies in %. The other rows are differences to KD**, or to labels only where the
+teacher has other classes. All runs of a seed have the same initial weights and the same images in
+the same order. Accuracies are those of the last epoch. With so many comparisons, about one in
+twenty excludes 0 by chance.
 
 `python examples/benchmarks/report.py` computes every number on these pages from the committed lines
 in `docs/data/results`, one line per training run. `examples/benchmarks/accuracy.py` makes these
