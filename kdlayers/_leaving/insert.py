@@ -42,13 +42,15 @@ class Place:
 def make_slot(layer: LayerDescription) -> Slot:
     """A KD layer of these sizes; its values will be overwritten."""
     with torch.random.fork_rng(devices=[]):
-        return Slot(
+        slot = Slot(
             layer.in_channels,
             layer.num_templates,
             alpha=layer.alpha,
             channel_dim=layer.channel_dim,
             memory=layer.memory,
         )
+    slot.norm.eps = layer.eps
+    return slot
 
 
 def slot_keys() -> set[str]:

@@ -73,6 +73,7 @@ def _describe(student: nn.Module, module: nn.Module, hook: InsertLayer) -> Layer
         float(slot.alpha),  # a NumPy number or a tensor could not be read back
         slot.head.channel_dim,
         slot.memory,
+        float(slot.norm.eps),
     )
     changed = set(slot.state_dict()) ^ slot_keys()
     if changed:

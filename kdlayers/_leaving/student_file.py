@@ -18,8 +18,8 @@ from kdlayers._utils.tree import Path
 from kdlayers.errors import CheckpointError
 
 FORMAT = "kdlayers student"
-VERSION = 2
-"""Version 1 had no checksums, and no ``memory`` in a layer's description."""
+VERSION = 3
+"""Version 1 had no checksums and no ``memory`` of a layer; version 2 had no ``eps``."""
 
 _PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
 _short = Repr()
@@ -37,6 +37,8 @@ class LayerDescription:
     alpha: float
     channel_dim: int
     memory: str = "normal"
+    eps: float = 1e-5
+    """Of the layer's batch norm."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,9 @@ def _with_versions(state: Any, versions: Any) -> OrderedDict[str, Any]:
 
 
 def _layer(item: Any, version: int, label: str) -> LayerDescription:
-    if version == 1 and isinstance(item, dict) and "memory" not in item:
-        item = {**item, "memory": "normal"}
+    if isinstance(item, dict):
+        added = {"memory": "normal", "eps": 1e-5} if version == 1 else {"eps": 1e-5}
+        item = item if version == VERSION else {**added, **item}
     _check_layer(item, f"{label} is damaged")
     return replace(LayerDescription(**item), path=tuple(item["path"]))
 
@@ -158,19 +161,19 @@ def _check_layer(item: Any, what: str) -> None:
     counts = ("in_channels", "num_templates", "channel_dim")
     valid = (
         isinstance(item, dict)
-        and set(item) == {"name", "path", "alpha", "memory", *counts}
+        and set(item) == {"name", "path", "alpha", "memory", "eps", *counts}
         and isinstance(item["name"], str)
         and isinstance(item["path"], (list, tuple))
         and all(isinstance(key, (int, str)) for key in item["path"])
         and all(type(item[key]) is int for key in counts)
-        and type(item["alpha"]) in (int, float)
-        and isfinite(item["alpha"])
+        and all(type(item[key]) in (int, float) for key in ("alpha", "eps"))
+        and all(isfinite(item[key]) and item[key] >= 0 for key in ("alpha", "eps"))
         and item["memory"] in MEMORY
         and item["channel_dim"] in (1, -1)
         and item["in_channels"] > 0
         and item["num_templates"] > 0
     )
-    if not valid or item["alpha"] < 0:
+    if not valid:
         raise CheckpointError(f"{what}: a KD layer is described by {_short.repr(item)}")
 
 

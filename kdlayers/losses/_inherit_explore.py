@@ -191,7 +191,8 @@ class InheritExploreLoss(DistillLoss):
         self.train(self.training)
 
     def _inherits(self, channels: int) -> int:
-        count = int(channels * self.inherit_ratio)
+        # Rounded first: 0.29 * 100 is 28.999999999999996, and int() alone would lose a channel.
+        count = int(round(channels * self.inherit_ratio, 6))
         if not 0 < count < channels:
             raise ShapeError(
                 f"inherit_ratio={self.inherit_ratio} of {channels} student channels leaves "

@@ -225,7 +225,7 @@ def change(path, value):
     ("damage", "sentence"),
     [
         (change(["format"], "other"), "not a file of save_student"),
-        (change(["version"], 3), "install a newer kdlayers"),
+        (change(["version"], 4), "install a newer kdlayers"),
         (change(["version"], "2"), "install a newer kdlayers"),
         (change(["layers"], []), "has no KD layers"),
         (change(["layers"], None), "is damaged"),
@@ -239,6 +239,7 @@ def change(path, value):
         (change(["layers", 0, "path"], [[0]]), "is damaged: a KD layer is described"),
         (change(["layers", 0], {"name": "first"}), "is damaged: a KD layer is described"),
         (change(["layers", 0, "memory"], "high"), "is damaged: a KD layer is described"),
+        (change(["layers", 0, "eps"], -1e-5), "is damaged: a KD layer is described"),
         (change(["state", "head.weight"], torch.zeros(7, 5)), "head.weight has shape"),
         (change(["state", "extra"], torch.zeros(7)), "extra is unknown"),
         (change(["state"], {}), "the file is damaged"),
@@ -333,6 +334,16 @@ def test_points_with_several_arguments_and_nested_outputs(tmp_path):
     assert torch.equal(bake(student)(IMAGES), expected)
     save_student(student, tmp_path / "student.pt")
     assert torch.equal(load_student(Outer().eval(), tmp_path / "student.pt")(IMAGES), expected)
+
+
+def test_the_epsilon_of_a_layers_batch_norm_is_kept(tmp_path):
+    student, _ = attached()
+    for slot in slots(student).values():  # scripts that follow TensorFlow change all norms
+        slot.norm.eps = 0.1
+    save_student(student.eval(), tmp_path / "student.pt")
+    loaded = load_student(Net(4).eval(), tmp_path / "student.pt")
+    assert [slot.norm.eps for slot in slots(loaded).values()] == [0.1, 0.1]
+    torch.testing.assert_close(loaded(IMAGES), student(IMAGES))
 
 
 def test_a_file_of_format_version_1_still_loads():

@@ -158,6 +158,13 @@ def test_the_split_takes_each_channel_once_and_is_saved():
     assert natural.explore_channels.tolist() == [2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_the_share_of_the_channels_is_exact(percent):
+    loss = InheritExploreLoss(host="attention", inherit_ratio=percent / 100)
+    loss(maps(100), maps(8))
+    assert len(loss.inherit_channels) == percent  # 0.29 * 100 is below 29 in floating point
+
+
 def test_use_before_fit_is_an_error():
     loss = InheritExploreLoss()
     assert not loss.fitted
