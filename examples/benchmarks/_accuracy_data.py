@@ -47,17 +47,18 @@ def load(name: str, root: str, cache: Path, *, validation: int, download: bool =
         name: ``"fashion-mnist"``, ``"cifar10"`` or ``"cifar100"``.
         root: its folder, as of `common.fashion_mnist.find` or `common.cifar.load`.
         cache: folder for decoded images.
-        validation: number of validation images, which no network trains on.
+        validation: number of validation images, which no network trains on; may be 0.
         download: whether to download the data set if it is missing.
     """
     if name == "fashion-mnist":
         whole, test = fashion_mnist.load(Path(root), download=download)
     else:
         whole, test = cifar.load(name, Path(root), cache, MEAN, STD, download=download)
-    if not 0 < validation < len(whole):
-        raise SystemExit(f"--validation must be between 0 and {len(whole)}, got {validation}")
+    if not 0 <= validation < len(whole):
+        raise SystemExit(f"--validation must be 0 to {len(whole) - 1}, got {validation}")
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-    return Splits(whole.take(order[:-validation]), whole.take(order[-validation:]), test)
+    kept, held_out = order.split([len(whole) - validation, validation])
+    return Splits(whole.take(kept), whole.take(held_out), test)
 
 
 def few(train: Images, images: int, seed: int) -> Images:

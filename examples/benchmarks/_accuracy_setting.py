@@ -49,10 +49,17 @@ def setting(lines: Sequence[Line]) -> str:
         f"cosine. {augmentation(recipe)}. Training is in {recipe['precision']}, testing in "
         f"float32. The teacher, with folded batch norms, {forward}. It was trained with crops and "
         "flips.",
-        f"**Validation**: {recipe['validation']:,} training images that no student trains on.",
+        f"**Validation**: {held_out(recipe['validation'])}.",
         f"**Run** {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {', '.join(versions)}.",
     ]
     return "\n".join(wrapped(item) for item in items)
+
+
+def held_out(images: int) -> str:
+    """What the validation images are."""
+    if not images:
+        return "none; the settings are those of a regime with fewer images"
+    return f"{images:,} training images that no student trains on"
 
 
 def teacher_text(teacher: Line) -> str:

@@ -23,7 +23,7 @@ On a GPU you can use as many epochs and templates as the papers. The teacher run
 
     python examples/benchmarks/accuracy.py --regime cifar100-all --root CIFAR100 --epochs 240 \
         --teacher-checkpoint resnet56.pt --device cuda --templates 4096 --subclasses 8 \
-        --validation 500 --cache runs --out runs/cifar100-240.jsonl
+        --views live --cache runs --out runs/cifar100-240.jsonl
 
 To compare numbers of recorded views, and recorded views with a live teacher, write a second file
 next to the file of the regime; report.py makes a table of it:
@@ -129,9 +129,9 @@ def run(name: str, recipe: Recipe, seed: int, regime: Regime, kept: Path) -> dic
     let_go(kd, recipe)
     if args.save and any(".kd." in name for name, _ in student.named_parameters()):
         kdlayers.save_student(student, saved_at(args.save, name, seed))
-    shown = splits.validation if args.tuning else splits.test
+    shown, held_out = splits.validation if args.tuning else splits.test, splits.validation
     return {
-        "validation_accuracy": accuracy(student, splits.validation.batches()).top1,
+        "validation_accuracy": accuracy(student, held_out.batches()).top1 if held_out else None,
         "test_accuracy": None if args.tuning else accuracy(student, splits.test.batches()).top1,
         "training_accuracy": accuracy(student, split.batches()).top1,
         "parameters": parameters(student),
@@ -306,7 +306,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = group.add_argument
     add("--teacher", default="resnet14", help="default: %(default)s")
     add("--teacher-epochs", type=int, default=15, help="default: %(default)s")
-    add("--validation", type=int, default=5000, help="validation images; default: %(default)s")
+    add(
+        "--validation",
+        type=int,
+        default=5000,
+        help="validation images, or 0 for none; default: %(default)s",
+    )
     add("--images", type=int, default=6000, help="per student; 0: all; default: %(default)s")
     add("--epochs", type=int, default=20, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="default: %(default)s")
@@ -327,6 +332,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.views:
         check_views(parser, args)
+    trained = args.teacher_checkpoint is None and args.data == "fashion-mnist"
+    if not args.validation and (args.tuning or trained):
+        parser.error("--tuning and a teacher trained here need images: pass --validation N")
     unknown = set(args.methods or ()) - set(recipes(chosen(args)))
     if unknown:
         parser.error(f"no method {sorted(unknown)}; the methods are {list(recipes(chosen(args)))}")

@@ -237,6 +237,19 @@ def test_recorded_runs_have_full_lines(bench, tmp_path):
     assert lines[0]["curve"][-1]["cross-entropy"] < lines[0]["curve"][0]["cross-entropy"]
 
 
+def test_all_images_can_be_trained_on(bench, tmp_path, capsys):
+    options = ("--images", "0", "--validation", "0", "--views", "1", "--seeds", "0")
+    (line,) = bench(tmp_path / "tiny.jsonl", *options, "--methods", "labels only")
+    assert line["validation_accuracy"] is None
+    assert 0 <= line["test_accuracy"] <= 100
+    page = " ".join(load("report").pages(tmp_path)["results-tiny.md"].split())
+    assert "It sees all training images." in page
+    assert "**Validation**: none;" in page
+    with pytest.raises(SystemExit):
+        bench(tmp_path / "tuning.jsonl", *options, "--tuning")
+    assert "pass --validation N" in capsys.readouterr().err
+
+
 def test_accuracy_against_the_number_of_views(bench, tmp_path):
     options = ("--methods", "KD", "--seeds", "0", "1", "2")
     usual = bench(tmp_path / "tiny.jsonl", *options)
