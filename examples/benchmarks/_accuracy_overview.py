@@ -159,7 +159,8 @@ def finding(entry: Entry) -> str:
     ]
     few = groups.get("too few seeds", [])
     if few:
-        said.append(f"too few seeds for a verdict: {len(few)} methods")
+        methods = "method" if len(few) == 1 else "methods"
+        said.append(f"too few seeds for a verdict: {len(few)} {methods}")
     return f"- **{entry.short}**: {'; '.join(said) or 'not run yet'}."
 
 
