@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kdlayers._leaving.wrapped import refuse_shards, student_inside
+from kdlayers._models.wrappers import refuse_shards, student_inside
 from kdlayers._step.hooks import is_recording
 from kdlayers._step.sites import displace, inserts
 from kdlayers._step.slot import Slot

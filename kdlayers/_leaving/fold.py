@@ -10,7 +10,7 @@ from kdlayers._layer.batch_norm import as_affine
 from kdlayers._layer.layer import LayerParts, product_dtype
 from kdlayers._layer.recognise import recognise_frozen
 from kdlayers._leaving.bake import replace_layers
-from kdlayers._leaving.wrapped import student_inside
+from kdlayers._models.wrappers import student_inside
 from kdlayers._step.sites import slots
 from kdlayers._utils.chunks import DEVICES
 from kdlayers._utils.norms import inverse_norm

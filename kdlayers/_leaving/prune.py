@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._leaving.wrapped import is_ddp, refuse_shards, student_inside
 from kdlayers._models.trace import to_model
 from kdlayers._models.undisturbed import undisturbed
+from kdlayers._models.wrappers import is_ddp, refuse_shards, student_inside
 from kdlayers._step.batches import split_batch
 from kdlayers._step.sites import inserts, slots
 from kdlayers._step.slot import Slot

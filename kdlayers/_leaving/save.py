@@ -7,7 +7,8 @@ from torch import nn
 
 from kdlayers._leaving.insert import find_places, insert, slot_keys
 from kdlayers._leaving.student_file import LayerDescription, pack, unpack
-from kdlayers._leaving.wrapped import is_first_process, refuse_wrapped, student_inside
+from kdlayers._leaving.wrapped import is_first_process, refuse_wrapped
+from kdlayers._models.wrappers import student_inside
 from kdlayers._step.hooks import InsertLayer, guard_hooks
 from kdlayers._step.sites import hook_site, inserts
 from kdlayers._utils.archives import read_archive, write_archive

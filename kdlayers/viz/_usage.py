@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._layer.layer import LayerParts
-from kdlayers._models.wrappers import unwrap
+from kdlayers._models.wrappers import refuse_shards, student_inside
 from kdlayers._step.batches import split_batch
 from kdlayers._utils.chunks import chunks
 from kdlayers.errors import FitError
@@ -48,7 +48,8 @@ def template_usage(
     act on those tokens, so :func:`~kdlayers.prune_templates` counts all positions.
 
     Args:
-        student: a model with KD layers, attached, detached, loaded or baked.
+        student: a model with KD layers, attached, detached, loaded or baked. It may be wrapped, as
+            by ``torch.compile``, DDP or ``AveragedModel``.
         loader: batches of images, or of (images, labels), as the student takes them.
         at: name of the layer's point; optional if there is only one.
 
@@ -70,7 +71,8 @@ def template_usage(
         >>> usage.positions, bool((usage.best <= usage.fires).all())
         (8, True)
     """
-    student, _ = unwrap(student, "student")
+    student = student_inside(student)
+    refuse_shards(student, "template_usage")
     name, layer = find_layer(student, at)
     fires = torch.zeros(layer.head.num_templates, dtype=torch.int64)
     best, positions = fires.clone(), 0

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlayers._models.wrappers import unwrap
+from kdlayers._models.wrappers import refuse_shards, student_inside
 from kdlayers._targets.kmeans import principal_axes
 from kdlayers.errors import AttachError
 from kdlayers.functional import _checks as check
@@ -46,7 +46,8 @@ def layer_view(student: nn.Module, images: Tensor, at: str | None = None) -> Lay
     pass a few images only, and use :func:`template_usage` for whole data sets.
 
     Args:
-        student: a model with KD layers, attached, detached, loaded or baked.
+        student: a model with KD layers, attached, detached, loaded or baked. It may be wrapped, as
+            by ``torch.compile``, DDP or ``AveragedModel``.
         images: as the student takes them, ``[B, channels, height, width]``.
         at: name of the layer's point; optional if there is only one.
 
@@ -54,7 +55,8 @@ def layer_view(student: nn.Module, images: Tensor, at: str | None = None) -> Lay
         The features before and after, the scores and the assignments, as grids.
 
     Raises:
-        AttachError: if the student has no KD layers, or the layer did not run exactly once.
+        AttachError: if the student has no KD layers, if FSDP has split it, or if the layer did not
+            run exactly once.
         ArgumentError: if there are several layers and ``at`` is not given.
         NoMatchError: if there is no KD layer of this name.
         ArgumentTypeError: if ``images`` is not a tensor.
@@ -71,7 +73,8 @@ def layer_view(student: nn.Module, images: Tensor, at: str | None = None) -> Lay
         >>> view.before.shape, view.scores.shape
         (torch.Size([2, 3, 2, 512]), torch.Size([2, 3, 2, 16]))
     """
-    student, _ = unwrap(student, "student")
+    student = student_inside(student)
+    refuse_shards(student, "layer_view")
     check_images(images)
     name, layer = find_layer(student, at)
     seen = watched(student, layer, images)

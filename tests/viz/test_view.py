@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from kdlayers import (
     DecisionTargets,
@@ -217,6 +218,14 @@ def test_loaded_and_baked_students_show_the_same(net, tmp_path):
         theirs = viz.layer_view(model, images, name)
         torch.testing.assert_close(theirs.after, ours.after)
         torch.testing.assert_close(theirs.assignment, ours.assignment)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "tokens"])
+def test_a_moving_average_is_looked_through(layout):
+    model, images, known = planted(layout)
+    averaged = AveragedModel(model)
+    assert torch.equal(viz.match_map(viz.layer_view(averaged, images)), known)
+    assert viz.template_usage(averaged, [images]).positions == known.numel()
 
 
 def test_features_changed_in_place_later_are_those_of_the_layer():
