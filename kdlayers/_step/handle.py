@@ -29,7 +29,7 @@ class KDHandle(Learning):
 
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
     that record the student's forwards. It is a plain object, not a module, and nothing of it
-    enters the student's state dict, copies or checkpoints. Recording ends when it is dropped.
+    enters the student's state dict, copies or checkpoints. Recording ends when it is deleted.
 
     Attributes:
         student: the model that was given, unwrapped from ``torch.compile``; of a detector, its
