@@ -122,7 +122,8 @@ class KDHandle(Learning):
 
         Raises:
             ArgumentTypeError: if ``targets`` is not a tensor, or requires grad (did you pass the
-                logits?); if a loss of your own returns no scalar tensor with a gradient.
+                logits?); if your own loss does not return a scalar tensor with a
+                gradient.
             CaptureError: if no training forward was recorded, a KD layer did not run in it, or this
                 is called under ``torch.no_grad()``.
             StaleCaptureError: if several forwards were run, or the batch, features or logits were
