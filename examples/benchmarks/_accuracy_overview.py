@@ -60,8 +60,9 @@ INTRODUCTION = """\
 Which method should you use, and how much does it help? Each point is the mean difference in test
 accuracy between a method and KD, paired by seed, with its 95 % interval. Where the teacher has
 other classes than the student, the difference is to labels only. Green means better: the interval
-is above 0. Red means worse. Grey means not separated, which does not mean equal. Hollow points have
-fewer than three seeds, so there is no interval and no verdict.
+is above 0. Red means worse. Grey means not separated: the interval includes 0, which does not mean
+that the methods are equal. Hollow points have fewer than three seeds, so there is no interval and
+no verdict.
 
 ```{image} figures/results.svg
 :alt: differences to KD with their intervals, a panel for each regime
@@ -85,8 +86,8 @@ READING = """\
 with as many parameters, or multiply-adds (MACs), as letKD-2's student. **The rows of KD and labels
 only are accuracies in %. The other rows are differences to KD**, or to labels only where the
 teacher has other classes. All runs of a seed have the same initial weights and the same images in
-the same order. Accuracies are those of the last epoch. With so many comparisons, about one in
-twenty excludes 0 by chance.
+the same order. Accuracies are those of the last epoch. With so many comparisons, about one interval
+in twenty excludes 0 by chance.
 
 `python examples/benchmarks/report.py` computes every number on these pages from the committed lines
 in `docs/data/results`, one line per training run. `examples/benchmarks/accuracy.py` makes these
@@ -159,8 +160,8 @@ def finding(entry: Entry) -> str:
     ]
     few = groups.get("too few seeds", [])
     if few:
-        methods = "method" if len(few) == 1 else "methods"
-        said.append(f"too few seeds for a verdict: {len(few)} {methods}")
+        plural = "" if len(few) == 1 else "s"
+        said.append(f"too few seeds for a verdict: {len(few)} method{plural}")
     return f"- **{entry.short}**: {'; '.join(said) or 'not run yet'}."
 
 

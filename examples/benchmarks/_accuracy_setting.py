@@ -68,11 +68,13 @@ def teacher_text(teacher: Line) -> str:
     size = f"{teacher['parameters']:,} parameters, {teacher['macs']:,} multiply-adds"
     if "file" in taught:
         data = NAMES[taught["data"]]
-        return f"{taught['network']} of {data}, weights from {taught['file']}, {size}: {test}."
+        source = f"{taught['network']} of {data}, weights from {taught['file']}"
+        return f"{source}, {size}. It classifies {test} correctly."
     return (
         f"{taught['network']}, {size}, trained for {taught['epochs']} epochs on all training "
-        "images except the validation images: "
-        f"{test} ({teacher['validation_accuracy']:.2f} % of the validation images, "
+        "images except the validation images. "
+        f"It classifies {test} correctly ({teacher['validation_accuracy']:.2f} % of the "
+        "validation images, "
         f"{teacher['training_accuracy']:.2f} % of its training images)."
     )
 

@@ -119,7 +119,8 @@ def processor() -> str:
 def measured_on(found: dict) -> str:
     """A sentence with date, machine and versions."""
     versions = [f"{name} {found['packages'][name]}" for name in ("kdlayers", "torch")]
-    place = found["gpu"] or f"{found['processor']}, {found['threads']} threads"
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    place = found["gpu"] or f"{found['processor']}, {threads}"
     return f"Measured on {found['date']}: {place}, {', '.join(versions)}."
 
 

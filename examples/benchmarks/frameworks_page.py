@@ -66,8 +66,8 @@ def table(docs: Path) -> str:
     for c in report["comparisons"]:
         ratios[c["case"], c["ours"], c["alternative"]] = str(Spread(**c["ratio"]))
     rows = [
-        "| script | lines | features that were on | a step, of the script's own "
-        "| of its own distillation |",
+        "| script | lines | features that were on | time of a step / a step of the script "
+        "| / a step of its own distillation |",
         "|---|---|---|---|---|",
     ]
     for script, page, name, features, case in SCRIPTS:
@@ -84,9 +84,9 @@ def table(docs: Path) -> str:
     rounds = report["settings"]["rounds"]
     note = (
         f"{where}. Median and quartiles of {rounds} rounds, CPU time, small models and images, on "
-        "a machine that other work shared: read them as a rough size. The teacher's forward is "
-        "part of every distilled step; its share depends on the two models. Both scripts on "
-        "Accelerate have the same step. Lightning's is ten steps with the trainer's start.  "
+        "a machine that also did other work, so the ratios are rough. Every distilled step "
+        "includes the teacher's forward, whose share depends on the two models. Both scripts on "
+        "Accelerate have the same step. For Lightning, ten steps and the trainer's start.  "
         "\n`python examples/benchmarks/frameworks.py "
         f"{report['settings']['options']}`"
     )

@@ -23,6 +23,10 @@ their median and quartiles over the rounds. A ratio is the library's time divide
 **below 1 the library is faster**. Memory is the peak of a step above that of the same step without
 distillation: on a CPU the resident memory of a fresh process, on a GPU the sum of tensors.
 
+*Plain* is a straightforward implementation of the same layer and loss, and *textbook* one of a loss
+on logits or features. *Floor* is the same step without KD layers and loss. *Low memory* is the
+library with `memory="low"`.
+
 We had no GPU. All scripts except `fit.py` accept `--device cuda`, but none has run on a GPU yet.
 
 This page is written by `python examples/benchmarks/page.py docs/data/performance
@@ -32,9 +36,9 @@ docs/performance.md`."""
 TARGETS = (
     ("KD part of the first pair: three times as fast as plain",
      "step", "KD part: CIFAR", "time", "plain", 1 / 3),
-    ("KD part of the first pair: a third of plain's extra memory, a tenth with little memory",
+    ("KD part of the first pair: a third of plain's extra memory, a tenth with low memory",
      "step", "KD part: CIFAR", "memory", "plain", 0.1),
-    ("A step with a loss on logits: 1.02 of a step without",
+    ("A step with a loss on logits: 1.02 of a step without the loss",
      "losses", "step:", "time", "floor", 1.02),
     ("A step from a record: 1.10 of the same step with the teacher's tensors in memory",
      "recorded_step", "", "time", "in memory", 1.1),
@@ -112,8 +116,8 @@ def reached(reports: list[dict]) -> str:
     columns = ("aim", "largest ratio", "medians measured", "")
     note = (
         "Reached: the upper quartile of every comparison is within the aim. Missed: the lower "
-        "quartile of at least one is above it. Undecided: neither. A fit counts at any inertia of "
-        "the alternative, by its CPU time; its table shows the inertia and the time on the clock."
+        "quartile of at least one is above it. Undecided: neither. Fits are compared by CPU time, "
+        "even if their inertia differs; their tables also show the inertia and the elapsed time."
     )
     return Table("Aims", columns, rows, note).markdown()
 
@@ -147,8 +151,8 @@ def slower(reports: list[dict]) -> str:
     ]  # fmt: skip
     columns = ("case", "quantity", "ours", "better", "ours / theirs")
     note = (
-        "All comparisons whose lower quartile is above 1, the worst first. Fits count at any "
-        "inertia, as above."
+        "All comparisons whose lower quartile is above 1, the worst first. Fits are included "
+        "even if their inertia differs."
     )
     return Table("Where an alternative is better", columns, cells, note).markdown()
 

@@ -105,8 +105,9 @@ the test images. No setting was chosen on these images; seeds were added where t
 a comparison open. For each seed all methods use the same student images, the same batches and the
 same initial weights of the student (except a wider student). Differences are therefore paired by
 seed. ± and brackets are 95 % Student's t intervals. A method is called **better** or **worse** only
-if the interval excludes zero. Otherwise it is "not separated", which does not mean equal. With
-fewer than three seeds there is no interval and no verdict.
+if the interval excludes zero. Otherwise the difference is not significant, and the methods are
+called "not separated", which does not mean equal. With fewer than three seeds there is no interval
+and no verdict.
 """
 
 

@@ -82,8 +82,8 @@ def _refuse_fitted(losses: Iterable[DistillLoss]) -> None:
         if isinstance(loss, InheritExploreLoss) and (loss.host, loss.coder) == ("factor", "fitted"):
             raise ArgumentError(
                 "InheritExploreLoss learns the teacher's auto-encoder once, before training, but "
-                'the peer of mutual learning changes all the time; pass coder="online", with which '
-                "the auto-encoder is learnt along"
+                'the peer of mutual learning changes all the time; pass coder="online", which '
+                "trains the auto-encoder together with the students"
             )
 
 

@@ -99,7 +99,7 @@ class Trace:
         if call.shared > 1:
             raise AttachError(
                 f"module {name!r} of the {self.label} {call.ending}: a hook there would also see "
-                f"other features; end {name!r} with a module of its own, such as a copy.deepcopy "
+                f"other features; end {name!r} with a separate module, such as a copy.deepcopy "
                 "of it, or choose another point, find_points(model) lists them"
             )
         return call

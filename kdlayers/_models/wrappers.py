@@ -86,7 +86,7 @@ def student_inside(model: nn.Module) -> nn.Module:
 
     Raises:
         ArgumentTypeError: if ``model`` is not a module.
-        AttachError: if it is wrapped in FSDP1, whose parameters have no shapes of their own.
+        AttachError: if it is wrapped in FSDP1, which hides the shapes of the parameters.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(

@@ -194,7 +194,7 @@ def watch_views(reader: Reader, rows: list[int]) -> None:
     """Warn once if the first view of training comes again although other batches came between.
 
     Then an epoch has ended, and the next one shows the same views because nobody called
-    `RecordedDataset.set_epoch`. A batch that is read several times in a row is no epoch.
+    `RecordedDataset.set_epoch`. A batch that is read several times in a row is not an epoch.
     """
     first = reader.first_rows
     if not first:

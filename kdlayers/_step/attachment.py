@@ -94,7 +94,7 @@ class Attachment:
 
         Warns:
             KDLayersWarning: if a teacher's weights are not those that the state was saved with. A
-                sharded teacher, and a student of :func:`kdlayers.attach_mutual`, is not compared.
+                sharded teacher, and a student of :func:`kdlayers.attach_mutual`, are not compared.
         """
         self.step = load_state(self._terms, self._teachers, slots(self.student), state)
         self._look_again()

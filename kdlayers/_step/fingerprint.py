@@ -35,7 +35,7 @@ def warn_of_others(teachers: Sequence[Teacher], saved: Sequence[object]) -> None
     if len(saved) != len(teachers):
         warn(
             f"the state was saved with {len(saved)} teachers, but this handle has {len(teachers)}; "
-            "attach the teachers of the first run if training should go on as it was"
+            "attach the teachers of the first run to continue it unchanged"
         )
         return
     known = zip(fingerprints(teachers), saved, strict=True)

@@ -29,7 +29,7 @@ class KDHandle(Learning):
 
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
     that record the student's forwards. It is a plain object, not a module, and nothing of it
-    enters the student's state dict, copies or checkpoints. Recording ends when it is dropped.
+    enters the student's state dict, copies or checkpoints. Recording ends when it is deleted.
 
     Attributes:
         student: the model that was given, unwrapped from ``torch.compile``; of a detector, its
@@ -122,7 +122,8 @@ class KDHandle(Learning):
 
         Raises:
             ArgumentTypeError: if ``targets`` is not a tensor, or requires grad (did you pass the
-                logits?); if a loss of your own returns no scalar tensor with a gradient.
+                logits?); if your own loss does not return a scalar tensor with a
+                gradient.
             CaptureError: if no training forward was recorded, a KD layer did not run in it, or this
                 is called under ``torch.no_grad()``.
             StaleCaptureError: if several forwards were run, or the batch, features or logits were

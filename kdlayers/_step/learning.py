@@ -40,14 +40,15 @@ class Learning(Attachment):
 
         Runs the teacher over the loader, one pass for all points together: a codebook takes up to
         two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not
-        trained; it runs in eval mode on one image of each size that the example did not have, for
-        the size of its maps. No random state changes. While a codebook or decisions are fitted,
-        each pass starts from ``seed``, so that a loader that shuffles or augments gives every pass
-        the same data: torch, Python's ``random``, NumPy and the generators of the loader, its
-        samplers and its data set are seeded, and restored at the end. Workers are restarted for
-        each pass. Later passes, which only auto-encoders need, start from ``seed`` plus the number
-        of the pass, so order and augmentation change as in training. The same seed gives the same
-        result. Under ``torch.distributed`` call it on all ranks, each with its part of the data.
+        trained; it runs in eval mode on one image of each size that the example did not have, to
+        find the size of its maps. No random state changes. While a codebook or decisions are
+        fitted, each pass starts from ``seed``, so that a loader that shuffles or augments gives
+        every pass the same data: torch, Python's ``random``, NumPy and the generators of the
+        loader, its samplers and its data set are seeded, and restored at the end. Workers are
+        restarted for each pass. Later passes, which only auto-encoders need, start from ``seed``
+        plus the number of the pass, so order and augmentation change as in training. The same seed
+        gives the same result. Under ``torch.distributed`` call it on all ranks, each with its part
+        of the data.
 
         Args:
             loader: gives batches ``(images, labels)``, or dicts with ``pixel_values`` and

@@ -90,7 +90,7 @@ def _check_size(rows: Tensor) -> None:
     if 4 * rows.shape[1] * largest**2 > torch.finfo(rows.dtype).max:
         raise FitError(
             f"the teacher's features reach {largest:.2g}, so their squared distances overflow "
-            f"{rows.dtype}: choose a point behind a normalisation layer, or run the teacher in "
+            f"{rows.dtype}: choose a point after a normalisation layer, or run the teacher in "
             "float64"
         )
 

@@ -25,7 +25,7 @@ from kdlayers.functional._mixed import is_mixed
 
 
 class DecisionTargets(TemplateTargets):
-    r"""How the teacher's features decide among sub-classes, for the sub-class of each position.
+    r"""The teacher's decisions among sub-classes, for the sub-class of each position.
 
     Linear discriminant analysis projects the features, :math:`z = A f + b`, and k-means splits each
     class :math:`c` into :math:`S` sub-classes with centres :math:`\rho_{Sc},\dots,

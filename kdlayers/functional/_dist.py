@@ -27,9 +27,9 @@ def dist(
         \qquad p = \mathrm{softmax}(z / T)
 
     with Pearson's correlation :math:`\rho`: over the classes of a sample (inter-class relation),
-    and over the samples of a class (intra-class relation). Both are 0 where the student's
-    probabilities are a linear function of the teacher's, so a student of another scale is not
-    penalised. The gradient flows to both arguments.
+    and over the samples of a class (intra-class relation). Both relations give 0 where
+    the student's probabilities are an increasing linear function of the teacher's, so a student of
+    another scale is not penalised. The gradient flows to both arguments.
 
     Args:
         student: logits, ``[B, K]``, any real floating-point type, ``K >= 2``.

@@ -18,9 +18,9 @@ def standardize(logits: Tensor) -> Tensor:
     .. math:: \tilde z_{bk} = \frac{z_{bk} - \bar z_b}{\sigma_b + 10^{-7}}, \qquad
         \sigma_b^2 = \frac{1}{K - 1} \sum_k (z_{bk} - \bar z_b)^2
 
-    A softmax of standardised logits compares how a network ranks the classes, not how large its
-    logits are, so a small student need not reach the teacher's range. Apply it to student and
-    teacher before the temperature.
+    A loss on standardised logits compares how the logits relate to each other, not how large they
+    are, so a small student need not reach the teacher's range. Apply it to student and teacher
+    before the temperature.
 
     Args:
         logits: ``[B, K]``, or class maps ``[B, K, H, W]``, of any real floating-point type, with

@@ -12,7 +12,7 @@ from kdlayers.losses._reading import Tokens, alike
 
 
 class FeatureLoss(ProjectedLoss):
-    r"""The teacher's features from the student's, through a train-only projector.
+    r"""Predicts the teacher's features from the student's, with a train-only projector.
 
     .. math:: L = \frac{1}{N} \sum_{n=1}^{N} d\big( r(f^S_n), \, \tilde f^T_n \big)
 
@@ -25,8 +25,8 @@ class FeatureLoss(ProjectedLoss):
             ``"mse"``; or ``"smooth_l1"``, linear above a difference of 1.
         projector: ``"linear"`` (default), with a bias; ``"mlp"``, with a hidden GELU layer of the
             teacher's width; ``None`` for equal widths; or a module. Never in the exported student.
-        tokens: ``"patch"`` (default), all positions but class tokens and registers; ``"cls"``, the
-            class token, or the mean of a model without one; ``"pooled"``, the mean of both.
+        tokens: ``"patch"`` (default), all positions except class tokens and registers; ``"cls"``,
+            the class token, or the mean of a model without one; ``"pooled"``, the mean of both.
         normalize_teacher: standardise the teacher's channels by the batches so far. Default False.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
             the models' outputs. The default weight of 1 is our choice.

@@ -16,7 +16,7 @@ class RKDLoss(DistillLoss):
 
     .. math:: L = \lambda_D \, L_\mathrm{distance} + \lambda_A \, L_\mathrm{angle}
 
-    compares the positions of a batch's samples relative to each other: the distances of every two
+    It compares how the samples of a batch lie relative to each other: the distances of every two
     of them, and the angles of every three. See :func:`kdlayers.functional.rkd_distance` and
     :func:`~kdlayers.functional.rkd_angle`. Nothing is learnt, and the widths may differ. The whole
     features of a sample are one vector, so give the point after global pooling, as the paper does;

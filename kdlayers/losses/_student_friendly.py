@@ -201,7 +201,7 @@ class StudentFriendlyKDLoss(LogitLoss):
             warn(
                 f"the simplified logits agree with the teacher's class on {mean:.0%} of the last "
                 "samples: the simplifier seems to copy the student. Give cross-entropy more "
-                "weight (1 to 1), lower simplifier_grad_scale, or set anchor"
+                "weight (that of this loss), lower simplifier_grad_scale, or set anchor"
             )
 
     def extra_repr(self) -> str:

@@ -68,8 +68,8 @@ def strongest_pairs(
 def class_decisions(targets: DecisionTargets) -> Tensor:
     r"""How often the teacher takes positions of one class for each class.
 
-    The decisions among sub-classes, summed over the sub-classes of the class decided for, and
-    averaged over those of the own class, weighted by their numbers of positions n:
+    The decisions are summed over the sub-classes of the chosen class, and averaged over the
+    sub-classes of the positions' own class, weighted by their numbers of positions n:
 
     .. math:: D_{cc'} = \frac{\sum_{s \in c} n_s \sum_{s' \in c'} P_{ss'}}{\sum_{s \in c} n_s}
 

@@ -71,6 +71,6 @@ def test_a_step_enters_few_files_and_functions(profiled):
 
 def test_the_architecture_page_names_every_file_of_a_step(profiled):
     page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text("utf-8")
-    way = page.split("## The rooms")[0]
+    way = page.split("## The folders")[0]
     (student_files, _), (loss_files, _) = profiled
     assert [file for file in sorted(student_files | loss_files) if f"`{file}`" not in way] == []

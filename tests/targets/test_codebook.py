@@ -267,7 +267,7 @@ def test_few_distinct_rows_warn():
         (
             [(torch.randn(20, 2) * 1e19, None)],
             FitError,
-            r"squared distances overflow torch.float32: choose a point behind a normalisation",
+            r"squared distances overflow torch.float32: choose a point after a normalisation",
         ),
         ([(torch.ones(20, 2).long(), None)], ArgumentTypeError, "floating-point tensor"),
         ([("features", None)], ArgumentTypeError, "must be a tensor, got str"),
