@@ -37,8 +37,13 @@ def sharded(model: nn.Module) -> bool:
     return fsdp or any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
 
 
+def flattened(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) wraps a part of the model."""
+    return any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+
+
 def _refuse_sharded(student: nn.Module) -> None:
-    split = sharded(student)
+    split = sharded(student) or flattened(student)
     if split or isinstance(student, DistributedDataParallel):
         wrapper = "FSDP" if split else "DistributedDataParallel"
         raise AttachError(

@@ -89,9 +89,12 @@ def test_a_loss_that_reads_no_logits_trains_as_in_one_process(wrapper):
 
 def after_a_forward(rank, folder):
     """FSDP2 leaves the outermost module's parameters whole after a forward."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 
     connect(rank)
+    flat = FullyShardedDataParallel(Net(4), device_id=torch.device("cpu"))
+    with pytest.raises(AttachError, match="wrapped in FSDP already"):
+        attach_kd(flat, Net(6), losses=[KDLoss()], example=IMAGES[:2])
     mine = slice(rank, None, 2)
     student, kd = build(teacher=sharded(Net(6)))
     sharded(student)
