@@ -44,11 +44,18 @@ def unwrap(model: nn.Module, label: str) -> tuple[nn.Module, nn.Module]:
 
 def sharded(model: nn.Module) -> bool:
     """Whether a parameter is spread over several processes (FSDP2, tensor parallelism)."""
-    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    # After a forward, FSDP2 leaves the parameters of the outermost module whole for a while.
+    fsdp = any(hasattr(type(module), "unshard") for module in model.modules())
+    return fsdp or any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def flattened(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) wraps a part of the model."""
+    return any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
 
 
 def _refuse_sharded(student: nn.Module) -> None:
-    split = sharded(student)
+    split = sharded(student) or flattened(student)
     if split or isinstance(student, DistributedDataParallel):
         wrapper = "FSDP" if split else "DistributedDataParallel"
         raise AttachError(

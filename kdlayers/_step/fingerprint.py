@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kdlayers._models.wrappers import sharded
+from kdlayers._models.wrappers import flattened, sharded
 from kdlayers._step.recorded_teacher import AbsentModel
 from kdlayers._step.teacher import Teacher
 from kdlayers._utils.checksums import checksum
@@ -26,8 +26,7 @@ def fingerprints(teachers: Sequence[Teacher]) -> list[str | None]:
 
 
 def _unknown(teacher: Teacher) -> bool:
-    fsdp1 = any(hasattr(module, "_fsdp_wrapped_module") for module in teacher.model.modules())
-    return fsdp1 or sharded(teacher.model) or not teacher.eval_mode
+    return flattened(teacher.model) or sharded(teacher.model) or not teacher.eval_mode
 
 
 def warn_of_others(teachers: Sequence[Teacher], saved: Sequence[object]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.undisturbed import undisturbed
+from kdlayers._models.wrappers import sharded
 from kdlayers._step.terms import Pair, Term
 from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.functional._checks import work_dtype
@@ -25,8 +26,14 @@ def gradient_norms(
     Raises:
         ArgumentTypeError: if ``task``, or what a loss returns, is not a scalar tensor with a
             gradient.
-        ArgumentError: if a term is called "task", or no parameter is shared.
+        ArgumentError: if a term is called "task", no parameter is shared, or FSDP has sharded the
+            student.
     """
+    if sharded(student):
+        raise ArgumentError(
+            "kd.gradient_norms needs one backward pass for each loss, but FSDP has sharded the "
+            "student and frees its parameters after the first; call it before fully_shard"
+        )
     losses = nn.ModuleList(term.loss for term in terms)
     # Running statistics, counters and random draws are not a step's.
     with undisturbed(losses, evaluate=False):

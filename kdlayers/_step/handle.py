@@ -21,6 +21,7 @@ from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Pair, Plan, Term, weighted_sum
+from kdlayers._utils.distributed import connected
 from kdlayers.errors import CaptureError, NotFittedError
 
 
@@ -137,8 +138,10 @@ class KDHandle(Learning):
                 first 50 steps; terms whose weight is a function, or 0, are not compared.
         """
         compiling = torch.compiler.is_compiling()
-        plan, pairs, labels = self._read(targets, logits, recorded, compiling)
+        plan, pairs, labels, unread = self._read(targets, logits, recorded, compiling)
         total, logged, constant = weighted_sum(plan.terms, pairs, labels)
+        if unread is not None:
+            total = total + unread.flatten()[:0].sum().to(total)
         self._done(total, logged, pairs, constant)
         return total
 
@@ -199,9 +202,10 @@ class KDHandle(Learning):
 
         Raises:
             ArgumentTypeError: if ``task`` is not a scalar tensor with a gradient.
-            ArgumentError: if no parameter is reached by all of them; also as :meth:`loss`.
+            ArgumentError: if no parameter is reached by all of them, or FSDP has sharded the
+                student; also as :meth:`loss`.
         """
-        plan, pairs, labels = self._read(targets, logits, recorded, compiling=False)
+        plan, pairs, labels, _ = self._read(targets, logits, recorded, compiling=False)
         return gradient_norms(self.student, plan.terms, pairs, labels, task)
 
     @contextmanager
@@ -272,8 +276,11 @@ class KDHandle(Learning):
 
     def _read(
         self, targets: Tensor | None, logits: Any, recorded: Tensor | None, compiling: bool
-    ) -> tuple[Plan, list[Pair], Tensor | None]:
-        """The tensors that the terms compare, and the labels. Runs the teacher."""
+    ) -> tuple[Plan, list[Pair], Tensor | None, Tensor | None]:
+        """The tensors that the terms compare, the labels, and logits that the sum must reach.
+
+        Runs the teacher.
+        """
         if not self._teachers:
             self._need_teacher("loss")
         if not self._fitted:
@@ -307,7 +314,9 @@ class KDHandle(Learning):
         if compiling:  # tensors: a compiled sum does not depend on their values
             for pair in pairs:
                 pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
-        return plan, pairs, labels
+        # DDP and FSDP reduce gradients as a backward pass through the student's output goes along.
+        unread = found if connected() and not plan.wanted.logits else None
+        return plan, pairs, labels, unread
 
     def _done(
         self,

@@ -26,6 +26,8 @@ class OptimiserWatch:
         added: Mapping[str, Iterable[nn.Parameter]],
     ) -> None:
         self.student = student
+        named = () if student is None else student.named_parameters()
+        self.names = {id(parameter): name for name, parameter in named}
         everything = [p for p in own if p.requires_grad]
         self.all_own = everything
         # Not only one, because the forward may not use it, as that of a model without its head.
@@ -46,20 +48,22 @@ class OptimiserWatch:
             self._tell_frozen()
         if not self.unjudged:
             return
-        own = _probe(self.own)
+        own = self._probe(self.own)
         dtypes = [p.dtype for p in self.own]
         stepped = self.own_before is not None and not torch.equal(own, self.own_before)
         if stepped and dtypes == self.dtypes:  # student.half() changes values too
             self._judge()
         self.dtypes = dtypes
         self.own_before = own
-        self.before = {name: _probe(g) for name, g in self.unjudged.items() if name in live}
+        self.before = {name: self._probe(g) for name, g in self.unjudged.items() if name in live}
 
     def _judge(self) -> None:
         groups = {name: self.unjudged.pop(name) for name in self.before}
         # Parameters that were frozen after attach_kd must not change.
         groups = {name: g for name, g in groups.items() if any(p.requires_grad for p in g)}
-        still = [name for name, g in groups.items() if torch.equal(_probe(g), self.before[name])]
+        probes = {name: self._probe(g) for name, g in groups.items()}
+        # A rank may hold no part of a small parameter that FSDP has sharded.
+        still = [n for n, p in probes.items() if p.numel() and torch.equal(p, self.before[n])]
         if still:
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
@@ -81,15 +85,24 @@ class OptimiserWatch:
                 "parameters (the names with '.kd.'), or pass modules_to_save=[\"kd\"] to peft",
             )
 
+    def _probe(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        parts = [_local(self._now(p)).flatten()[:64].float() for p in parameters]
+        return torch.cat([part.to(parts[0].device) for part in parts])  # a model may span devices
+
+    def _now(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The parameter of the same name: FSDP replaces all that a student had at attach_kd."""
+        name = self.names.get(id(parameter))
+        if name is None or self.student is None:
+            return parameter
+        try:
+            return self.student.get_parameter(name)
+        except AttributeError:
+            return parameter  # it has another name now
+
     def _layers_learn(self) -> bool:
         """Whether the student has trainable KD layers, such as the copies that peft makes."""
         named = () if self.student is None else self.student.named_parameters()
         return any(p.requires_grad for name, p in named if SLOT in name.split("."))
-
-
-def _probe(parameters: Iterable[nn.Parameter]) -> Tensor:
-    parts = [_local(p).flatten()[:64].float() for p in parameters]
-    return torch.cat([part.to(parts[0].device) for part in parts])  # a model may span devices
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

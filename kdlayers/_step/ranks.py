@@ -12,6 +12,7 @@ from kdlayers._step.terms import Term
 from kdlayers._utils.distributed import world_size
 from kdlayers._utils.torch_internals import current_backward, joined, runs_on_all_ranks
 from kdlayers.errors import CaptureError
+from kdlayers.losses._teacher_norm import TeacherNorm
 
 
 class Ranks:
@@ -33,7 +34,7 @@ class Ranks:
         """Broadcast the values of rank 0, once after the process group was initialised."""
         if world_size() > 1 and self._group is not dist.group.WORLD:
             for parameter in self.parameters:
-                dist.broadcast(parameter.data, src=0)
+                _broadcast(parameter.data)
             self._group = dist.group.WORLD
 
     def forward(self, student: nn.Module) -> bool:
@@ -46,11 +47,11 @@ class Ranks:
             return False
         if joined():
             raise CaptureError(
-                f"{self.names}: these losses have parameters whose gradients are averaged over all "
-                "ranks, but inside DistributedDataParallel.join() a rank may have no batch left; "
-                "give all ranks the same number of batches, for instance with "
+                f"{self.names}: these losses average gradients of their parameters, or statistics, "
+                "over all ranks, but inside DistributedDataParallel.join() a rank may have no "
+                "batch left; give all ranks the same number of batches, for instance with "
                 "DataLoader(..., drop_last=True) and DistributedSampler(..., drop_last=True), or "
-                "use losses without parameters"
+                "use losses without either"
             )
         self.start()
         return True
@@ -77,6 +78,17 @@ class Ranks:
             _average_alike([p for p in self.parameters if (p.device, p.dtype) == kind])
 
 
+def _broadcast(values: Tensor) -> None:
+    """Replace ``values`` by those of rank 0."""
+    if values.is_cpu and "cpu" not in dist.get_backend_config():
+        # NCCL alone takes no tensors of the CPU, where a loss may be until its student has moved.
+        held = [values]
+        dist.broadcast_object_list(held, src=0)
+        values.copy_(held[0])
+    else:
+        dist.broadcast(values, src=0)
+
+
 def _average_alike(parameters: Sequence[nn.Parameter]) -> None:
     """Average the gradients of parameters that share device and dtype."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -91,8 +103,9 @@ def _average_alike(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def ranks_of(terms: Sequence[Term]) -> Ranks | None:
-    """A `Ranks` for the train-only parameters of the terms; None if there are none."""
+    """A `Ranks` for the terms with train-only parameters or a `TeacherNorm`; None without both."""
     owners = {term.name: list(term.loss.parameters()) for term in terms}
     parameters = list(dict.fromkeys(p for group in owners.values() for p in group))
-    names = [name for name, group in owners.items() if group]
-    return Ranks(parameters, names) if parameters else None
+    normed = [t.name for t in terms if any(isinstance(m, TeacherNorm) for m in t.loss.modules())]
+    names = [name for name, group in owners.items() if group or name in normed]
+    return Ranks(parameters, names) if names else None

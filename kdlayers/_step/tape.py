@@ -261,15 +261,22 @@ def check_taught(forward: Forward, ahead: Any) -> None:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two inputs hold the same tensor objects in the same places."""
+    """Whether two inputs hold the same tensor objects in the same places, or moved ones."""
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return _same(list(ours.items()), list(theirs.items()))
-    if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
-        return ours is theirs
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours is theirs or _is_moved(ours, theirs)
     plain = isinstance(ours, (str, int, float, type(None)))
     return ours is theirs or (plain and type(ours) is type(theirs) and ours == theirs)
+
+
+def _is_moved(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether ``ours`` is ``theirs`` on another device or in another dtype, as FSDP converts it."""
+    if (ours.device, ours.dtype) == (theirs.device, theirs.dtype) or ours.shape != theirs.shape:
+        return False
+    return torch.equal(ours, theirs.to(ours))
 
 
 def _no_forward(student: nn.Module) -> str:

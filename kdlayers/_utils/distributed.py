@@ -12,9 +12,14 @@ from kdlayers.errors import KDLayersError, RecordError
 T = TypeVar("T")
 
 
+def connected() -> bool:
+    """Whether this process is a rank of ``torch.distributed``, even if it is the only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Number of ranks; 1 outside ``torch.distributed``."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if connected() else 1
 
 
 def rank() -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
+from kdlayers import CodebookTargets, FeatureLoss, FitNetLoss, KDLoss, KDPoint, attach_kd
 from kdlayers.errors import CaptureError
 from tests.nets import Net, batch
 from tests.two_ranks import connect, on_two_ranks
@@ -23,9 +23,9 @@ pytestmark = [
 IMAGES, LABELS = batch(12)
 
 
-def build(losses):
+def build(losses, teacher=None):
     torch.manual_seed(0)
-    student, teacher = Net(4), Net(6)
+    student, teacher = Net(4), Net(6) if teacher is None else teacher
     kd = attach_kd(student, teacher, losses=losses, example=IMAGES[:2])
     for module in student.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -82,10 +82,12 @@ def test_a_rank_without_a_kd_loss_contributes_zeros():
 def joined(rank, folder, losses):
     """Rank 0 has two batches and rank 1 has one."""
     mine = connected(rank)
-    student, kd = build([KDLoss()] if losses == "without" else [FitNetLoss(at="first")])
+    norm = FeatureLoss(at="first", projector=None, normalize_teacher=True)
+    chosen = {"with": FitNetLoss(at="first"), "statistics": norm, "without": KDLoss()}[losses]
+    student, kd = build([chosen], teacher=Net(4) if losses == "statistics" else None)
     called = DistributedDataParallel(student)
     expected = nullcontext()
-    if losses == "with":
+    if losses != "without":
         expected = pytest.raises(CaptureError, match=r"inside .*join\(\) .*same number of")
     with expected, called.join():
         for _ in range(2 - rank):
@@ -94,7 +96,7 @@ def joined(rank, folder, losses):
     (Path(folder) / f"{rank}.done").touch()
 
 
-@pytest.mark.parametrize("losses", ["with", "without"])
+@pytest.mark.parametrize("losses", ["with", "statistics", "without"])
 def test_uneven_batches_work_only_for_losses_without_parameters(losses):
     with tempfile.TemporaryDirectory() as folder:
         on_two_ranks(joined, folder, losses)
@@ -120,9 +122,16 @@ def test_training_continues_after_the_process_group_is_destroyed():
         assert len(list(Path(folder).glob("*.done"))) == 2
 
 
-def late(rank, folder):
+def refuse(tensor, src):
+    raise RuntimeError(f"No backend type associated with device type {tensor.device.type}")
+
+
+def late(rank, folder, backends):
     """Attached before the process group exists, with other values; no KD loss in the first step."""
     torch.manual_seed(rank)
+    if backends is not None:
+        dist.get_backend_config = lambda: backends
+        dist.broadcast = refuse
     student, teacher = Net(4), Net(6)
     point = KDPoint("last", targets=CodebookTargets(num_templates=4))
     kd = attach_kd(student, teacher, [point], losses=[FitNetLoss(at="first")], example=IMAGES[:2])
@@ -134,8 +143,10 @@ def late(rank, folder):
     torch.save([p.detach() for p in kd.parameters()], Path(folder) / f"{rank}.pt")
 
 
-def test_parameters_are_broadcast_in_the_first_forward():
+@pytest.mark.parametrize("backends", [None, "cuda:nccl"])
+def test_parameters_are_broadcast_in_the_first_forward(backends):
+    """Also where the backend takes no tensors of the CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        on_two_ranks(late, folder)
+        on_two_ranks(late, folder, backends)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(map(torch.equal, *ranks))

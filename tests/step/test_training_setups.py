@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from kdlayers import CodebookTargets, KDPoint, attach_kd
+from kdlayers import CodebookTargets, KDPoint, attach_kd, attach_mutual
 from kdlayers._step.sites import slots
 from tests.nets import Net, batch
 
@@ -58,6 +58,25 @@ def test_grad_scaler_and_clipping(dtype):
     scaler.step(optimiser)
     scaler.update()
     assert not torch.equal(before, slots(student)["last"].head.weight)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_autocast_keeps_the_gradients_of_both_students_of_a_pair(ahead):
+    students = Net(4), Net(6)
+    kds = attach_mutual(*students, example=IMAGES)
+    found = []
+    for enabled in (False, True):
+        losses = []
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for student, kd in zip(students, kds, strict=True):
+                if ahead:
+                    kd.teach(IMAGES)  # runs the peer before its own forward
+                losses.append(F.cross_entropy(student(IMAGES), LABELS) + kd.loss(LABELS))
+        for student in students:
+            student.zero_grad()
+        sum(losses).backward()
+        found.append({id(p): p.grad for student in students for p in student.parameters()})
+    close(*found, rtol=0.1, atol=0.01)
 
 
 @pytest.mark.parametrize(
