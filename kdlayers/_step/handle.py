@@ -315,7 +315,7 @@ class KDHandle(Learning):
             for pair in pairs:
                 pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
         # DDP and FSDP reduce gradients as a backward pass through the student's output goes along.
-        unread = found if connected() and not plan.wanted.logits else None
+        unread = found if not plan.wanted.logits and connected() else None
         return plan, pairs, labels, unread
 
     def _done(
