@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, TypeAlias
@@ -100,7 +100,17 @@ class Teacher:
         like = self._like()
         args = tuple(_moved(value, like) for value in args)
         kwargs = {key: _moved(value, like) for key, value in kwargs.items()}
-        with self.lock, torch.no_grad(), self._precision(like.device.type, autocast):
+        device = like.device.type
+        outside = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if outside else autocast
+        # Autocast reuses the weights that it has cast. On older versions of torch, such as 2.9,
+        # a peer's own forward would reuse those cast under no_grad here, and have no gradient.
+        precision = (
+            nullcontext()
+            if dtype is None or (outside and self.eval_mode)
+            else torch.autocast(device, dtype=dtype, cache_enabled=self.eval_mode)
+        )
+        with self.lock, torch.no_grad(), precision:
             output, features = self._forward(args, kwargs, names, logits)
         for key, tensor in features.items():
             if tensor.is_inference():
@@ -116,18 +126,6 @@ class Teacher:
         if found is not None and found.is_inference():
             found = _ordinary(found)
         return found, features
-
-    def _precision(self, device: str, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-        """The autocast of the surroundings; if there is none, one of dtype ``autocast``."""
-        outside = torch.is_autocast_enabled(device)
-        if outside and self.eval_mode:
-            return nullcontext()
-        dtype = torch.get_autocast_dtype(device) if outside else autocast
-        if dtype is None:
-            return nullcontext()
-        # Autocast reuses the weights that it has cast. On older versions of torch, such as 2.9,
-        # a peer's own forward would reuse those cast under no_grad here, and have no gradient.
-        return torch.autocast(device, dtype=dtype, cache_enabled=self.eval_mode)
 
     def _like(self) -> Tensor:
         """The first floating-point parameter or buffer, for the model's device and dtype."""
