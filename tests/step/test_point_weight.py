@@ -40,7 +40,7 @@ def test_equals_multiplying_by_hand():
 
     plain, plain_kd = attached()
     plain(IMAGES.double())
-    _, pairs, labels = plain_kd._read(LABELS, None, None, compiling=False)
+    _, pairs, labels, _ = plain_kd._read(LABELS, None, None, compiling=False)
     values = [
         term.value(pair.student, pair.teacher, labels, pair.templates)
         for term, pair in zip(plain_kd._terms, pairs, strict=True)
