@@ -36,6 +36,9 @@ FOREIGN = CIFAR | {
     "data": "cifar10",
     "validation": 1000,
     "components": 9,
+    "templates": 128,  # these three chosen on the validation images too
+    "temperature": 0.1,
+    "feature_weight": 100.0,
     "epochs": 100,
     "views": 16,
     "methods": [

@@ -8,6 +8,7 @@ The script reads the following files of each regime in docs/data/results:
 - ``*.sweeps.jsonl``: the runs of sweeps.py;
 - ``*.views.jsonl``: runs with other numbers of recorded views;
 - ``*.tuning.jsonl``: the runs that were used to choose the recipe;
+- ``*.earlier.jsonl``: runs on the test images with recipes that were replaced;
 - ``*.teacher.json``: the measurements of supervision.py;
 - ``*.txt``: the findings. Only this file is written by hand.
 """
@@ -23,6 +24,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from _accuracy_earlier import earlier_table
 from _accuracy_forest import DARK, draw_forest
 from _accuracy_methods import Options, recipes
 from _accuracy_overview import DRAWN, Entry, overview
@@ -220,6 +222,7 @@ def regime(path: Path, runs: dict[str, list[Line]]) -> str:
         *headed("## How many recorded views?", views_table(beside(path, "views"), runs)),
         found.read_text("utf-8").strip() if found.exists() else "",
         *(("## How the recipe was chosen", tuning_table(tuning)) if tuning else ()),
+        *headed("## Earlier recipes", earlier_table(beside(path, "earlier"), runs)),
         "## Recipes",
         recipe_list(runs),
     ]

@@ -17,6 +17,7 @@ overview, forest, published = (
 )
 digest = load("_accuracy_train").digest
 SWEEPS, groups = load("_accuracy_sweeps").SWEEPS, load("_accuracy_sweeps").groups
+earlier_table = load("_accuracy_earlier").earlier_table
 
 
 def lines(method, accuracies, recipe_hash="a"):
@@ -247,6 +248,19 @@ def test_a_weight_of_the_whole_recipe_is_swept_too():
     tried = [line(0, 1.0), line(1, 10.0), line(0, 1.0, [{"at": "last", "templates": 4}])]
     found = groups(SWEEPS["layer weight"], tried, unchanged)
     assert found == {1.0: tried[:1], 3.0: unchanged[:2], 10.0: tried[1:2]}
+
+
+def test_a_replaced_recipe_is_compared_with_the_present_one():
+    def runs(accuracies, recipe, recipe_hash):
+        return [line | {"recipe": recipe} for line in lines("x", accuracies, recipe_hash)]
+
+    now = runs(OURS, {"lr": 0.1, "layers": [{"templates": 8}]}, "a")
+    old = runs(THEIRS[:3], {"lr": 0.1, "layers": [{"templates": 4}], "heads": 2}, "b")
+    assert earlier_table(old, {"y": now}) == ""
+    row = earlier_table(old, {"x": now}).splitlines()[-1]
+    text, verdict = words.gap(OURS[:3], THEIRS[:3])
+    expected = ["x", "layers.0.templates 4, heads 2", "3", words.plus_minus(THEIRS[:3])]
+    assert row == f"| {' | '.join([*expected, words.bold(text, verdict)])} |"
 
 
 def test_the_committed_pages_are_made_from_the_committed_lines():

@@ -1,0 +1,39 @@
+"""Table of the runs on the test images with recipes that were replaced later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from _accuracy_words import Line, bold, difference, flat, plus_minus, table
+
+NOTE = """\
+These runs were made before the recipe was chosen anew, on the validation images. They stay here,
+because nothing else shows what the choice changed on the test images. Differences are paired by
+seed."""
+
+
+def earlier_table(lines: Sequence[Line], runs: Mapping[str, Sequence[Line]]) -> str:
+    """One row for each replaced recipe; empty if there are no such runs.
+
+    Args:
+        lines: the runs with replaced recipes.
+        runs: the reported runs by method.
+    """
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if line["method"] in runs:
+            groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
+    rows = []
+    for (name, _), own in groups.items():
+        accuracy = plus_minus([line["test_accuracy"] for line in own])
+        against = bold(*difference(runs[name], own))
+        rows.append([name, changed(own[0], runs[name][0]), str(len(own)), accuracy, against])
+    head = ("", "earlier value", "seeds", "test accuracy %", "present recipe minus this")
+    return f"{NOTE}\n\n{table(head, rows)}" if rows else ""
+
+
+def changed(earlier: Line, now: Line) -> str:
+    """The values of an earlier recipe that are different now."""
+    present = flat(now["recipe"])
+    old = flat(earlier["recipe"])
+    return ", ".join(f"{key} {value}" for key, value in old.items() if present.get(key) != value)
