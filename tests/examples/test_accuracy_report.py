@@ -99,7 +99,7 @@ def test_the_first_page_says_what_the_intervals_say():
     found = overview.finding(entry(runs))
     assert found == (
         "- **some data**: better than KD: *letKD-2*; worse than KD: *labels only*; not separated "
-        "from KD: *DKD*; too few seeds for a verdict: 1 methods."
+        "from KD: *DKD*; too few seeds for a verdict: 1 method."
     )
     rows = overview.overview_table([entry(runs), entry({"KD": runs["KD"]})]).splitlines()
     cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows[2:]}
