@@ -233,3 +233,23 @@ def test_what_the_pages_say_of_a_teacher_of_other_classes():
             text = " ".join(path.read_text("utf-8").split())
             said = rf"{middle}( points)?,? \(?{low} to {high}"
             assert re.search(said, text), (page, ours, theirs)
+
+
+def test_what_the_pages_say_of_weights_with_a_teacher_of_other_classes():
+    path = DOCS / "data" / "results" / "cifar10-500.tuning.jsonl"
+    runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    found = {
+        method: {
+            line["recipe"]["losses"][0]["weight"]: line["validation_accuracy"]
+            for line in runs
+            if line["method"] == method and line["seed"] == 0
+        }
+        for method in ("FeatureLoss", "FitNet")
+    }
+    values = [found["FeatureLoss"][weight] for weight in (1, 10, 100, 300)]
+    page = " ".join((DOCS / "more-losses.md").read_text("utf-8").split())
+    said = f"{', '.join(map(str, values[:3]))} and {values[3]} % on the validation images"
+    assert f"weights of 1, 10, 100 and 300 gave {said} (one seed)" in page
+    assert max(found["FitNet"], key=found["FitNet"].get) == 10
+    assert found["FitNet"][100] < 15  # ten classes
+    assert "its best weight was 10, and training failed with 100" in page
