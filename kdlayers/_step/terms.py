@@ -15,7 +15,7 @@ from kdlayers._step.tape import Forward, Wanted
 from kdlayers._step.teacher import Taught, Teacher
 from kdlayers._utils.tree import leaves
 from kdlayers.errors import ArgumentError, ArgumentTypeError
-from kdlayers.functional._checks import NARROW
+from kdlayers.functional._checks import NARROW, work_dtype
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 _SOURCE = "_kd_source"
@@ -282,12 +282,12 @@ class Plan:
         return pairs
 
     def _mean_logits(self, taught: Sequence[Taught]) -> Tensor:
-        """The weighted mean of the teachers' logits."""
+        """The weighted mean of the teachers' logits, in float32 or better."""
         parts: list[Tensor] = []
         for teacher, (logits, _) in zip(self.teachers, taught, strict=True):
             if logits is not None:  # asked for in `teach`
                 device = parts[0].device if parts else logits.device
-                parts.append(teacher.weight * logits.to(device))
+                parts.append(teacher.weight * logits.to(device, work_dtype(logits)))
         return torch.stack(parts).sum(0)
 
 

@@ -73,6 +73,18 @@ def test_logits_are_a_weighted_mean_or_those_of_one_teacher():
     torch.testing.assert_close(kd.terms["second"], divergence(logits, b))
 
 
+def test_the_mean_of_half_precision_logits_is_not_rounded_to_half():
+    student, teachers = Net(4), [Net(5).bfloat16(), Net(6).bfloat16()]
+    for teacher in teachers:
+        torch.nn.init.uniform_(teacher.head.bias, 8, 24)  # bfloat16 has steps of 1/16 there
+    kd = attach_kd(student, teachers, losses=[KDLoss()], teacher_weights=[3, 1], example=IMAGES)
+    logits = student.train()(IMAGES)
+    kd.loss(LABELS)
+    with torch.no_grad():
+        a, b = (teacher.eval()(IMAGES.bfloat16()).float() for teacher in teachers)
+    torch.testing.assert_close(kd.terms["KDLoss"], divergence(logits, 0.75 * a + 0.25 * b))
+
+
 class Gap(DistillLoss):
     def forward(self, student, teacher, targets=None):
         return (student.mean(1) - teacher.mean(1)).square().mean()
