@@ -22,6 +22,8 @@ class Fitter(Protocol):
     """Name of the current pass in two or three words, for the progress bar."""
 
     # A fitter that trains by gradient descent may also have ``varied = True``: see `pass_seed`.
+    # One that holds rows back may have ``flush()``, which is called after the last batch: unlike in
+    # ``end_pass``, an error of one rank is raised on all.
 
     def update(self, teacher: Tensor, targets: Tensor | None) -> None:
         """Take one batch: the teacher's tensor as the loss would receive it, and the labels."""
@@ -73,6 +75,10 @@ def _read(active: Sequence[Fitter], index: int, batches: _Batches) -> None:
             else f"fit() needs pass {index + 1} over the data, but the loader yielded no "
             "batch, as an exhausted generator does; pass a DataLoader or a list of batches"
         )
+    for fitter in active:
+        flush = getattr(fitter, "flush", None)
+        if flush is not None:
+            flush()
 
 
 def pass_seed(seed: int, active: Sequence[Fitter], index: int) -> int:

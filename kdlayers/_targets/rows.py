@@ -42,7 +42,7 @@ class RowFitter:
         self._ignore_index = ignore_index
         self._pass: Pass | None = first
         self._like: Tensor | None = None
-        self._batch = 0
+        self._batch = self._rows = 0
         self._blocks = Blocks()
 
     @torch.no_grad()
@@ -63,17 +63,25 @@ class RowFitter:
                 kept = labels != self._ignore_index
                 rows, labels = rows[kept], labels[kept]
         self._batch += 1
+        self._rows += len(rows)
         for block in self._blocks.push(rows, labels.to(rows.device)):
             self._feed(current, *block)
 
     @torch.no_grad()
-    def end_pass(self) -> bool:
-        """Finish the pass; True if another one is needed."""
+    def flush(self) -> None:
+        """Take the rows that did not fill a block, before the ranks finish the pass together."""
         current = self._current()
         for block in self._blocks.flush():
             self._feed(current, *block)
-        self._batch = 0
-        self._pass = current.finish()
+        if not self._rows:
+            raise FitError("fit() got batches without a single row")
+
+    @torch.no_grad()
+    def end_pass(self) -> bool:
+        """Finish the pass; True if another one is needed."""
+        self.flush()
+        self._batch = self._rows = 0
+        self._pass = self._current().finish()
         self.stage = self._pass.stage if self._pass else "done"
         return self._pass is not None
 

@@ -57,6 +57,13 @@ def fail(rank, folder):
             targets.fit(batches)
         with pytest.raises(FitError, match="empty loader" if rank == 0 else "rank 0 failed"):
             targets.fit([] if rank == 0 else share(rank, ALL))
+    # Rows that do not fill a block are looked at after the last batch.
+    ours = [(x, y if rank else torch.full_like(y, -1)) for x, y in share(rank, ALL)]
+    with pytest.raises(FitError, match="rank 0 failed" if rank else "-1"):
+        DecisionTargets(1).fit(ours)
+    ignored = [(x, torch.full_like(y, 9) if rank else y) for x, y in share(rank, ALL)]
+    with pytest.raises(FitError, match="without a single row"):
+        DecisionTargets(1, ignore_index=9).fit(ignored)
     torch.save(rank, f"{folder}/{rank}.pt")
 
 
