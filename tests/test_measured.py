@@ -163,6 +163,7 @@ def test_what_the_weight_of_the_layers_does_on_cifar100():
         if run["method"] == "letKD-2 + KD"
         and run["recipe"]["head_scale"] == 3.0
         and run["recipe"]["layers"][1]["templates"] == 512
+        and run["recipe"]["layers"][1]["temperature"] == 1.0
     }
     first, second, third = (f"{accuracy[weight]:.1f}" for weight in (1.0, 3.0, 10.0))
     for page in ("letkd.md", "results-cifar100-10000.md"):
@@ -216,16 +217,20 @@ def test_what_the_pages_say_of_a_teacher_of_other_classes():
     pairs = {
         ("letKD-2", "labels only"): (1, "letkd.md", "README"),
         ("FitNet", "labels only"): (1, "README"),
+        ("FeatureLoss", "labels only"): (1, "README"),
+        ("letKD-1", "labels only"): (1,),
+        ("AT", "labels only"): (1,),
+        ("IE-KD", "labels only"): (0,),
         ("layers only (2)", "labels only"): (0, "README"),
         ("letKD-2", "layers only (2)"): (1, "letkd.md"),
-        ("letKD-2", "letKD-1"): (1, "letkd.md"),
-        ("letKD-2", "FitNet"): (0, "letkd.md"),
+        ("letKD-2", "letKD-1"): (0, "letkd.md"),
+        ("letKD-2", "FitNet"): (1, "letkd.md"),
+        ("letKD-2", "FeatureLoss"): (0, "letkd.md"),
+        ("letKD-2", "AT"): (1,),
         ("letKD-2 + FitNet", "FitNet"): (0, "letkd.md"),
-        ("AT", "labels only"): (1,),
-        ("letKD-1", "labels only"): (1,),
     }
+    assert all(set(runs[name]) == {0, 1, 2} for name in runs)
     for (ours, theirs), (expected, *pages) in pairs.items():
-        assert set(runs[ours]) == set(runs[theirs]) == {0, 1, 2}
         assert verdict(runs[ours], runs[theirs]) == expected, (ours, theirs)
         middle, low, high = (f"{x:.1f}" for x in difference(runs[ours], runs[theirs]))
         for page in ("results-cifar10-500.md", *pages):
@@ -233,6 +238,45 @@ def test_what_the_pages_say_of_a_teacher_of_other_classes():
             text = " ".join(path.read_text("utf-8").split())
             said = rf"{middle}( points)?,? \(?{low} to {high}"
             assert re.search(said, text), (page, ours, theirs)
+    earlier = accuracies("cifar10-500.earlier")
+    assert verdict(runs["letKD-2"], earlier["letKD-2"]) == 1
+    assert verdict(runs["letKD-1"], earlier["letKD-1"]) == 0
+
+
+def test_what_the_pages_say_of_templates_and_sharpness():
+    def tried(stem, method):
+        """Validation accuracies of seed 0, weight 10, by templates and sharpness."""
+        path = DOCS / "data" / "results" / f"{stem}.tuning.jsonl"
+        runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return {
+            (
+                run["recipe"]["layers"][-1]["templates"],
+                run["recipe"]["layers"][-1]["temperature"],
+            ): (f"{run['validation_accuracy']:.1f} %")
+            for run in runs
+            if run["method"] == method
+            and (run["recipe"]["layer_weight"], run["recipe"]["head_scale"]) == (10.0, 3.0)
+        }
+
+    few = " ".join((DOCS / "results-cifar10-500.md").read_text("utf-8").split())
+    two = tried("cifar10-500", "letKD-2")
+    assert f"letKD-2 reaches {two[512, 1.0]} with 512 templates and sharpness 1" in few
+    assert (
+        f"With 128 templates it is again {two[128, 1.0]}, with sharpness 0.1 {two[512, 0.1]}" in few
+    )
+    assert f"but with both {two[128, 0.1]}. 64 templates give {two[64, 0.1]}" in few
+    assert f"a sharpness of 0.03 {two[128, 0.03]}" in few
+    one = tried("cifar10-500", "letKD-1")
+    assert f"from {one[512, 1.0].removesuffix(' %')} to {one[128, 0.1]}" in few
+    page = " ".join((DOCS / "letkd.md").read_text("utf-8").split())
+    assert (
+        f"1 gave {two[512, 1.0]}, and 128 templates with a sharpness of 0.1 gave {two[128, 0.1]}"
+        in page
+    )
+    both = tried("cifar100-10000", "letKD-2 + KD")
+    assert f"(sharpness 0.1) gave {both[512, 0.1]}, and {both[128, 0.1]} with 128 templates" in page
+    many = " ".join((DOCS / "results-cifar100-10000.md").read_text("utf-8").split())
+    assert f"has {both[512, 0.1]} with sharpness 0.1 instead of 1, and {both[128, 0.1]}" in many
 
 
 def test_what_the_pages_say_of_weights_with_a_teacher_of_other_classes():
