@@ -266,6 +266,16 @@ def test_what_the_pages_say_of_templates_and_sharpness():
     )
     assert f"but with both {two[128, 0.1]}. 64 templates give {two[64, 0.1]}" in few
     assert f"a sharpness of 0.03 {two[128, 0.03]}" in few
+    teacher = json.loads(
+        (DOCS / "data" / "results" / "cifar10-500.teacher.json").read_text("utf-8")
+    )
+    spread = teacher["codebook"]["students' images"]
+    assert teacher["options"]["templates"] == 128
+    soft, hard = (spread[f"perplexity, sharpness {value}"] for value in ("0.1", "1"))
+    assert f"{soft:.1f} templates share the probability of a position" in few
+    assert f"almost one-hot ({hard:.2f})" in few
+    letkd = " ".join((DOCS / "letkd.md").read_text("utf-8").split())
+    assert f"was about {soft:.0f}. With the default sharpness it was {hard:.2f}" in letkd
     one = tried("cifar10-500", "letKD-1")
     assert f"from {one[512, 1.0].removesuffix(' %')} to {one[128, 0.1]}" in few
     page = " ".join((DOCS / "letkd.md").read_text("utf-8").split())

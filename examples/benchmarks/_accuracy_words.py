@@ -150,7 +150,7 @@ def supervision_table(path: Path) -> str:
         return ""
     found = json.loads(path.read_text("utf-8"))
     rows = []
-    for part in ("logits", "codebook", "decisions"):
+    for part in [name for name in ("logits", "codebook", "decisions") if name in found]:
         columns = list(found[part].values())
         rows += [[f"{part}: {name}", *(f"{x[name]:.4g}" for x in columns)] for name in columns[0]]
     options = ", ".join(f"{k} {v}" for k, v in found["options"].items())
@@ -159,5 +159,5 @@ def supervision_table(path: Path) -> str:
         "Targets are fitted to the first column's images. A perplexity is the number of classes or "
         "templates that would share the probability equally: 1 is one-hot."
     )
-    head = ("", *found["logits"])
+    head = ("", *found["codebook"])
     return f"{note}\n\n{table(head, rows)}"

@@ -47,9 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
         "their augmented views": (seen, views),
         "test images": (tested, [0]),
     }
+    # The logits of a teacher of other classes have no accuracy on these images.
+    known = regime.facts["recipe"]["data"] == args.data
+    logits = {name: of_logits(*place) for name, place in places.items() if known}
     found = {
         "teacher": regime.facts,
-        "logits": {name: of_logits(*place) for name, place in places.items()},
+        **({"logits": logits} if known else {}),
         "codebook": of_codebook(places, args.templates),
         "decisions": of_decisions(seen, places, args),
         "options": {k: getattr(args, k) for k in ("templates", "subclasses", "components")},

@@ -263,6 +263,15 @@ def test_a_replaced_recipe_is_compared_with_the_present_one():
     assert row == f"| {' | '.join([*expected, words.bold(text, verdict)])} |"
 
 
+def test_a_teacher_of_other_classes_has_no_row_for_logits(tmp_path):
+    parts = {name: {"test images": {"perplexity": 1.5}} for name in ("codebook", "decisions")}
+    path = tmp_path / "tiny.teacher.json"
+    path.write_text(json.dumps(parts | {"options": {"templates": 8}}), "utf-8")
+    head, _, *rows = words.supervision_table(path).splitlines()[2:]
+    assert head == "|  | test images |"
+    assert rows == ["| codebook: perplexity | 1.5 |", "| decisions: perplexity | 1.5 |"]
+
+
 def test_the_committed_pages_are_made_from_the_committed_lines():
     folder = report.PAGE.parent
     made = report.pages(report.DATA)
