@@ -152,6 +152,12 @@ def test_what_the_page_says_of_letkd2_alone_on_cifar100():
     assert verdict(runs["letKD-2"], runs["KD"]) == 0
     page = " ".join((DOCS / "results-cifar100-10000.md").read_text("utf-8").split())
     assert f"is {middle} points above KD, but not separated from it ({low} to {high})" in page
+    gains = {
+        name: interval(difference(runs[name], runs["labels only"]))
+        for name in ("letKD-2 + KD", "letKD-2", "KD")
+    }
+    both, alone, kd = gains.values()
+    assert f"letKD-2 with KD gains {both}, letKD-2 alone {alone}, and KD {kd}" in page
 
 
 def test_what_the_weight_of_the_layers_does_on_cifar100():
