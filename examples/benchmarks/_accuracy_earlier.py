@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from _accuracy_words import Line, bold, difference, flat, plus_minus, table
+from _accuracy_words import Line, bold, by_recipe, changed, difference, plus_minus, table
 
 NOTE = """\
 These runs were made before the recipe was chosen anew, on the validation images. They stay here,
@@ -19,21 +19,10 @@ def earlier_table(lines: Sequence[Line], runs: Mapping[str, Sequence[Line]]) -> 
         lines: the runs with replaced recipes.
         runs: the reported runs by method.
     """
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        if line["method"] in runs:
-            groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
     rows = []
-    for (name, _), own in groups.items():
+    for name, own in by_recipe([line for line in lines if line["method"] in runs]):
         accuracy = plus_minus([line["test_accuracy"] for line in own])
         against = bold(*difference(runs[name], own))
         rows.append([name, changed(own[0], runs[name][0]), str(len(own)), accuracy, against])
     head = ("", "earlier value", "seeds", "test accuracy %", "present recipe minus this")
     return f"{NOTE}\n\n{table(head, rows)}" if rows else ""
-
-
-def changed(earlier: Line, now: Line) -> str:
-    """The values of an earlier recipe that are different now."""
-    present = flat(now["recipe"])
-    old = flat(earlier["recipe"])
-    return ", ".join(f"{key} {value}" for key, value in old.items() if present.get(key) != value)

@@ -160,8 +160,7 @@ def finding(entry: Entry) -> str:
     ]
     few = groups.get("too few seeds", [])
     if few:
-        plural = "" if len(few) == 1 else "s"
-        said.append(f"too few seeds for a verdict: {len(few)} method{plural}")
+        said.append(f"too few seeds for a verdict: {counted(len(few), 'method')}")
     return f"- **{entry.short}**: {'; '.join(said) or 'not run yet'}."
 
 
@@ -202,17 +201,22 @@ def cell(name: str, entry: Entry) -> str:
     text, verdict = difference(runs[name], runs[reference])
     if verdict.startswith("too few"):
         seeds = len(paired(runs[name], runs[reference])[0])
-        return f"{text} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
+        return f"{text} ({counted(seeds, 'seed')})"
     return bold(text, verdict) if verdict in ("better", "worse") else text
 
 
 def link(entry: Entry) -> str:
     """A link to the regime's page, and how many methods and seeds were run."""
     seeds = sorted({len(lines) for lines in entry.runs.values()})
-    span = str(seeds[-1]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    plural = "" if seeds[-1] == 1 else "s"
-    count = f"{len(entry.runs)} of {len(entry.methods)} methods, {span} seed{plural}"
+    span = counted(seeds[-1], "seed")
+    span = span if len(seeds) == 1 else f"{seeds[0]} to {span}"
+    count = f"{len(entry.runs)} of {len(entry.methods)} methods, {span}"
     return f"- [{entry.title}](results-{entry.stem}.md): {count}"
+
+
+def counted(count: int, word: str) -> str:
+    """Such as "1 seed" or "3 seeds"."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def toctree(stems: Sequence[str]) -> str:

@@ -59,20 +59,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def tuning_table(lines: Sequence[Line]) -> str:
     """Validation accuracies of all tried recipes; each row shows what the recipe changes."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
-    base = {}  # the first recipe of each method, to compare the others with
+    base: dict[str, Line] = {}  # a line of each method's first recipe, to compare the others with
     rows = []
-    for (name, _), own in groups.items():
-        known = flat(own[0]["recipe"])
-        first = base.setdefault(name, known)
-        changed = [f"{k} {v}" for k, v in known.items() if first.get(k) != v]
+    for name, own in by_recipe(lines):
+        first = base.setdefault(name, own[0])
         values = [line["validation_accuracy"] for line in sorted(own, key=lambda x: x["seed"])]
         seeds = ", ".join(str(line["seed"]) for line in sorted(own, key=lambda x: x["seed"]))
         each = ", ".join(f"{value:.2f}" for value in values)
         rows.append(
-            [name, ", ".join(changed) or "first recipe", seeds, each, f"{mean(values):.2f}"]
+            [name, changed(own[0], first) or "first recipe", seeds, each, f"{mean(values):.2f}"]
         )
     rows.sort(key=lambda row: list(base).index(row[0]))
     note = (
@@ -80,6 +75,20 @@ def tuning_table(lines: Sequence[Line]) -> str:
         "images were not used. The other rows of a method show the change from its first row."
     )
     return f"{note}\n\n{table(('', 'changed', 'seeds', 'accuracy %', 'mean'), rows)}"
+
+
+def by_recipe(lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
+    """The lines of each recipe, with the name of its method."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line["method"], line["recipe_hash"]), []).append(line)
+    return [(name, own) for (name, _), own in groups.items()]
+
+
+def changed(line: Line, base: Line) -> str:
+    """The values of a line's recipe that the recipe of ``base`` does not have."""
+    other = flat(base["recipe"])
+    return ", ".join(f"{k} {v}" for k, v in flat(line["recipe"]).items() if other.get(k) != v)
 
 
 def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:

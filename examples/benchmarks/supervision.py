@@ -47,16 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
         "their augmented views": (seen, views),
         "test images": (tested, [0]),
     }
-    # The logits of a teacher of other classes have no accuracy on these images.
-    known = regime.facts["recipe"]["data"] == args.data
-    logits = {name: of_logits(*place) for name, place in places.items() if known}
     found = {
         "teacher": regime.facts,
-        **({"logits": logits} if known else {}),
         "codebook": of_codebook(places, args.templates),
         "decisions": of_decisions(seen, places, args),
         "options": {k: getattr(args, k) for k in ("templates", "subclasses", "components")},
     }
+    # The logits of a teacher of other classes have no accuracy on these images.
+    if regime.facts["recipe"]["data"] == args.data:
+        found["logits"] = {name: of_logits(*place) for name, place in places.items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(args.out.read_text("utf-8"))

@@ -19,7 +19,9 @@ from kdlayers.errors import CheckpointError
 
 FORMAT = "kdlayers student"
 VERSION = 3
-"""Version 1 had no checksums and no ``memory`` of a layer; version 2 had no ``eps``."""
+"""Version 1 had no checksums."""
+_ADDED: dict[int, dict[str, Any]] = {2: {"memory": "normal"}, 3: {"eps": 1e-5}}
+"""What each version added to a layer's description, with the values that layers had before."""
 
 _PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
 _short = Repr()
@@ -149,9 +151,9 @@ def _with_versions(state: Any, versions: Any) -> OrderedDict[str, Any]:
 
 
 def _layer(item: Any, version: int, label: str) -> LayerDescription:
-    if isinstance(item, dict):
-        added = {"memory": "normal", "eps": 1e-5} if version == 1 else {"eps": 1e-5}
-        item = item if version == VERSION else {**added, **item}
+    for since, values in _ADDED.items():
+        if version < since and isinstance(item, dict):
+            item = {**values, **item}
     _check_layer(item, f"{label} is damaged")
     return replace(LayerDescription(**item), path=tuple(item["path"]))
 

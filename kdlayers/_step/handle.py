@@ -123,8 +123,7 @@ class KDHandle(Learning):
 
         Raises:
             ArgumentTypeError: if ``targets`` is not a tensor, or requires grad (did you pass the
-                logits?); if your own loss does not return a scalar tensor with a
-                gradient.
+                logits?); if your own loss does not return a scalar tensor with a gradient.
             CaptureError: if no training forward was recorded, a KD layer did not run in it, or this
                 is called under ``torch.no_grad()``.
             StaleCaptureError: if several forwards were run, or the batch, features or logits were
@@ -314,7 +313,7 @@ class KDHandle(Learning):
         if compiling:  # tensors: a compiled sum does not depend on their values
             for pair in pairs:
                 pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
-        # DDP and FSDP reduce gradients as a backward pass through the student's output goes along.
+        # DDP and FSDP reduce gradients only in a backward pass through the student's output.
         unread = found if not plan.wanted.logits and connected() else None
         return plan, pairs, labels, unread
 

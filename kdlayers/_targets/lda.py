@@ -44,8 +44,6 @@ class Scatter:
 
     def reduce(self) -> None:
         """Sum over all ranks, relative to the origin of rank 0."""
-        if self._empty:
-            raise FitError("fit() got batches without a single row")
         classes = int(all_rows(self.counts.new_tensor([len(self.counts)])).max())
         missing = classes - len(self.counts)
         counts = torch.cat([self.counts, self.counts.new_zeros(missing)])

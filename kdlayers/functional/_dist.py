@@ -27,8 +27,8 @@ def dist(
         \qquad p = \mathrm{softmax}(z / T)
 
     with Pearson's correlation :math:`\rho`: over the classes of a sample (inter-class relation),
-    and over the samples of a class (intra-class relation). Both relations give 0 where
-    the student's probabilities are an increasing linear function of the teacher's, so a student of
+    and over the samples of a class (intra-class relation). Both relations give 0 where the
+    student's probabilities are an increasing linear function of the teacher's, so a student of
     another scale is not penalised. The gradient flows to both arguments.
 
     Args:
