@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from common.files import claimed
 from common.images import Images, augmented
+from common.training import device_of
 from torch import Tensor, nn
 
 CHANNELS_MEAN = ("layer1", "layer2")
@@ -31,12 +32,18 @@ class Record:
         folder: folder with one subfolder for each view.
         split: the images without augmentation.
         views: number of augmented views, not counting view 0.
+
+    Attributes:
+        device: the device of the tensors.
     """
 
     def __init__(self, folder: Path, split: Images, views: int) -> None:
+        self.folder = folder
         self.split = split
         self.views = views
+        self.device = torch.device("cpu")
         self._files: dict[str, list[Tensor]] = {}
+        self._whole: dict[str, Tensor] = {}
         for view in range(1 + views):
             for name, shape in json.loads((folder / str(view) / SHAPES).read_text("utf-8")).items():
                 kind = torch.uint8 if name == "pixels" else torch.float16
@@ -44,8 +51,18 @@ class Record:
                 self._files.setdefault(name, []).append(values)
         self.points = [name for name in self._files if name not in ("pixels", "logits")]
 
+    def to(self, device: torch.device | str) -> Record:
+        """Load the whole record into the memory of a device, such as a GPU."""
+        self.device = torch.device(device)
+        self.split = self.split.to(device)
+        for name, files in self._files.items():
+            self._whole[name] = torch.stack([values.to(device) for values in files])
+        return self
+
     def take(self, name: str, views: Tensor, index: Tensor) -> Tensor:
         """``"pixels"``, ``"logits"`` or the features of a point, for some images in some views."""
+        if name in self._whole:
+            return self._whole[name][views, index]
         files = self._files[name]
         pairs = zip(views.tolist(), index.tolist(), strict=True)
         return torch.stack([files[view][image] for view, image in pairs])
@@ -98,7 +115,9 @@ def recorded(
         missing = [view for view in missing if not (folder / str(view) / SHAPES).exists()]
         if missing:  # another process is recording them
             time.sleep(2)
-    return Record(folder, split, views)
+    record = Record(folder, split, views)
+    device = device_of(teacher)
+    return record if device.type == "cpu" else record.to(device)
 
 
 @torch.no_grad()
@@ -122,11 +141,11 @@ def write(
         teacher.eval()
         for part in split.pixels.split(BATCH):
             images = augmented(part, padding, True, draw) if view else part
-            logits = teacher(split.normalised(images))
+            logits = teacher(split.normalised(images).to(device_of(teacher)))
             found = {"pixels": images, "logits": logits.half()}
             found |= {name: kept(name, taps[name]) for name in points}
             for name, value in found.items():
-                files[name].write(value.contiguous().numpy().tobytes())
+                files[name].write(value.cpu().contiguous().numpy().tobytes())
                 shapes[name] = [len(split), *value.shape[1:]]
     (folder / SHAPES).write_text(json.dumps(shapes), "utf-8")
 
@@ -161,7 +180,7 @@ class Replay(nn.Module):
         super().__init__()
         self.record = record
         self.keys: Tensor | None = None
-        self.register_buffer("device", torch.zeros(()))
+        self.register_buffer("device", torch.zeros((), device=record.device))
         for name in record.points:
             parent: nn.Module = self
             *containers, last = name.split(".")
@@ -180,7 +199,7 @@ class Replay(nn.Module):
     @torch.autocast("cpu", enabled=False)  # under bfloat16 it cannot stack float16
     def forward(self, images: Tensor) -> Tensor:
         """The recorded logits; each point's module returns its recorded features."""
-        first = torch.arange(len(images))
+        first = torch.arange(len(images), device=self.record.device)
         views, index = self.keys if self.keys is not None else (torch.zeros_like(first), first)
         if len(index) != len(images):
             raise RuntimeError(f"{len(index)} recorded images for a batch of {len(images)}")
@@ -206,9 +225,8 @@ class RecordedBatches:
         self.size = size
         self.seed = seed
         draw = torch.Generator().manual_seed(104_729 + seed)
-        self.first = torch.randint(
-            teacher.record.views, (len(teacher.record.split),), generator=draw
-        )
+        first = torch.randint(teacher.record.views, (len(teacher.record.split),), generator=draw)
+        self.first = first.to(teacher.record.device)
 
     def __len__(self) -> int:
         return len(self.first) // self.size
@@ -216,7 +234,7 @@ class RecordedBatches:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of one epoch."""
         draw = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-        order = torch.randperm(len(self.first), generator=draw)
+        order = torch.randperm(len(self.first), generator=draw).to(self.first.device)
         views = 1 + (self.first + epoch) % self.teacher.record.views
         for index in order[: len(self) * self.size].split(self.size):
             yield self.teacher.told(views[index], index)
@@ -224,7 +242,8 @@ class RecordedBatches:
     def plain(self, size: int) -> Plain:
         """View 0 of all images in a random order, for ``kd.fit``."""
         draw = torch.Generator().manual_seed(self.seed)
-        return Plain(self.teacher, torch.randperm(len(self.first), generator=draw), size)
+        order = torch.randperm(len(self.first), generator=draw)
+        return Plain(self.teacher, order.to(self.first.device), size)
 
 
 class Plain:

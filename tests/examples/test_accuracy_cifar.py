@@ -219,6 +219,21 @@ def test_every_view_of_an_image_comes_in_turn(record):
 # ------------------------------------------------------------------ runs
 
 
+def test_a_record_in_memory_gives_the_same_batches_and_outputs(record):
+    _, made = record
+    whole = records.Record(made.folder, made.split, made.views).to("cpu")
+    outputs = []
+    for kept in (made, whole):
+        replay = records.Replay(kept)
+        batches = records.RecordedBatches(replay, 20, seed=3)
+        taps = []
+        replay.get_submodule("layer3.0").register_forward_hook(lambda _, __, y, t=taps: t.append(y))
+        outputs.append([(x, y, replay(x)) for x, y in batches.epoch(1)])
+        assert len(taps) == len(batches)
+        outputs[-1].append(taps)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+
+
 def test_recorded_runs_have_full_lines(bench, tmp_path):
     names = ["labels only", "KD", "AT", "letKD-2", "layers only (2)", "wider, same MACs"]
     lines = bench(tmp_path / "runs.jsonl", "--seeds", "0", "--methods", *names)

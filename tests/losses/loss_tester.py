@@ -186,6 +186,20 @@ class LossTester:
             value = functional_call(loss, moved, tuple(map(move, (student, teacher, targets))))
         assert value.device.type == "cuda"
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_a_gpu_gives_the_same_value_and_gradient(self, dtype):
+        student, teacher, targets = self.inputs(dtype=dtype)
+        loss = self.ready(student, teacher)
+        found = {}
+        for device in ("cpu", "cuda"):
+            free = student.to(device).detach().requires_grad_()
+            value = loss.to(device)(free, teacher.to(device), targets.to(device))
+            (slope,) = torch.autograd.grad(value, free)
+            found[device] = value.detach().cpu(), slope.cpu()
+        tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {}
+        torch.testing.assert_close(found["cuda"], found["cpu"], **tolerance)
+
     @pytest.mark.parametrize(("batch", "classes"), [(4, 2), (3, 1000), (1, 5)])
     def test_few_and_many_classes_and_a_batch_of_one(self, batch, classes):
         student, teacher, targets = self.inputs(batch, classes, torch.float32)
