@@ -19,7 +19,8 @@ On CIFAR you pass a trained teacher. ``--root`` is a folder with torchvision's f
         --teacher-checkpoint resnet56.pt --teacher-data cifar100 --teacher-root CIFAR100 \
         --cache runs --out docs/data/results/cifar10-500.jsonl
 
-On a GPU you can use as many epochs and templates as the papers. The teacher runs in every step:
+On a GPU you can use as many epochs and templates as the papers. Here the teacher runs in every
+step; without ``--views live`` its recorded outputs are kept in the GPU's memory:
 
     python examples/benchmarks/accuracy.py --regime cifar100-all --root CIFAR100 --epochs 240 \
         --teacher-checkpoint resnet56.pt --device cuda --templates 4096 --subclasses 8 \
@@ -37,8 +38,8 @@ next to the file of the regime; report.py makes a table of it:
 Each run appends one JSON line with its whole recipe to ``--out``. A run is skipped if the file has
 a line with its method, recipe and seed. A run that was interrupted resumes from its last epoch,
 which is stored in ``--cache``. So you can stop the script at any time and call it again. You can
-also call it twice at the same time to use two cores: no run is done twice. With ``--tuning`` the
-script does not use the test images.
+also call it several times at once, to use all cores or to fill a GPU: no run is done twice. With
+``--tuning`` the script does not use the test images.
 
 To add runs to the committed ones on Fashion-MNIST, with the committed teacher and on the same kind
 of device, call

@@ -50,7 +50,7 @@ class OptimiserWatch:
             return
         own = self._probe(self.own)
         dtypes = [p.dtype for p in self.own]
-        stepped = self.own_before is not None and not torch.equal(own, self.own_before)
+        stepped = self.own_before is not None and not _equal(own, self.own_before)
         if stepped and dtypes == self.dtypes:  # student.half() changes values too
             self._judge()
         self.dtypes = dtypes
@@ -63,7 +63,7 @@ class OptimiserWatch:
         groups = {name: g for name, g in groups.items() if any(p.requires_grad for p in g)}
         probes = {name: self._probe(g) for name, g in groups.items()}
         # A rank may hold no part of a small parameter that FSDP has sharded.
-        still = [n for n, p in probes.items() if p.numel() and torch.equal(p, self.before[n])]
+        still = [n for n, p in probes.items() if p.numel() and _equal(p, self.before[n])]
         if still:
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
@@ -103,6 +103,10 @@ class OptimiserWatch:
         """Whether the student has trainable KD layers, such as the copies that peft makes."""
         named = () if self.student is None else self.student.named_parameters()
         return any(p.requires_grad for name, p in named if SLOT in name.split("."))
+
+
+def _equal(now: Tensor, before: Tensor) -> bool:
+    return torch.equal(now, before.to(now.device))  # the model may have moved since
 
 
 def _local(parameter: nn.Parameter) -> Tensor:
