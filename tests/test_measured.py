@@ -145,19 +145,41 @@ def test_what_the_front_page_says_of_cifar100():
     assert difference(both, kd, without=[0])[1] > 0 > difference(both, wider, without=[0])[1]
 
 
-def test_what_the_page_says_of_letkd2_alone_on_cifar100():
+def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     runs = accuracies("cifar100-10000")
-    middle, low, high = (f"{number:.1f}" for number in difference(runs["letKD-2"], runs["KD"]))
-    assert set(runs["letKD-2"]) == {0, 1, 2}
-    assert verdict(runs["letKD-2"], runs["KD"]) == 0
-    page = " ".join((DOCS / "results-cifar100-10000.md").read_text("utf-8").split())
-    assert f"is {middle} points above KD, but not separated from it ({low} to {high})" in page
-    gains = {
-        name: interval(difference(runs[name], runs["labels only"]))
-        for name in ("letKD-2 + KD", "letKD-2", "KD")
+    wider, free = "wider, same MACs + KD", "layers only (2) + KD"
+    assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
+    assert set(runs["letKD-1"]) == set(runs[free]) == set(runs["labels only"]) == {0, 1, 2}
+    pairs = {
+        ("letKD-2", "KD"): (1, "letkd.md", "README.md"),
+        ("letKD-1", "KD"): (1, "letkd.md"),
+        ("letKD-2", wider): (1,),
+        ("letKD-2", "letKD-1"): (0, "letkd.md"),
+        ("letKD-2 + KD", "letKD-2"): (1,),
+        ("letKD-2 + KD", free): (0, "letkd.md"),
+        (free, "KD"): (0, "letkd.md"),
+        ("letKD-2 + KD", "labels only"): (1,),
+        ("letKD-1", "labels only"): (1,),
+        ("letKD-2", "labels only"): (1,),
+        ("KD", "labels only"): (1,),
     }
-    both, alone, kd = gains.values()
-    assert f"letKD-2 with KD gains {both}, letKD-2 alone {alone}, and KD {kd}" in page
+    for (ours, theirs), (expected, *pages) in pairs.items():
+        assert verdict(runs[ours], runs[theirs]) == expected, (ours, theirs)
+        middle, low, high = (f"{x:.1f}" for x in difference(runs[ours], runs[theirs]))
+        for page in ("results-cifar100-10000.md", *pages):
+            path = DOCS.parent / page if page == "README.md" else DOCS / page
+            text = " ".join(path.read_text("utf-8").split())
+            assert re.search(rf"{middle} points,? \(?{low} to {high}", text), (page, ours, theirs)
+    page = " ".join((DOCS / "results-cifar100-10000.md").read_text("utf-8").split())
+    readme = " ".join((DOCS.parent / "README.md").read_text("utf-8").split())
+    gain = interval(difference(runs["letKD-2"], runs["KD"], without=[0]))
+    assert f"the first gain is {gain}" in page
+    assert gain in readme
+    middle, low, high = (f"{x:.1f}" for x in difference(runs["letKD-2"], runs[wider], without=[0]))
+    assert f"not significant ({middle} points, {low} to {high})" in page
+    one = accuracies("cifar100-10000.earlier")["letKD-1"]
+    ten = runs["letKD-1"]
+    assert f"has {ten[0]:.1f} % with weight 10 and {one[0]:.1f} % with weight 1" in page
 
 
 def test_what_the_weight_of_the_layers_does_on_cifar100():
