@@ -137,12 +137,14 @@ def _high_bits(values: Tensor) -> Tensor:
 def own_subclass(z: Tensor, labels: Tensor, centers: Tensor, subclasses: int) -> Tensor:
     """Index of the nearest centre of a row's own class: z [n, d], labels [n], centers [K, d].
 
-    -1 if no distance is finite, as for NaN features.
+    -1 if no distance is finite, as for NaN features, and for a negative label. On a GPU the labels
+    are not checked, and an index of -1 would mean the last class.
     """
     # Gather the few centres of each row's class; a mask over all K distances would cost more.
     own = centers.reshape(-1, subclasses, centers.shape[1])[labels]
     least, index = (z.unsqueeze(1) - own).square().sum(dim=2).min(dim=1)
-    return torch.where(least.isfinite(), labels * subclasses + index, -1)
+    valid = least.isfinite() & (labels >= 0)
+    return torch.where(valid, labels * subclasses + index, -1)
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:

@@ -236,6 +236,11 @@ def test_only_centres_of_the_own_class_are_compared():
     assert own_subclass(z, labels, centers, 1).tolist() == [1, 0, 2]
 
 
+def test_a_negative_label_that_was_not_checked_is_not_the_last_class():
+    z, centers = torch.randn(3, 2), torch.randn(4, 2)
+    assert own_subclass(z, torch.tensor([-1, 1, -2]), centers, 1).tolist() == [-1, 1, -1]
+
+
 def test_one_subclass_for_each_class():
     features, labels = data()
     targets = DecisionTargets(1, components=2).fit([(features, labels)])
