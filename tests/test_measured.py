@@ -149,7 +149,8 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     runs = accuracies("cifar100-10000")
     wider, free = "wider, same MACs + KD", "layers only (2) + KD"
     assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
-    three = ("letKD-1", free, "layers only (2)", "FitNet", "labels only")
+    assert set(runs[free]) == {0, 1, 2, 3, 4}
+    three = ("letKD-1", "layers only (2)", "FitNet", "labels only")
     assert all(set(runs[name]) == {0, 1, 2} for name in three)
     pairs = {
         ("FitNet", "labels only"): (1,),
@@ -163,8 +164,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("letKD-2", wider): (1,),
         ("letKD-2", "letKD-1"): (0, "letkd.md"),
         ("letKD-2 + KD", "letKD-2"): (1,),
-        ("letKD-2 + KD", free): (0, "letkd.md"),
-        (free, "KD"): (0, "letkd.md"),
+        (free, "KD"): (1, "letkd.md"),
         ("letKD-2 + KD", "labels only"): (1,),
         ("letKD-1", "labels only"): (1,),
         ("letKD-2", "labels only"): (1,),
@@ -184,6 +184,11 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     assert gain in readme
     middle, low, high = (f"{x:.1f}" for x in difference(runs["letKD-2"], runs[wider], without=[0]))
     assert f"not significant ({middle} points, {low} to {high})" in page
+    middle, low, high = (f"{x:.1f}" for x in difference(runs["letKD-2 + KD"], runs[free]))
+    assert verdict(runs["letKD-2 + KD"], runs[free]) == 0
+    for text in (page, " ".join((DOCS / "letkd.md").read_text("utf-8").split())):
+        assert f"{middle} points, which are not significant ({low} to {high})" in text
+    assert interval(difference(runs["letKD-2 + KD"], runs[free], without=[0])) in page
     one = accuracies("cifar100-10000.earlier")["letKD-1"]
     ten = runs["letKD-1"]
     assert f"has {ten[0]:.1f} % with weight 10 and {one[0]:.1f} % with weight 1" in page
