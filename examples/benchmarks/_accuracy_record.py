@@ -32,16 +32,12 @@ class Record:
         folder: folder with one subfolder for each view.
         split: the images without augmentation.
         views: number of augmented views, not counting view 0.
-
-    Attributes:
-        device: the device of the tensors.
     """
 
     def __init__(self, folder: Path, split: Images, views: int) -> None:
         self.folder = folder
         self.split = split
         self.views = views
-        self.device = torch.device("cpu")
         self._files: dict[str, list[Tensor]] = {}
         self._whole: dict[str, Tensor] = {}
         for view in range(1 + views):
@@ -51,12 +47,19 @@ class Record:
                 self._files.setdefault(name, []).append(values)
         self.points = [name for name in self._files if name not in ("pixels", "logits")]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return self.split.labels.device
+
     def to(self, device: torch.device | str) -> Record:
         """Load the whole record into the memory of a device, such as a GPU."""
-        self.device = torch.device(device)
         self.split = self.split.to(device)
         for name, files in self._files.items():
-            self._whole[name] = torch.stack([values.to(device) for values in files])
+            whole = files[0].new_empty((len(files), *files[0].shape), device=device)
+            for view, values in zip(whole, files, strict=True):
+                view.copy_(values)  # one at a time: all of them twice may not fit
+            self._whole[name] = whole
         return self
 
     def take(self, name: str, views: Tensor, index: Tensor) -> Tensor:

@@ -95,9 +95,9 @@ class Regime:
         """
         split = few(self.splits.train, recipe["images"], recipe.get("draw", seed))
         if not recipe.get("views"):
-            given = split.to(device_of(self.teacher))
+            moved = split.to(device_of(self.teacher))
             how = {key: recipe[key] for key in ("padding", "flips")}
-            return split, Augmented(given, recipe["batch_size"], **how, seed=seed), self.teacher
+            return split, Augmented(moved, recipe["batch_size"], **how, seed=seed), self.teacher
         names = ("layer1", "layer2", self.args.first, self.args.last)
         points = [name.rpartition(":")[2] for name in names]
         record = recorded(

@@ -1,4 +1,4 @@
-"""Training, fitting, recording and deployment on a GPU; skipped without one."""
+"""Training, fitting and deployment on a GPU; skipped without one."""
 
 import pytest
 import torch
