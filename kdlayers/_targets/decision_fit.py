@@ -196,6 +196,11 @@ class DecisionPass(_ProjectedPass):
 
 def _check_classes(counts: Tensor, subclasses: int) -> None:
     rows = counts.tolist()
+    if len(rows) < 2:
+        raise FitError(
+            "every label is 0, but decisions need two classes or more; pass data with all classes, "
+            "or use CodebookTargets, which needs no labels"
+        )
     missing = [label for label, count in enumerate(rows) if not count]
     if missing:
         raise FitError(

@@ -135,7 +135,7 @@ def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 @full_precision
 def _linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
-    return torch.vdot(_centred_gram(student).flatten(), _centred_gram(teacher).flatten())
+    return (_centred_gram(student) * _centred_gram(teacher)).sum()
 
 
 def _centred_gram(factor: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def classes_of(targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
 
     Returns:
         Class indices ``[..., m]`` and shares ``[..., m]``, with m the largest number of classes
-        that a row has; rows with fewer have shares of 0. Where m is 1: ``[...]``, and no shares.
+        that a row has; rows with fewer repeat their first class with shares of 0. Where m is 1:
+        ``[...]``, and no shares.
 
     Raises:
         ShapeError: if the last axis does not have ``classes`` entries.
@@ -61,6 +62,8 @@ def classes_of(targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
     if most == 1:
         return labels.argmax(dim=-1), None
     shares, found = torch.where(held, labels, 0.0).topk(most, dim=-1)
+    # A row with fewer classes repeats its first: the term of another one may be NaN, times 0 too.
+    found = torch.where(shares > 0, found, found[..., :1])
     return found, shares / shares.sum(dim=-1, keepdim=True)
 
 

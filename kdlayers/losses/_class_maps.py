@@ -32,7 +32,8 @@ def counted(targets: Tensor, student: Tensor, ignore_index: int) -> Tensor:
             f"{check.shape(targets)} for maps {check.shape(student)}; pass None to compare every "
             "pixel"
         )
-    counts = targets != ignore_index
+    # In 64 bits: uint8 would turn -100 into 156, the label of a class.
+    counts = targets.long() != ignore_index
     if counts.shape[1:] == student.shape[2:]:
         return counts
     found = F.interpolate(counts[:, None].float(), student.shape[2:], mode="nearest-exact")

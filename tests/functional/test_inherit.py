@@ -93,3 +93,11 @@ def test_independent_factors_have_the_sizes_known_beforehand():
     assert inheritance(x, y).item() == pytest.approx(size * (2 / pi) ** 0.5, rel=0.01)
     assert inheritance(x, y, p=2).item() == pytest.approx(size, rel=0.01)
     assert exploration(x, y, measure="cka").item() == pytest.approx(0.970, abs=0.005)
+
+
+@pytest.mark.parametrize("measure", ["norm", "cosine", "cka"])
+def test_factors_of_different_dtypes(measure):
+    x, y = factors()
+    for function in (inheritance, exploration):
+        found = function(x.float(), y, measure=measure)
+        assert found.item() == pytest.approx(function(x, y, measure=measure).item(), abs=1e-6)

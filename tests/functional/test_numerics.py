@@ -168,6 +168,23 @@ def test_masked_classes_have_probability_zero(call, both):
         torch.testing.assert_close(value, by_torch)
 
 
+@pytest.mark.parametrize("form", ["chi2", "ratio_sq", "ratio", "is"])
+def test_mixed_labels_do_not_read_classes_of_weight_zero(form):
+    student, teacher = logits(torch.float64)
+    for masked in (student, teacher):
+        masked[:, 2:] = -torch.inf
+    mixed = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 1.0], [1.0, 0.0]]).double()
+    labels = torch.cat([mixed, torch.zeros(4, 3)], dim=1)  # the first row has one class, not two
+    student.requires_grad_()
+    value = kdf.aekt(student, teacher, labels, form=form, reduction="none")
+    each = [
+        kdf.aekt(student, teacher, torch.full((4,), k), form=form, reduction="none") for k in (0, 1)
+    ]
+    torch.testing.assert_close(value, (torch.stack(each, dim=1) * mixed).sum(dim=1))
+    (slope,) = torch.autograd.grad(value.sum(), student)
+    assert slope.isfinite().all()
+
+
 @pytest.mark.parametrize("call", [kdf.tckd, kdf.nckd, kdf.dkd, kdf.aekt])
 def test_vmap_is_a_loop(call):
     draw = torch.Generator().manual_seed(0)

@@ -97,6 +97,16 @@ def test_labels_of_another_size_select_the_pixels():
     torch.testing.assert_close(KDLoss()(student, teacher, labels), values.mean())
 
 
+@pytest.mark.parametrize(("dtype", "label", "ignored"), [("uint8", 156, -100), ("int8", -1, 255)])
+def test_narrow_labels_are_not_the_ignored_one_modulo_256(dtype, label, ignored):
+    student, teacher = maps(2, 3), maps(2, 3, seed=1)
+    labels = torch.zeros(2, 2, 3, dtype=getattr(torch, dtype))
+    labels[0] = label
+    torch.testing.assert_close(
+        KDLoss(ignore_index=ignored)(student, teacher, labels), KDLoss()(student, teacher)
+    )
+
+
 def test_all_pixels_ignored_gives_zero():
     student = maps(2, 3).requires_grad_()
     value = KDLoss()(student, maps(2, 3, seed=1), torch.full((2, 2, 3), -100))

@@ -330,6 +330,7 @@ def tiny(labels):
     [
         (tiny([0, 0, 2, 2, 5, 5]), FitError, "no sample of classes 1, 3, 4 of the 6 classes 0..5"),
         (tiny([0, 0, 1, 2, 2]), FitError, r"positions of class 1 for 2 .* classes: 1\)"),
+        (tiny([0, 0, 0]), FitError, "every label is 0, but decisions need two classes"),
         (tiny([0, 0, -1]), FitError, "labels must be 0 or more, got labels from -1 to 0"),
         ([(torch.randn(4, 3), None)], FitError, "fit.. got batches without them"),
         ([(torch.randn(4, 3), torch.zeros(3).long())], ShapeError, r"must be \[4\], got"),
