@@ -65,6 +65,9 @@ def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str
     near = [] if is_glob(pattern) else get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
     hint = ", ".join(repr(name) for name in near or _stages(names)[-6:])
     unused = f"; {pattern!r} exists but does not run in forward" if _exists(pattern, model) else ""
+    usual = _usual_name(pattern, model)
+    if usual in names:
+        return f"{pattern!r} of the {label} is another name of its module {usual!r}; use {usual!r}"
     return (
         f"no module {pattern!r} runs in the {label} ({type(model).__name__}){unused}; nearest "
         f"names: {hint}; find_points({label}) lists usable points"
@@ -85,3 +88,9 @@ def _stages(names: Collection[str]) -> list[str]:
 
 def _exists(name: str, model: nn.Module) -> bool:
     return name in dict(model.named_modules())
+
+
+def _usual_name(name: str, model: nn.Module) -> str | None:
+    """The first name of a module that the model has under several names."""
+    module = dict(model.named_modules(remove_duplicate=False)).get(name)
+    return next((usual for usual, other in model.named_modules() if other is module), None)

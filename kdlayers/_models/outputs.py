@@ -1,11 +1,12 @@
-"""Finds the logits in a model's output by name, then by shape."""
+"""Finds the logits in a model's output by name, then by shape, and the features in a module's."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from kdlayers._utils.tree import first_tensor, leaves
+from kdlayers._utils.tree import Path, first_tensor, leaves
+from kdlayers.errors import AttachError
 
 NAMES = ("logits", "out", "prediction", "predictions", "pred", "preds", "output")
 """Keys and fields that hold logits, in Hugging Face's, torchvision's and common usage."""
@@ -29,6 +30,25 @@ def why_unclear(output: Any) -> str | None:
     return (
         f"it returns several tensors ({parts}), and neither a name nor a shape shows which of them "
         "are the logits; return the logits alone, or a dict or named tuple with the key 'logits'"
+    )
+
+
+def features_of(output: Any, path: Path, name: str) -> Any:
+    """The features at ``path`` of the output of the module ``name``.
+
+    Raises:
+        AttachError: if the output does not have the form that it had in the dry run.
+    """
+    found, known = output, True
+    for key in path:
+        known = known and not isinstance(found, Tensor)  # whose first row is no features
+        found = found[key] if known else found
+    if known and not isinstance(found, (tuple, list, dict)):
+        return found
+    raise AttachError(
+        f"the module at {name!r} returned a {type(output).__name__} in this forward, which it did "
+        "not in the dry run of attach_kd, in eval mode; choose a point whose output has one form "
+        "in training and in eval mode, find_points(model) lists points"
     )
 
 

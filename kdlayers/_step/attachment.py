@@ -73,6 +73,8 @@ class Attachment:
         """
         found = inserts(self.student)
         own = [(hook, module) for module, _, hook in found if hook.tape is self._tape]
+        # attach_kd placed them in forward order; the modules may be registered in another one.
+        own.sort(key=lambda pair: pair[0].key)
         return {hook.name: hook.slot(module).as_layer() for hook, module in own}
 
     def state_dict(self) -> dict[str, Any]:

@@ -294,12 +294,14 @@ class KDHandle(Learning):
         tape = self._tape
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
-        labels = check_labels(targets, found)
+        # A student that returns its own loss has one number for all images.
+        images = found if found.dim() else forward.any_recorded()
+        labels = check_labels(targets, images)
         if not self._images.done:
             self._images.of_training((forward.args, forward.kwargs))
         plan = self._plan
         if recorded is not None:
-            plan, tensors = read_batch(plan, recorded, forward, found, self.step)
+            plan, tensors = read_batch(plan, recorded, forward, images, self.step)
         elif ahead is None:
             autocast = forward.autocast_dtype(self.student, found)
             tensors = plan.of_teachers(plan.teach(forward.args, forward.kwargs, autocast))

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from kdlayers._models.outputs import main_output
+from kdlayers._models.outputs import features_of, main_output
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import current_backward, drop_hooks, reserve_hook_key
-from kdlayers._utils.tree import Path, pick, put
+from kdlayers._utils.tree import Path, put
 from kdlayers.errors import AttachError
 
 # Before about torch 2.13, is_exporting() says True inside every graph that torch.compile traces.
@@ -80,7 +80,7 @@ class InsertLayer(_Hook):
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """Replace the module's features in the output by those of the KD layer."""
         path, tape = self.path, self.tape
-        features = pick(output, path) if path else output
+        features = features_of(output, path, self.name)
         # Through __call__, not a method: FSDP gathers the layer's parameters in its own hooks.
         features, scores, templates = self.slot(module)(features, insert=True)
         if tape.active and tape.forward is not None:
@@ -109,7 +109,7 @@ class Capture(_Hook):
         forward = self.tape.forward
         if not self.tape.active or forward is None:
             return
-        features = pick(output, self.path)
+        features = features_of(output, self.path, self.name)
         if torch.compiler.is_compiling():
             forward.record_features(self.name, features.clone())
             return

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from kdlayers._step.hooks import InsertLayer, descend
+from kdlayers._step.hooks import Capture, InsertLayer, descend
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
 from kdlayers._utils.torch_internals import child_table, forward_hooks, is_batch_norm
@@ -91,6 +91,9 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
     home.add_module(SLOT, slot)
     hook = InsertLayer(name, store, path, tape)
     hook.key = site.register_forward_hook(hook).id
+    # An earlier handle that records this module records what the next module receives.
+    for key in [key for key, other in forward_hooks(site).items() if isinstance(other, Capture)]:
+        forward_hooks(site)[key] = forward_hooks(site).pop(key)
     # torch.fx treats modules of torch.nn as leaves without hooks, and quantisation replaces them.
     # With another __module__, this one is traced.
     site.__module__ = __name__

@@ -182,6 +182,12 @@ class Tape:
                 "the student's last batch was empty, so there is nothing to compare: skip the "
                 "forward and kd.loss for empty batches"
             )
+        if wanted.logits and not found.dim():
+            raise CaptureError(
+                "the student returned a single number, such as its loss, in this forward, but a "
+                "loss reads its logits: return them too, as a dict with the keys 'loss' and "
+                "'logits', or pass them as kd.loss(y, logits=...)"
+            )
         if wanted.logits and not found.requires_grad:
             raise CaptureError(
                 "the logits do not require grad, so a loss on them would train nothing: pass the "

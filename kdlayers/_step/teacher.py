@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlayers._models.detectors import inside
 from kdlayers._models.layouts import Layout
-from kdlayers._models.outputs import main_output, why_unclear
+from kdlayers._models.outputs import features_of, main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, image_size, trace
 from kdlayers._models.vectors import class_key
 from kdlayers._models.wrappers import check_pair, sharded, unwrap
@@ -23,7 +23,7 @@ from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
 from kdlayers._utils.locks import lock_of
 from kdlayers._utils.torch_internals import buffer_table, parameter_table
-from kdlayers._utils.tree import leaves, mapped, pick
+from kdlayers._utils.tree import leaves, mapped
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
@@ -232,8 +232,7 @@ class _Tap:
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Record the features, or a copy if a later module changes them in place."""
-        path = self.point.call.path
-        features = pick(output, path) if path else output
+        features = features_of(output, self.point.call.path, self.point.call.name)
         # Without a counter (under inference_mode) nothing would show a later in-place change.
         copies = self.copies or features.is_inference()
         self.features = features.clone() if copies else features
@@ -258,10 +257,14 @@ def _moved(value: Any, like: Tensor) -> Any:
 
 def _failed(model: nn.Module, inputs: Any, error: Exception) -> CaptureError:
     shapes = [f"{tensor.dtype} {list(tensor.shape)}" for _, tensor in leaves(inputs)]
+    more = (
+        "; if only the student takes more than the images, such as labels, run it in `with "
+        "kd.batch(images):`"
+    )
     return CaptureError(
         f"the teacher ({type(model).__name__}) could not run on a batch of {', '.join(shapes)}: "
         f"{error}; it gets the student's images: if it needs others, convert them with "
-        "attach_kd(..., teacher_transform=...)"
+        f"attach_kd(..., teacher_transform=...){more if len(shapes) > 1 else ''}"
     )
 
 
