@@ -39,16 +39,21 @@ def features_of(output: Any, path: Path, name: str) -> Any:
     Raises:
         AttachError: if the output does not have the form that it had in the dry run.
     """
-    found, known = output, True
+    found = output
     for key in path:
-        known = known and not isinstance(found, Tensor)  # whose first row is no features
-        found = found[key] if known else found
-    if known and not isinstance(found, (tuple, list, dict)):
-        return found
-    raise AttachError(
+        if isinstance(found, Tensor):  # the key would take one image of it
+            raise AttachError(_other_form(output, name))
+        found = found[key]
+    if isinstance(found, (tuple, list, dict)):
+        raise AttachError(_other_form(output, name))
+    return found
+
+
+def _other_form(output: Any, name: str) -> str:
+    return (
         f"the module at {name!r} returned a {type(output).__name__} in this forward, which it did "
         "not in the dry run of attach_kd, in eval mode; choose a point whose output has one form "
-        "in training and in eval mode, find_points(model) lists points"
+        "in training and in eval mode; find_points(model) lists points"
     )
 
 

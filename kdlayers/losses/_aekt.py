@@ -61,6 +61,9 @@ class AEKTLoss(LogitLoss):
     :meth:`metrics` returns ``target``, ``others`` and ``adaptive``, the three terms before their
     weights, and ``ratio``, the mean of r.
 
+    A logit of -inf (a masked class) may come from the teacher only: the linear layer turns one of
+    the student's into NaN.
+
     Raises:
         ArgumentError: if an option or number is out of range; at the call, if a label is.
         ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
