@@ -74,7 +74,7 @@ class Sizes:
     """Options of letKD's layers and targets; defaults are the authors' values for CIFAR-100."""
 
     num_templates: int = 4096
-    temperature: float = 1.0
+    sharpness: float = 1.0
     subclasses: int = 8
     components: int = 60
 
@@ -133,7 +133,7 @@ def _points(method: str, pair: Pair, sizes: Sizes) -> list[KDPoint]:
     ours, theirs = pair.taps
     # QuEST is letKD-1 with a layer that does not change the features.
     alpha = 0.0 if method == "quest" else pair.alphas[1]
-    codebook = CodebookTargets(sizes.num_templates, sharpness=sizes.temperature)
+    codebook = CodebookTargets(sizes.num_templates, sharpness=sizes.sharpness)
     points = [KDPoint(ours.last, theirs.last, targets=codebook, alpha=alpha)]
     if method == "letkd-2":
         decisions = DecisionTargets(sizes.subclasses, components=sizes.components)

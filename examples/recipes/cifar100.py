@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     student = network(pair.student).to(args.device, memory_format=torch.channels_last)
-    sizes = Sizes(args.num_templates, args.temperature, args.subclasses, args.components)
+    sizes = Sizes(args.num_templates, args.sharpness, args.subclasses, args.components)
     steps = len(images[0]) // args.batch_size
     example = torch.zeros(2, 3, 32, 32, device=args.device)
     kd = attach(args.method, pair, student, teacher, steps, example, 100, sizes)
@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help=AUTHORS)
     add("--num-templates", type=int, default=4096, metavar="K",
         help=f"centres of the last codebook; {AUTHORS}")  # fmt: skip
-    add("--temperature", type=float, default=1.0, metavar="T",
+    add("--sharpness", type=float, default=1.0, metavar="T",
         help=f"of the codebook; larger gives harder targets; {AUTHORS}")  # fmt: skip
     add("--subclasses", type=int, default=8, metavar="S",
         help=f"per class, for letKD-2's first layer; {AUTHORS}")  # fmt: skip

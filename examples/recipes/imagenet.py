@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 examples/recipes/imagenet.py --root imagenet --amp --compile
 
 The paper trains for 100 epochs with a learning rate of 0.1, divided by 10 after 30, 60 and 90. It
-does not give batch size, weight decay, templates, temperature and sub-classes for ImageNet; the
+does not give batch size, weight decay, templates, sharpness and sub-classes for ImageNet; the
 defaults are ours. One command trains one student. Its last line is JSON. If a run is interrupted,
 the same command resumes it.
 """
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     student = network(pair.student, classes).to(device, memory_format=torch.channels_last)
-    sizes = Sizes(args.num_templates, args.temperature, args.subclasses, args.components)
+    sizes = Sizes(args.num_templates, args.sharpness, args.subclasses, args.components)
     example = torch.zeros(2, 3, args.size, args.size, device=device)
     kd = attach(args.method, pair, student, teacher, len(batches), example, classes, sizes)
     say(f"student {pair.student}: {parameters(student):,} parameters with its layers")
@@ -125,7 +125,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="sum over all processes; default: 256")
     add("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
     add("--num-templates", type=int, default=4096, metavar="K", help="default: %(default)s")
-    add("--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s")
+    add("--sharpness", type=float, default=1.0, metavar="T", help="default: %(default)s")
     add("--subclasses", type=int, default=8, metavar="S", help="default: %(default)s")
     add("--components", type=int, default=60, help="default: %(default)s")
     add("--size", type=int, default=224, help="height and width; default: %(default)s")

@@ -96,8 +96,8 @@ def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: 
     refuse_shards(student, call)
     if not inserts(student):
         raise AttachError(
-            f"this {type(student).__name__} has no KD layers, so there is nothing to bake: use or "
-            "export it directly, or add KD layers with attach_kd(student, teacher, at=[...])"
+            f"this {type(student).__name__} has no KD layers, so there is nothing to {call}: "
+            "use or export it directly, or add KD layers with attach_kd(student, teacher, at=[...])"
         )
     baked = copy.deepcopy(student)
     for module, key, hook in inserts(baked):

@@ -1,6 +1,7 @@
 """The data set of a record: every sample in the view that the teacher saw, with its key."""
 
 import re
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -115,7 +116,7 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
         return (*items, torch.tensor([self.tag, row]))
 
 
-def open_record(path: str, dataset: Any) -> RecordedDataset:
+def open_record(path: str | PathLike[str], dataset: Any) -> RecordedDataset:
     """Open a record that :meth:`kdlayers.KDHandle.record` has written.
 
     Args:

@@ -126,8 +126,8 @@ class KDHandle(Learning):
                 logits?); if your own loss does not return a scalar tensor with a gradient.
             CaptureError: if no training forward was recorded, a KD layer did not run in it, or this
                 is called under ``torch.no_grad()``.
-            StaleCaptureError: if several forwards were run, or the batch, features or logits were
-                changed in place since.
+            StaleCaptureError: if several forwards were run, the number of labels is not that of the
+                images, or the batch, features or logits were changed in place since.
             NotFittedError: if :meth:`fit` has not been called.
             ShapeError: if the batch was empty.
             RecordError: if the record is damaged, or of other teachers, losses or images.

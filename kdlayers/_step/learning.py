@@ -38,8 +38,8 @@ class Learning(Attachment):
     ) -> None:
         """Learn from the teacher what the losses need: codebooks, decisions, auto-encoders.
 
-        Runs the teacher over the loader, one pass for all points together: a codebook takes up to
-        two passes, decisions up to four, an auto-encoder its ``epochs``. The student is not
+        Runs the teacher over the loader. All points share the passes: a codebook takes up to two,
+        decisions up to four, an auto-encoder its ``epochs``. The student is not
         trained; it runs in eval mode on one image of each size that the example did not have, to
         find the size of its maps. No random state changes. While a codebook or decisions are
         fitted, each pass starts from ``seed``, so that a loader that shuffles or augments gives

@@ -1,4 +1,4 @@
-"""Converts images for a teacher that expects another normalisation than the student."""
+"""Converts images for a teacher that does not expect the student's normalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class Renormalize:
         student: (mean, std) of the training script; each a number, or one number for each channel.
         teacher: (mean, std) that the teacher was trained with.
         size: height and width of the teacher's images, or one number for both; ``None`` (default):
-            the student's size. Images are resized after the normalisation, with antialiasing.
+            the student's size. Images are resized after the normalisation, with antialiasing
+            unless ``interpolation`` is ``"nearest"``.
         interpolation: ``"bilinear"`` (default), ``"bicubic"`` or ``"nearest"``.
 
     Raises:

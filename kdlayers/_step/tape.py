@@ -352,7 +352,7 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
     if versions_of(forward.args, forward.kwargs) != forward.versions:
         raise StaleCaptureError(
             "the input batch was changed in place after the student's forward, so the teacher "
-            "would see other images than the student; change a copy, or call kd.loss(y) first"
+            "would see different images from the student; change a copy, or call kd.loss(y) first"
         )
     lost = []
     for hook, features, version in forward.watched:
@@ -377,6 +377,6 @@ def _check_unchanged(forward: Forward, *, given: bool) -> None:
         if version != forward.version and not (forward.compiled and version == 0):
             raise StaleCaptureError(
                 "the student's logits were changed in place after its forward, so the losses would "
-                "compare other logits than the student returned; change a copy (logits / 100, not "
-                "logits.div_(100)), or call kd.loss(y) first"
+                "not compare the logits that the student returned; change a copy (logits / 100, "
+                "not logits.div_(100)), or call kd.loss(y) first"
             )

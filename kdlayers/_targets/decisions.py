@@ -209,7 +209,8 @@ class DecisionTargets(TemplateTargets):
         Raises:
             NotFittedError: before :meth:`fit`.
             ArgumentError: if there are no labels, or a label is negative or out of range (checked
-                on the CPU; an accelerator reports an indexing error).
+                on the CPU; on an accelerator a label that is too large is an indexing error, and a
+                negative one gives NaN).
             ArgumentTypeError: if labels are not a tensor of numbers.
             ShapeError: if the last axis is not D wide, or the labels do not match the positions.
         """

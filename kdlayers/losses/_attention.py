@@ -19,7 +19,7 @@ class AttentionTransferLoss(DistillLoss):
             - \frac{Q(f^T_b)}{\|Q(f^T_b)\|_2} \right\|_2^2
 
     The squared difference of the unit attention maps, averaged over samples **and positions** as in
-    usual implementations. The value is at most 4 / (HW), hence the large weight. (The paper writes
+    usual implementations. The value is at most 2 / (HW), hence the large weight. (The paper writes
     the norm, not its square, times beta / 2.) The loss has no parameters, and the numbers of
     channels may differ. Maps of different size are compared on the smaller grid, to which the
     larger one is average-pooled. The teacher is detached.

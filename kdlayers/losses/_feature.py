@@ -29,7 +29,7 @@ class FeatureLoss(ProjectedLoss):
             the class token, or the mean of a model without one; ``"pooled"``, the mean of both.
         normalize_teacher: standardise the teacher's channels by the batches so far. Default False.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
-            the models' outputs. The default weight of 1 is our choice; beside cross-entropy, the
+            the models' outputs. The default weight of 1 is our choice; added to cross-entropy, the
             cosine distance may need 10 to 100.
 
     Raises:

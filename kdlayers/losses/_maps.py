@@ -22,10 +22,15 @@ def check_map(name: str, value: Tensor) -> None:
     """Raise unless ``value`` is a feature map with at least one image, channel and position."""
     check.floats(name, value)
     if value.dim() != 4:
+        advice = (
+            "attach_kd converts tokens and channels-last maps; without it use "
+            "tokens.transpose(1, 2).unflatten(2, (height, width)) or maps.movedim(-1, 1)"
+        )
+        if value.dim() == 2:  # logits, if `at` was forgotten
+            advice = "without at=, attach_kd passes logits: give the loss a point, at='layer4'"
         raise ShapeError(
             f"{name} must be feature maps [batch, channels, height, width], got "
-            f"{check.shape(value)}; attach_kd converts tokens and channels-last maps; without it "
-            "use tokens.transpose(1, 2).unflatten(2, (height, width)) or maps.movedim(-1, 1)"
+            f"{check.shape(value)}; {advice}"
         )
     check.filled(f"{name} maps", value)
 

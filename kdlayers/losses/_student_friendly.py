@@ -41,9 +41,9 @@ class StudentFriendlyKDLoss(LogitLoss):
     over ``check_every`` calls is below ``min_agreement``.
 
     Args:
-        base: the loss that compares logits. Default ``KDLoss(temperature)``; also DKDLoss, AEKTLoss
-            (our combination) or your own, if it does not detach the teacher. Its own ``weight``,
-            ``at``, ``name`` and ``teacher_index`` must be the defaults.
+        base: the loss that compares logits. Default: KDLoss. Also DKDLoss, AEKTLoss (our
+            combination) or your own, if it does not detach the teacher. Its own ``weight``, ``at``,
+            ``name`` and ``teacher_index`` must be the defaults.
         simplifier: any module ``[B, K] -> [B, K]`` from x to u. Default
             :class:`~kdlayers.losses.AttentionSimplifier`, made for the number of classes by
             :func:`kdlayers.attach_kd` or at the first call.

@@ -164,11 +164,16 @@ ATTACHING = [
     (lambda s, t: find_points(s, IMAGES[:, :1]), ArgumentError, "pass example= with a small batch"),
     (lambda s, t: attach_mutual(s, s, example=IMAGES), AttachError, "are the same model"),
     (
+        lambda s, t: attach_kd(s, t, losses=[FitNetLoss()], example=IMAGES),
+        ShapeError,
+        "without at=, attach_kd passes logits: give the loss a point",
+    ),
+    (
         lambda s, t: bake(s),
         AttachError,
         "has no KD layers, so there is nothing to bake",
     ),
-    (lambda s, t: fold(s), AttachError, "has no KD layers"),
+    (lambda s, t: fold(s), AttachError, "has no KD layers, so there is nothing to fold"),
     (lambda s, t: prune_templates(s, [IMAGES]), AttachError, "has no KD layers to prune"),
     (
         lambda s, t: save_student(s, "/nowhere/student.pt"),

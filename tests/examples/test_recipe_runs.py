@@ -92,8 +92,8 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
     ]
     for ours, same in zip(*(state["model"].values() for state in states), strict=True):
         assert torch.equal(ours, same)
-    with pytest.raises(SystemExit, match=r"has another recipe .sizes.temperature 1.0, now 2.0."):
-        run(cifar100, tmp_path / "parts", *options, "--temperature", "2")
+    with pytest.raises(SystemExit, match=r"has another recipe .sizes.sharpness 1.0, now 2.0."):
+        run(cifar100, tmp_path / "parts", *options, "--sharpness", "2")
 
 
 def test_the_script_trains_its_teacher(tiny, tmp_path, capsys):

@@ -25,7 +25,7 @@ from tests.examples.recipe_teachers import theirs
 def test_published_hyperparameters(tmp_path):
     args = cifar100.parse([])
     assert (args.epochs, args.batch_size, args.num_templates, args.subclasses) == (240, 64, 4096, 8)
-    assert (args.temperature, args.components) == (1.0, 60)
+    assert (args.sharpness, args.components) == (1.0, 60)
     rates = {name: pair.lr for name, pair in PAIRS.items()}
     light = [name for name, rate in rates.items() if rate == 0.01]
     assert light == [name for name in rates if "shufflenet" in name or "mobilenet" in name]
