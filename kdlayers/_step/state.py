@@ -87,9 +87,10 @@ def _parts(
     """The losses' states, the step, points, teachers, and whether a checksum protects them."""
     version = state.get("version") if isinstance(state, dict) else type(state).__name__
     if not isinstance(state, dict) or type(version) is not int or not 1 <= version <= VERSION:
+        newer = type(version) is int and version > VERSION
+        advice = "install a newer kdlayers" if newer else "pass the result of kd.state_dict()"
         raise CheckpointError(
-            f"expected the state of a KDHandle, version 1 to {VERSION}, found {version!r}; "
-            "pass the result of kd.state_dict()"
+            f"expected the state of a KDHandle, version 1 to {VERSION}, found {version!r}; {advice}"
         )
     losses, step = state.get("losses"), state.get("step")
     if not isinstance(losses, dict) or type(step) is not int or step < 0:

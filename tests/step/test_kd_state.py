@@ -71,7 +71,12 @@ def unsealed(kd):
     "state", [{}, None, [], 3, "state", nn.Linear(1, 1), {"version": True}, {"version": None}]
 )
 def test_other_things_are_refused(fitted, state):
-    refused(fitted, state, r"expected the state of a KDHandle, version 1 to 4, found")
+    refused(fitted, state, r"version 1 to 4, found .*; pass the result of kd.state_dict\(\)")
+
+
+def test_a_newer_version_asks_for_a_newer_library(fitted):
+    newer = {**fitted.state_dict(), "version": 5}
+    refused(fitted, newer, "version 1 to 4, found 5; install a newer kdlayers")
 
 
 @pytest.mark.parametrize("step", [-1, 2.0, True, None, "3"])
