@@ -10,9 +10,11 @@ from kdlayers._step.slot import SLOT
 from kdlayers._step.terms import Term
 from kdlayers._utils.warn import warn
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class OptimiserWatch:
-    """Compares a few values of the student's own and of the added parameters between steps.
+    """Compares some values of the student's own and of the added parameters between steps.
 
     If an optimiser step changes the student's own parameters, it must also change each group of
     added parameters whose loss has a nonzero weight. Each group is checked once, so that later
@@ -48,7 +50,7 @@ class OptimiserWatch:
             self._tell_frozen()
         if not self.unjudged:
             return
-        own = self._probe(self.own)
+        own = self._probe(self.own, every=False)
         dtypes = [p.dtype for p in self.own]
         stepped = self.own_before is not None and not _equal(own, self.own_before)
         if stepped and dtypes == self.dtypes:  # student.half() changes values too
@@ -65,11 +67,14 @@ class OptimiserWatch:
         # A rank may hold no part of a small parameter that FSDP has sharded.
         still = [n for n, p in probes.items() if p.numel() and _equal(p, self.before[n])]
         if still:
+            rounded = {str(p.dtype) for name in still for p in groups[name] if p.dtype in _HALF}
+            small = f"; or its steps are below the precision of {', '.join(sorted(rounded))}"
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
                 "attach_kd, or without kd.parameters(). Make it after attach_kd as "
                 "Optimizer([*student.parameters(), *kd.parameters()]), or add the parameters to "
-                'it: optimizer.add_param_group({"params": kd.added_parameters()})',
+                'it: optimizer.add_param_group({"params": kd.added_parameters()})'
+                f"{small if rounded else ''}",
             )
 
     def _tell_frozen(self) -> None:
@@ -85,8 +90,14 @@ class OptimiserWatch:
                 "parameters (the names with '.kd.'), or pass modules_to_save=[\"kd\"] to peft",
             )
 
-    def _probe(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        parts = [_local(self._now(p)).flatten()[:64].float() for p in parameters]
+    def _probe(self, parameters: Iterable[nn.Parameter], *, every: bool = True) -> Tensor:
+        """The first values; with ``every``, all of those in half precision.
+
+        There a small step rounds most values back. One changed value shows that the optimiser has
+        the parameter.
+        """
+        flat = [_local(self._now(p)).flatten() for p in parameters]
+        parts = [(v if every and v.dtype in _HALF else v[:64]).float() for v in flat]
         return torch.cat([part.to(parts[0].device) for part in parts])  # a model may span devices
 
     def _now(self, parameter: nn.Parameter) -> nn.Parameter:

@@ -46,6 +46,27 @@ def test_an_optimiser_is_noticed_beside_parameters_that_no_forward_uses(unused):
         step(student, kd, optimiser)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_in_half_precision_one_changed_template_shows_the_optimiser(held):
+    student, images = Net(4).bfloat16(), IMAGES.bfloat16()
+    points = [KDPoint("last", targets=CodebookTargets(64))]
+    kd = attach_kd(student, Net(6).bfloat16(), points, example=images)
+    kd.fit([(images, LABELS)])
+    templates = kd.layers["last"].head.weight
+    own = [values for values in student.parameters() if values is not templates]
+    student(images), kd.loss(LABELS)
+    with torch.no_grad():  # a step so small that rounding leaves all templates but one as they were
+        for values in [*own, templates[-1, -1:]] if held else own:
+            values += 0.25
+    student(images)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kd.loss(LABELS)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (0 if held else 1)
+    assert all("or its steps are below the precision of torch.bfloat16" in m for m in messages)
+
+
 class Projected(DistillLoss):
     """A loss with a parameter of its own."""
 
