@@ -80,7 +80,8 @@ class InsertLayer(_Hook):
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """Replace the module's features in the output by those of the KD layer."""
         path, tape = self.path, self.tape
-        features = features_of(output, path, self.name)
+        usual = isinstance(output, Tensor) and not path
+        features = output if usual else features_of(output, path, self.name)
         # Through __call__, not a method: FSDP gathers the layer's parameters in its own hooks.
         features, scores, templates = self.slot(module)(features, insert=True)
         if tape.active and tape.forward is not None:
@@ -109,7 +110,8 @@ class Capture(_Hook):
         forward = self.tape.forward
         if not self.tape.active or forward is None:
             return
-        features = features_of(output, self.path, self.name)
+        usual = isinstance(output, Tensor) and not self.path
+        features = output if usual else features_of(output, self.path, self.name)
         if torch.compiler.is_compiling():
             forward.record_features(self.name, features.clone())
             return

@@ -232,7 +232,9 @@ class _Tap:
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Record the features, or a copy if a later module changes them in place."""
-        features = features_of(output, self.point.call.path, self.point.call.name)
+        call = self.point.call
+        usual = isinstance(output, Tensor) and not call.path
+        features = output if usual else features_of(output, call.path, call.name)
         # Without a counter (under inference_mode) nothing would show a later in-place change.
         copies = self.copies or features.is_inference()
         self.features = features.clone() if copies else features
