@@ -234,6 +234,24 @@ def test_what_the_weight_of_the_layers_does_on_cifar100():
     assert sentence in text
 
 
+def test_what_aekts_gamma_does_on_cifar100():
+    accuracy = {}
+    for name in ("earlier", "tuning"):
+        file = DOCS / "data" / "results" / f"cifar100-10000.{name}.jsonl"
+        for run in map(json.loads, file.read_text("utf-8").splitlines()):
+            if run["method"] == "AEKT chi2":
+                (loss,) = run["recipe"]["losses"]
+                accuracy[loss["gamma"], loss["weight"]] = run["validation_accuracy"]
+    assert max(accuracy, key=accuracy.get) == (0.1, 0.2)
+    tried = ((1.0, 0.2), (0.1, 0.2), (0.02, 1.0))
+    first, second, third = (f"{accuracy[gamma, weight]:.1f} %" for gamma, weight in tried)
+    page = text_of("results-cifar100-10000.md")
+    assert f"has {first} with Fashion-MNIST's gamma of 1, {second}" in page
+    assert f"and {third} with 0.02 and a weight of 1 instead of 0.2" in page
+    said = f"had {first} on validation images with `gamma=1`, and {second} with `gamma=0.1`"
+    assert said in text_of("aekt.md")
+
+
 def test_what_a_recorded_step_takes():
     file = DOCS / "data" / "performance" / "recorded_step.json"
     found = json.loads(file.read_text("utf-8"))["comparisons"]

@@ -28,8 +28,9 @@ CIFAR: dict[str, Any] = {
     "temperature": 1.0,
     "subclasses": 4,
     "components": 60,
-    "layer_weight": 10.0,  # both chosen on the validation images
+    "layer_weight": 10.0,  # these three chosen on the validation images
     "layer_weight_beside": 10.0,
+    "aekt_gamma": 0.1,
     "pruning": False,
 }
 FOREIGN = CIFAR | {
