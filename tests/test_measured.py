@@ -169,7 +169,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     wider, free = "wider, same MACs + KD", "layers only (2) + KD"
     assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
     assert set(runs[free]) == {0, 1, 2, 3, 4}
-    three = ("letKD-1", "layers only (2)", "FitNet", "labels only")
+    three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD", "AT")
     assert all(set(runs[name]) == {0, 1, 2} for name in three)
     pairs = {
         ("FitNet", "labels only"): (1,),
@@ -188,6 +188,12 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("letKD-1", "labels only"): (1,),
         ("letKD-2", "labels only"): (1,),
         ("KD", "labels only"): (1,),
+        ("DKD", "KD"): (0,),
+        ("AT", "KD"): (0,),
+        ("DKD", "labels only"): (1,),
+        ("AT", "labels only"): (1,),
+        ("letKD-2 + KD", "AT"): (1,),
+        ("letKD-1", "AT"): (1,),
     }
     check_pairs(runs, pairs, "results-cifar100-10000.md", r"{} points,? \(?{} to {}")
     for name in runs.keys() - {"FitNet"}:  # the best method of those with a verdict
