@@ -169,7 +169,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     wider, free = "wider, same MACs + KD", "layers only (2) + KD"
     assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
     assert set(runs[free]) == {0, 1, 2, 3, 4}
-    three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD", "AT")
+    three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD", "AT", "IE-KD")
     assert all(set(runs[name]) == {0, 1, 2} for name in three)
     pairs = {
         ("FitNet", "labels only"): (1,),
@@ -194,6 +194,9 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("AT", "labels only"): (1,),
         ("letKD-2 + KD", "AT"): (1,),
         ("letKD-1", "AT"): (1,),
+        ("IE-KD", "labels only"): (1,),
+        ("IE-KD", "KD"): (0,),
+        ("letKD-1", "IE-KD"): (1,),
     }
     check_pairs(runs, pairs, "results-cifar100-10000.md", r"{} points,? \(?{} to {}")
     for name in runs.keys() - {"FitNet"}:  # the best method of those with a verdict
