@@ -170,6 +170,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
     assert set(runs[free]) == {0, 1, 2, 3, 4}
     three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD", "AT", "IE-KD")
+    three += ("SKD + KD", "QuEST", "AEKT chi2")
     assert all(set(runs[name]) == {0, 1, 2} for name in three)
     pairs = {
         ("FitNet", "labels only"): (1,),
@@ -197,6 +198,12 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("IE-KD", "labels only"): (1,),
         ("IE-KD", "KD"): (0,),
         ("letKD-1", "IE-KD"): (1,),
+        ("KD", "SKD + KD"): (1,),
+        ("letKD-1", "QuEST"): (0,),
+        ("QuEST", "labels only"): (1,),
+        ("QuEST", "KD"): (0,),
+        ("AEKT chi2", "KD"): (0,),
+        ("DKD", "AEKT chi2"): (1,),
     }
     check_pairs(runs, pairs, "results-cifar100-10000.md", r"{} points,? \(?{} to {}")
     for name in runs.keys() - {"FitNet"}:  # the best method of those with a verdict
