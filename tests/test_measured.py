@@ -199,7 +199,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("IE-KD", "KD"): (0,),
         ("letKD-1", "IE-KD"): (1,),
         ("KD", "SKD + KD"): (1,),
-        ("letKD-1", "QuEST"): (0,),
+        ("letKD-1", "QuEST"): (0, "letkd.md"),
         ("QuEST", "labels only"): (1,),
         ("QuEST", "KD"): (0,),
         ("AEKT chi2", "KD"): (0,),
