@@ -46,7 +46,19 @@ class _Hook:
         reserve_hook_key(self.key)
 
 
-class InsertLayer(_Hook):
+class _FeatureHook(_Hook):
+    """A hook of the module ``name``, whose output has the features at ``path``."""
+
+    name: str
+    path: Path
+
+    def features(self, output: Any) -> Any:
+        """The features in the module's output; the output itself, if that is a tensor."""
+        usual = isinstance(output, Tensor) and not self.path
+        return output if usual else features_of(output, self.path, self.name)
+
+
+class InsertLayer(_FeatureHook):
     """Forward hook that applies a KD layer to a module's output; the module holds the layer."""
 
     def __init__(self, name: str, store: tuple[str, ...], path: Path, tape: Tape) -> None:
@@ -80,8 +92,7 @@ class InsertLayer(_Hook):
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """Replace the module's features in the output by those of the KD layer."""
         path, tape = self.path, self.tape
-        usual = isinstance(output, Tensor) and not path
-        features = output if usual else features_of(output, path, self.name)
+        features = self.features(output)
         # Through __call__, not a method: FSDP gathers the layer's parameters in its own hooks.
         features, scores, templates = self.slot(module)(features, insert=True)
         if tape.active and tape.forward is not None:
@@ -89,7 +100,7 @@ class InsertLayer(_Hook):
         return put(output, path, features) if path else features
 
 
-class Capture(_Hook):
+class Capture(_FeatureHook):
     """Forward hook that records a module's output as the next module receives it.
 
     A later module may change the features in place, sometimes in training only, such as
@@ -110,8 +121,7 @@ class Capture(_Hook):
         forward = self.tape.forward
         if not self.tape.active or forward is None:
             return
-        usual = isinstance(output, Tensor) and not self.path
-        features = output if usual else features_of(output, self.path, self.name)
+        features = self.features(output)
         if torch.compiler.is_compiling():
             forward.record_features(self.name, features.clone())
             return

@@ -9,8 +9,7 @@ from kdlayers._step.sites import slots
 from kdlayers._step.slot import SLOT
 from kdlayers._step.terms import Term
 from kdlayers._utils.warn import warn
-
-_HALF = (torch.bfloat16, torch.float16)
+from kdlayers.functional._checks import NARROW
 
 
 class OptimiserWatch:
@@ -67,7 +66,7 @@ class OptimiserWatch:
         # A rank may hold no part of a small parameter that FSDP has sharded.
         still = [n for n, p in probes.items() if p.numel() and _equal(p, self.before[n])]
         if still:
-            rounded = {str(p.dtype) for name in still for p in groups[name] if p.dtype in _HALF}
+            rounded = {str(p.dtype) for name in still for p in groups[name] if p.dtype in NARROW}
             small = f"; or its steps are below the precision of {', '.join(sorted(rounded))}"
             warn(
                 f"the optimiser changed the student but not {', '.join(still)}: it was made before "
@@ -97,7 +96,7 @@ class OptimiserWatch:
         the parameter.
         """
         flat = [_local(self._now(p)).flatten() for p in parameters]
-        parts = [(v if every and v.dtype in _HALF else v[:64]).float() for v in flat]
+        parts = [(v if every and v.dtype in NARROW else v[:64]).float() for v in flat]
         return torch.cat([part.to(parts[0].device) for part in parts])  # a model may span devices
 
     def _now(self, parameter: nn.Parameter) -> nn.Parameter:
