@@ -8,7 +8,7 @@ from kdlayers import KDPoint, attach_kd, save_student
 from tests.accuracy_bench import TINY
 from tests.benchmark_modules import load
 from tests.examples.test_examples import run
-from tests.test_measured import DOCS
+from tests.measured.committed import DOCS
 
 
 def test_the_page_shows_every_figure(tmp_path):

@@ -1,80 +1,21 @@
-"""The accuracy benchmark on CIFAR: its data, its teachers, recorded views, runs that go on."""
+"""CIFAR in folders, given teachers, and what they say of recorded views."""
 
 import json
-import multiprocessing
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from common import cifar, files, testing, training
+from common import cifar, testing
 from common.images import augmented
 from PIL import Image
 from torch.distributions import Categorical
 
 from kdlayers import AttentionTransferLoss
 from tests.benchmark_modules import load
+from tests.examples.cifar import OPTIONS
 
-accuracy = load("accuracy")
 supervision_table = load("_accuracy_words").supervision_table
 data, records, teachers = (load(f"_accuracy_{name}") for name in ("data", "record", "teacher"))
-
-WORDS = (
-    "--regime cifar100-10000 --teacher resnet8 --validation 100 --images 200 --epochs 3 --views 2 "
-    "--student resnet8 --width 8 --templates 8 --subclasses 1 --components 9 --batch-size 50 "
-    "--width-parameters 9 --width-macs 8.5 --iekd-epochs 1"
-)
-OPTIONS = WORDS.split()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Class folders with four and two pictures of a hundred classes, each of its own colour."""
-    folder = tmp_path_factory.mktemp("cifar100")
-    draw = torch.Generator().manual_seed(0)
-    colours = torch.randint(30, 225, (100, 3), generator=draw)
-    for part, count in (("train", 4), ("test", 2)):
-        for label in range(100):
-            place = folder / part / f"class{label:03}"
-            place.mkdir(parents=True)
-            for number in range(count):
-                noise = torch.randint(-30, 30, (32, 32, 3), generator=draw)
-                pixels = (colours[label] + noise).to(torch.uint8).numpy()
-                Image.fromarray(pixels).save(place / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A teacher's weights under the names of the usual collections."""
-    torch.manual_seed(1)
-    model = load("models.cifar_resnet").make("resnet8", num_classes=100)
-    state = {
-        f"module.{k.replace('shortcut', 'downsample')}": v for k, v in model.state_dict().items()
-    }
-    path = tmp_path_factory.mktemp("teacher") / "resnet8.pth"
-    torch.save({"model": state}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def bench(root, checkpoint, cache):
-    """Runs the benchmark; shares data, teacher and record, and restores the number of threads."""
-    threads = torch.get_num_threads()
-
-    def run(out, *options):
-        paths = ["--root", str(root), "--cache", str(cache), "--out", str(out)]
-        accuracy.main([*OPTIONS, *paths, "--teacher-checkpoint", str(checkpoint), *options])
-        return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-
-    yield run
-    torch.set_num_threads(threads)
-
 
 # ------------------------------------------------------------------ data
 
@@ -157,18 +98,6 @@ def test_a_teacher_is_tested_once_and_held_to_its_claim(root, checkpoint, tmp_pa
 
 
 # ------------------------------------------------------------------ record
-
-
-@pytest.fixture
-def record(root, checkpoint, cache):
-    splits = data.load("cifar100", str(root), cache, validation=100)
-    teacher, facts = teachers.given_teacher(checkpoint, "resnet8", splits, cache, None)
-    split = data.few(splits.train, 120, 0)
-    points = ["layer1", "layer3.0", "last"]
-    made = records.recorded(teacher, "hash", split, points, cache, views=2, padding=4)
-    return teacher, made
-
-
 def test_a_record_is_what_the_teacher_says_about_the_views(record):
     teacher, made = record
     replay = records.Replay(made)
@@ -216,9 +145,6 @@ def test_every_view_of_an_image_comes_in_turn(record):
     assert replay.keys[0].eq(0).all()
 
 
-# ------------------------------------------------------------------ runs
-
-
 def test_a_record_in_memory_gives_the_same_batches_and_outputs(record):
     _, made = record
     whole = records.Record(made.folder, made.split, made.views).to("cpu")
@@ -232,67 +158,6 @@ def test_a_record_in_memory_gives_the_same_batches_and_outputs(record):
         assert len(taps) == len(batches)
         outputs[-1].append(taps)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
-
-
-def test_recorded_runs_have_full_lines(bench, tmp_path):
-    names = ["labels only", "KD", "AT", "letKD-2", "layers only (2)", "wider, same MACs"]
-    lines = bench(tmp_path / "runs.jsonl", "--seeds", "0", "--methods", *names)
-    assert [line["method"] for line in lines] == names
-    for line in lines:
-        assert line["recipe"]["views"] == 2
-        assert line["recipe"]["draw"] == 0
-        assert line["teacher"]["recipe"]["data"] == "cifar100"
-        assert len(line["curve"]) == 3
-        assert line["pruned"] == []
-        assert all(0 <= line[f"{part}_accuracy"] <= 100 for part in ("training", "test"))
-    layers = lines[3]["recipe"]["layers"]
-    assert [layer.get("templates", layer.get("subclasses")) for layer in layers] == [1, 8]
-    assert lines[3]["parameters"] == lines[4]["parameters"]
-    # The mean over an epoch's batches: it has fallen on colours that tell the classes apart.
-    assert lines[0]["curve"][-1]["cross-entropy"] < lines[0]["curve"][0]["cross-entropy"]
-
-
-def test_all_images_can_be_trained_on(bench, tmp_path, capsys):
-    options = ("--images", "0", "--validation", "0", "--views", "1", "--seeds", "0")
-    (line,) = bench(tmp_path / "tiny.jsonl", *options, "--methods", "labels only")
-    assert line["validation_accuracy"] is None
-    assert 0 <= line["test_accuracy"] <= 100
-    page = " ".join(load("report").pages(tmp_path)["results-tiny.md"].split())
-    assert "It sees all training images." in page
-    assert "**Validation**: none;" in page
-    with pytest.raises(SystemExit):
-        bench(tmp_path / "tuning.jsonl", *options, "--tuning")
-    assert "pass --validation N" in capsys.readouterr().err
-
-
-def test_accuracy_against_the_number_of_views(bench, tmp_path):
-    options = ("--methods", "KD", "--seeds", "0", "1", "2")
-    usual = bench(tmp_path / "tiny.jsonl", *options)
-    file = tmp_path / "tiny.views.jsonl"
-    bench(file, *options, "--views", "1")
-    lines = bench(file, *options, "--views", "live")
-    assert [line["recipe"].get("views") for line in lines] == [1, 1, 1, None, None, None]
-    assert len({line["recipe_hash"] for line in (*usual, *lines)}) == 3
-    for one, live in zip(lines[:3], lines[3:], strict=True):
-        assert one["recipe"] == live["recipe"] | {"views": 1}
-        assert one["curve"] != live["curve"]
-    page = load("report").pages(tmp_path)["results-tiny.md"]
-    _, _, section = page.partition("## How many recorded views?")
-    rows = [row for row in section.splitlines() if row.startswith("| KD |")][:3]
-    assert [row.split(" | ")[1] for row in rows] == ["1", "2", "live"]
-    for row, own in zip(rows, (lines[:3], usual, lines[3:]), strict=True):
-        scores = [line["test_accuracy"] for line in own]
-        assert f"| 3 | {sum(scores) / 3:.2f} ± " in row
-    gap = load("_accuracy_words").gap
-    live = [line["test_accuracy"] for line in lines[3:]]
-    text, _ = gap([line["test_accuracy"] for line in lines[:3]], live)
-    assert text in rows[0]
-    # A run that differs in more than its views is not in the table.
-    by_views = load("_accuracy_views").by_views
-    other = lines[0] | {"recipe": lines[0]["recipe"] | {"lr": 0.5}}
-    assert by_views([other], usual) == {}
-    with pytest.raises(SystemExit):
-        bench(file, *options, "--views", "-1")
 
 
 def test_what_the_teacher_says_is_measured(bench, root, checkpoint, cache, tmp_path, record):
@@ -337,74 +202,3 @@ def test_what_the_teacher_says_is_measured(bench, root, checkpoint, cache, tmp_p
     values = [f"{place['accuracy']:.4g}" for place in found["logits"].values()]
     assert lines[4] == f"| logits: accuracy | {' | '.join(values)} |"
     assert supervision_table(tmp_path / "none.json") == ""
-
-
-class Killed(Exception):
-    """Stands for the end of the process."""
-
-
-@pytest.mark.parametrize("method", ["letKD-2 + KD", "IE-KD", "AEKT chi2", "AT"])
-def test_a_killed_run_goes_on_after_its_last_epoch(method, bench, tmp_path, monkeypatch, capsys):
-    options = ("--seeds", "4", "--methods", method)
-    (whole,) = bench(tmp_path / "whole.jsonl", *options)
-    save, fit = training.Training._save, accuracy.KDHandle.fit
-    fits = []
-
-    def kill(self):
-        save(self)
-        if self.epoch == 2:
-            raise Killed
-
-    monkeypatch.setattr(training.Training, "_save", kill)
-    with pytest.raises(Killed):
-        bench(tmp_path / "parts.jsonl", *options)
-    monkeypatch.setattr(training.Training, "_save", save)
-    monkeypatch.setattr(accuracy.KDHandle, "fit", lambda *args, **kw: fits.append(fit(*args, **kw)))
-    (resumed,) = bench(tmp_path / "parts.jsonl", *options)
-    assert "resuming after epoch 2" in capsys.readouterr().out
-    assert fits == []  # the targets are those of before, nothing is fitted again
-    for key in ("test_accuracy", "training_accuracy", "last_terms", "curve", "scales", "probes"):
-        assert resumed[key] == whole[key]
-
-
-def test_what_another_process_does_is_left_to_it(tmp_path):
-    context = multiprocessing.get_context("fork")
-    begun, end = context.Event(), context.Event()
-
-    def hold():
-        with files.claimed(tmp_path / "lock") as mine:
-            if mine:
-                begun.set()
-                end.wait(60)
-
-    other = context.Process(target=hold)
-    other.start()
-    assert begun.wait(60)
-    with files.claimed(tmp_path / "lock") as mine:
-        assert not mine
-    end.set()
-    other.join()
-    with files.claimed(tmp_path / "lock") as mine:
-        assert mine
-
-
-def test_a_teacher_of_other_classes(bench, tmp_path, root, checkpoint, cache):
-    """Ten classes of their own, 40 images of them drawn by the seed, and losses on features."""
-    folder = tmp_path / "cifar10"
-    for part in ("train", "test"):
-        (folder / part).mkdir(parents=True)
-        for label in range(10):
-            place = Path(root) / part / f"class{label:03}"
-            (folder / part / str(label)).symlink_to(place, target_is_directory=True)
-    options = [*OPTIONS, "--regime", "cifar10-500", "--root", str(folder), "--cache", str(tmp_path)]
-    options += ["--validation", "4", "--images", "20", "--batch-size", "10", "--components", "5"]
-    options += ["--teacher-data", "cifar100", "--teacher-root", str(root)]
-    out = tmp_path / "out.jsonl"
-    accuracy.main(
-        [*options, "--teacher-checkpoint", str(checkpoint), "--out", str(out), "--seeds", "0", "1"]
-    )
-    lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    methods = load("_accuracy_regimes").REGIMES["cifar10-500"]["methods"]
-    assert [line["method"] for line in lines] == methods * 2
-    assert len(list(tmp_path.glob("record-*"))) == 2  # other images for every seed
-    assert {line["teacher"]["recipe"]["data"] for line in lines} == {"cifar100"}

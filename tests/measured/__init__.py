@@ -1,0 +1,1 @@
+"""The numbers on the pages are those of the committed runs."""

@@ -1,0 +1,105 @@
+"""What the pages say of a teacher whose classes the student does not have."""
+
+import json
+
+from tests.measured.committed import (
+    RESULTS,
+    accuracies,
+    check_pairs,
+    difference,
+    text_of,
+    verdict,
+)
+
+
+def test_what_the_pages_say_of_a_teacher_of_other_classes():
+    runs = accuracies("cifar10-500")
+    pairs = {
+        ("letKD-2", "labels only"): (1, "letkd.md", "README.md"),
+        ("FitNet", "labels only"): (1, "README.md"),
+        ("FeatureLoss", "labels only"): (1, "README.md"),
+        ("letKD-1", "labels only"): (1,),
+        ("AT", "labels only"): (1,),
+        ("IE-KD", "labels only"): (0,),
+        ("layers only (2)", "labels only"): (0, "README.md"),
+        ("letKD-2", "layers only (2)"): (1, "letkd.md"),
+        ("letKD-2", "letKD-1"): (0, "letkd.md"),
+        ("letKD-2", "FitNet"): (1, "letkd.md"),
+        ("letKD-2", "FeatureLoss"): (0, "letkd.md"),
+        ("letKD-2", "AT"): (1,),
+        ("letKD-2 + FitNet", "FitNet"): (0, "letkd.md"),
+    }
+    more = ("labels only", "letKD-2", "FitNet", "FeatureLoss")
+    assert all(set(runs[name]) == set(range(5 if name in more else 3)) for name in runs)
+    check_pairs(runs, pairs, "results-cifar10-500.md", r"{}( points)?,? \(?{} to {}")
+    middle, low, high = difference(runs["letKD-2"], runs["FitNet"], without=[0])
+    page = text_of("results-cifar10-500.md")
+    assert f"better than FitNet by {middle:.1f} points ({low:.1f} to {high:.1f})" in page
+    assert low > 0
+    earlier = accuracies("cifar10-500.earlier")
+    assert verdict(runs["letKD-2"], earlier["letKD-2"]) == 1
+    assert verdict(runs["letKD-1"], earlier["letKD-1"]) == 0
+
+
+def test_what_the_pages_say_of_templates_and_sharpness():
+    def tried(stem, method):
+        """Validation accuracies of seed 0, weight 10, by templates and sharpness."""
+        path = RESULTS / f"{stem}.tuning.jsonl"
+        runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return {
+            (
+                run["recipe"]["layers"][-1]["templates"],
+                run["recipe"]["layers"][-1]["temperature"],
+            ): (f"{run['validation_accuracy']:.1f} %")
+            for run in runs
+            if run["method"] == method
+            and (run["recipe"]["layer_weight"], run["recipe"]["head_scale"]) == (10.0, 3.0)
+        }
+
+    few = text_of("results-cifar10-500.md")
+    two = tried("cifar10-500", "letKD-2")
+    assert f"letKD-2 reaches {two[512, 1.0]} with 512 templates and sharpness 1" in few
+    assert (
+        f"With 128 templates it is again {two[128, 1.0]}, with sharpness 0.1 {two[512, 0.1]}" in few
+    )
+    assert f"but with both {two[128, 0.1]}. 64 templates give {two[64, 0.1]}" in few
+    assert f"a sharpness of 0.03 {two[128, 0.03]}" in few
+    teacher = json.loads((RESULTS / "cifar10-500.teacher.json").read_text("utf-8"))
+    spread = teacher["codebook"]["students' images"]
+    assert teacher["options"]["templates"] == 128
+    soft, hard = (spread[f"perplexity, sharpness {value}"] for value in ("0.1", "1"))
+    assert f"{soft:.1f} templates share the probability of a position" in few
+    assert f"almost one-hot ({hard:.2f})" in few
+    letkd = text_of("letkd.md")
+    assert f"was about {soft:.0f}. With the default sharpness it was {hard:.2f}" in letkd
+    one = tried("cifar10-500", "letKD-1")
+    assert f"from {one[512, 1.0].removesuffix(' %')} to {one[128, 0.1]}" in few
+    page = text_of("letkd.md")
+    assert (
+        f"1 gave {two[512, 1.0]}, and 128 templates with a sharpness of 0.1 gave {two[128, 0.1]}"
+        in page
+    )
+    both = tried("cifar100-10000", "letKD-2 + KD")
+    assert f"(sharpness 0.1) gave {both[512, 0.1]}, and {both[128, 0.1]} with 128 templates" in page
+    many = text_of("results-cifar100-10000.md")
+    assert f"has {both[512, 0.1]} with sharpness 0.1 instead of 1, and {both[128, 0.1]}" in many
+
+
+def test_what_the_pages_say_of_weights_with_a_teacher_of_other_classes():
+    path = RESULTS / "cifar10-500.tuning.jsonl"
+    runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    found = {
+        method: {
+            line["recipe"]["losses"][0]["weight"]: line["validation_accuracy"]
+            for line in runs
+            if line["method"] == method and line["seed"] == 0
+        }
+        for method in ("FeatureLoss", "FitNet")
+    }
+    values = [found["FeatureLoss"][weight] for weight in (1, 10, 100, 300)]
+    page = text_of("more-losses.md")
+    said = f"{', '.join(map(str, values[:3]))} and {values[3]} % on the validation images"
+    assert f"weights of 1, 10, 100 and 300 gave {said} (one seed)" in page
+    assert max(found["FitNet"], key=found["FitNet"].get) == 10
+    assert found["FitNet"][100] < 15  # ten classes
+    assert "its best weight was 10, and training failed with 100" in page

@@ -1,0 +1,153 @@
+"""What the pages say of CIFAR-100."""
+
+import json
+
+from tests.measured.committed import (
+    RESULTS,
+    accuracies,
+    check_pairs,
+    difference,
+    interval,
+    text_of,
+    verdict,
+)
+
+
+def test_what_the_front_page_says_of_cifar100():
+    runs = accuracies("cifar100-10000")
+    both, kd, wider = (runs[name] for name in ("letKD-2 + KD", "KD", "wider, same MACs + KD"))
+    assert set(both) == set(kd) == set(wider) == {0, 1, 2, 3, 4}
+    assert [verdict(both, kd), verdict(both, wider), verdict(wider, kd)] == [1, 1, 0]
+    readme = text_of("README.md")
+    assert f"{interval(difference(both, kd))} better than KD" in readme
+    assert f"{interval(difference(both, wider))} better than a wider student with KD" in readme
+    # The weight was chosen with seed 0, so the page also says what the other seeds show.
+    page = text_of("results-cifar100-10000.md")
+    for other in (kd, wider):
+        middle, low, high = difference(both, other, without=[0])
+        assert f"{middle:.1f} points" in page
+        assert f"({low:.1f} to {high:.1f})" in page
+    assert difference(both, kd, without=[0])[1] > 0 > difference(both, wider, without=[0])[1]
+
+
+def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
+    runs = accuracies("cifar100-10000")
+    wider, free = "wider, same MACs + KD", "layers only (2) + KD"
+    assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
+    assert set(runs[free]) == {0, 1, 2, 3, 4}
+    three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD", "AT", "IE-KD")
+    three += ("SKD + KD", "QuEST", "AEKT chi2")
+    assert all(set(runs[name]) == {0, 1, 2} for name in three)
+    pairs = {
+        ("FitNet", "labels only"): (1,),
+        ("FitNet", "KD"): (1, "letkd.md", "README.md"),
+        ("FitNet", "letKD-2 + KD"): (1, "letkd.md", "README.md"),
+        ("FitNet", "letKD-2"): (1,),
+        ("letKD-2", "layers only (2)"): (1, "letkd.md"),
+        ("layers only (2)", "labels only"): (0,),
+        ("letKD-2", "KD"): (1, "letkd.md", "README.md"),
+        ("letKD-1", "KD"): (1, "letkd.md"),
+        ("letKD-2", wider): (1,),
+        ("letKD-2", "letKD-1"): (0, "letkd.md"),
+        ("letKD-2 + KD", "letKD-2"): (1,),
+        (free, "KD"): (1, "letkd.md"),
+        ("letKD-2 + KD", "labels only"): (1,),
+        ("letKD-1", "labels only"): (1,),
+        ("letKD-2", "labels only"): (1,),
+        ("KD", "labels only"): (1,),
+        ("DKD", "KD"): (0,),
+        ("AT", "KD"): (0,),
+        ("DKD", "labels only"): (1,),
+        ("AT", "labels only"): (1,),
+        ("letKD-2 + KD", "AT"): (1,),
+        ("letKD-1", "AT"): (1,),
+        ("IE-KD", "labels only"): (1,),
+        ("IE-KD", "KD"): (0,),
+        ("letKD-1", "IE-KD"): (1,),
+        ("KD", "SKD + KD"): (1,),
+        ("letKD-1", "QuEST"): (0, "letkd.md"),
+        ("QuEST", "labels only"): (1,),
+        ("QuEST", "KD"): (0,),
+        ("AEKT chi2", "KD"): (0,),
+        ("DKD", "AEKT chi2"): (1,),
+    }
+    check_pairs(runs, pairs, "results-cifar100-10000.md", r"{} points,? \(?{} to {}")
+    for name in runs.keys() - {"FitNet"}:  # the best method of those with a verdict
+        assert len(runs[name]) < 3 or verdict(runs["FitNet"], runs[name]) == 1, name
+    page = text_of("results-cifar100-10000.md")
+    readme = text_of("README.md")
+    gain = interval(difference(runs["letKD-2"], runs["KD"], without=[0]))
+    assert f"the first gain is {gain}" in page
+    assert gain in readme
+    middle, low, high = (f"{x:.1f}" for x in difference(runs["letKD-2"], runs[wider], without=[0]))
+    assert f"not significant ({middle} points, {low} to {high})" in page
+    middle, low, high = (f"{x:.1f}" for x in difference(runs["letKD-2 + KD"], runs[free]))
+    assert verdict(runs["letKD-2 + KD"], runs[free]) == 0
+    for text in (page, text_of("letkd.md")):
+        assert f"{middle} points, which are not significant ({low} to {high})" in text
+    assert interval(difference(runs["letKD-2 + KD"], runs[free], without=[0])) in page
+    one = accuracies("cifar100-10000.earlier")["letKD-1"]
+    ten = runs["letKD-1"]
+    assert f"has {ten[0]:.1f} % with weight 10 and {one[0]:.1f} % with weight 1" in page
+
+
+def test_what_the_weight_of_the_layers_does_on_cifar100():
+    file = RESULTS / "cifar100-10000.tuning.jsonl"
+    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    accuracy = {
+        run["recipe"]["layer_weight"]: run["validation_accuracy"]
+        for run in found
+        if run["method"] == "letKD-2 + KD"
+        and run["recipe"]["head_scale"] == 3.0
+        and run["recipe"]["layers"][1]["templates"] == 512
+        and run["recipe"]["layers"][1]["temperature"] == 1.0
+    }
+    first, second, third = (f"{accuracy[weight]:.1f}" for weight in (1.0, 3.0, 10.0))
+    for page in ("letkd.md", "results-cifar100-10000.md"):
+        text = text_of(page)
+        assert f"{first}, {second} and {third} %" in text
+    one, ten = (
+        run["validation_accuracy"]
+        for weight in (1.0, 10.0)
+        for run in found
+        if run["method"] == "letKD-2" and run["recipe"]["layer_weight"] == weight
+    )
+    sentence = f"letKD-2 alone has {ten:.1f} % with weight 10, with weight 1 {one:.1f} %"
+    assert sentence in text
+
+
+def test_what_aekts_gamma_does_on_cifar100():
+    accuracy = {}
+    for name in ("earlier", "tuning"):
+        file = RESULTS / f"cifar100-10000.{name}.jsonl"
+        for run in map(json.loads, file.read_text("utf-8").splitlines()):
+            if run["method"] == "AEKT chi2":
+                (loss,) = run["recipe"]["losses"]
+                accuracy[loss["gamma"], loss["weight"]] = run["validation_accuracy"]
+    assert max(accuracy, key=accuracy.get) == (0.1, 0.2)
+    tried = ((1.0, 0.2), (0.1, 0.2), (0.02, 1.0))
+    first, second, third = (f"{accuracy[gamma, weight]:.1f} %" for gamma, weight in tried)
+    page = text_of("results-cifar100-10000.md")
+    assert f"has {first} with Fashion-MNIST's gamma of 1, {second}" in page
+    assert f"and {third} with 0.02 and a weight of 1 instead of 0.2" in page
+    said = f"had {first} on validation images with `gamma=1`, and {second} with `gamma=0.1`"
+    assert said in text_of("aekt.md")
+
+
+def test_what_the_pages_say_of_recorded_views():
+    runs = {4: accuracies("cifar100-10000")["KD"]}
+    path = RESULTS / "cifar100-10000.views.jsonl"
+    for line in map(json.loads, path.read_text("utf-8").splitlines()):
+        runs.setdefault(line["recipe"].get("views"), {})[line["seed"]] = line["test_accuracy"]
+    live = runs[None]
+    assert runs[1].keys() == runs[16].keys() == live.keys() == {0, 1, 2} <= runs[4].keys()
+    assert verdict(runs[1], live) == -1
+    lost = -difference(runs[1], live)[0]
+    assert verdict(runs[4], live) == verdict(runs[16], live) == 0
+    page = text_of("recorded.md")
+    assert f"was {lost:.1f} points worse than with a live teacher (three seeds)" in page
+    found = text_of("results-cifar100-10000.md")
+    assert f"with one view KD is {lost:.1f} points below a live teacher (three seeds)" in found
+    for views, before in ((4, "a live teacher"), (16, "nor with 16 views")):
+        middle, low, high = (f"{number:.1f}" for number in difference(runs[views], live))
+        assert f"{before} ({middle} points, {low} to {high}, three seeds)" in found
