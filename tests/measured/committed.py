@@ -38,12 +38,12 @@ def cells(page, start):
     return {row[0]: row[1:] for row in rows}
 
 
-def accuracies(stem):
-    """Test accuracies by method and seed."""
+def accuracies(stem, images="test"):
+    """Accuracies by method and seed, on the test or the validation images."""
     found = {}
     for line in (RESULTS / f"{stem}.jsonl").read_text("utf-8").splitlines():
         run = json.loads(line)
-        found.setdefault(run["method"], {})[run["seed"]] = run["test_accuracy"]
+        found.setdefault(run["method"], {})[run["seed"]] = run[f"{images}_accuracy"]
     return found
 
 

@@ -1,12 +1,14 @@
 """What the pages say of a teacher whose classes the student does not have."""
 
 import json
+from statistics import mean
 
 from tests.measured.committed import (
     RESULTS,
     accuracies,
     check_pairs,
     difference,
+    interval,
     text_of,
     verdict,
 )
@@ -39,6 +41,19 @@ def test_what_the_pages_say_of_a_teacher_of_other_classes():
     earlier = accuracies("cifar10-500.earlier")
     assert verdict(runs["letKD-2"], earlier["letKD-2"]) == 1
     assert verdict(runs["letKD-1"], earlier["letKD-1"]) == 0
+
+
+def test_what_the_validation_images_of_the_same_kinds_say():
+    test, same = (accuracies("cifar10-500", images) for images in ("test", "validation"))
+    gaps = [mean(same[name].values()) - mean(test[name].values()) for name in test]
+    page = text_of("results-cifar10-500.md")
+    assert f"is {min(gaps):.1f} to {max(gaps):.1f} points below that on the validation" in page
+    letkd = same["letKD-2"]
+    assert f"gains {interval(difference(letkd, same['labels only']))} over labels only" in page
+    assert f"and {interval(difference(letkd, same['FitNet']))} over FitNet" in page
+    assert [verdict(letkd, same[name]) for name in ("labels only", "FitNet", "AT")] == [1, 1, 0]
+    middle, low, high = (f"{x:.1f}" for x in difference(letkd, same["AT"]))
+    assert f"not significant ({middle} points, {low} to {high})" in page
 
 
 def test_what_the_pages_say_of_templates_and_sharpness():

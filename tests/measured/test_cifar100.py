@@ -36,7 +36,8 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
     assert set(runs[free]) == {0, 1, 2, 3, 4}
     three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD", "AT", "IE-KD")
-    three += ("SKD + KD", "QuEST", "AEKT chi2")
+    three += ("SKD + KD", "QuEST", "AEKT chi2", "wider, same MACs", "wider, same parameters")
+    three += ("wider, same parameters + KD",)
     assert all(set(runs[name]) == {0, 1, 2} for name in three)
     pairs = {
         ("FitNet", "labels only"): (1,),
@@ -70,6 +71,13 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("QuEST", "KD"): (0,),
         ("AEKT chi2", "KD"): (0,),
         ("DKD", "AEKT chi2"): (1,),
+        ("wider, same parameters + KD", "KD"): (0,),
+        ("letKD-2 + KD", "wider, same parameters + KD"): (1, "letkd.md"),
+        ("letKD-2", "wider, same parameters + KD"): (0,),
+        ("wider, same parameters", "labels only"): (0,),
+        ("wider, same MACs", "labels only"): (1,),
+        ("letKD-2", "wider, same parameters"): (1,),
+        ("letKD-2", "wider, same MACs"): (1,),
     }
     check_pairs(runs, pairs, "results-cifar100-10000.md", r"{} points,? \(?{} to {}")
     for name in runs.keys() - {"FitNet"}:  # the best method of those with a verdict
