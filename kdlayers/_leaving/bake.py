@@ -118,7 +118,7 @@ def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old``, also in the plain lists of modules that a model keeps."""
+    """Put ``new`` in the place of ``old``, also where a model keeps modules in plain lists."""
     for parent in list(model.modules()):
         if parent is new or parent is old:
             continue
