@@ -107,7 +107,7 @@ def _pairs(batches: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
             found = type(batch).__name__
             found += f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
             raise ArgumentTypeError(
-                "fit(batches) takes a list, or another iterable, of pairs (features, labels), whose "
+                "fit(batches) takes a list or another iterable of pairs (features, labels), whose "
                 f"labels may be None, but found a {found}; write fit([(features, labels)])"
             )
         yield batch[0], batch[1]
