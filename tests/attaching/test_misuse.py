@@ -69,7 +69,7 @@ ATTACHING = [
         NoMatchError,
         r"in the teacher .*at=\{'side': 'name in the teacher'\} or KDP",
     ),
-    (attach({"idle": "last"}), NoMatchError, "'idle' exists but does not run in forward"),
+    (attach({"idle": "last"}), NoMatchError, "'idle' exists, but it does not run in forward, ret"),
     (attach({"again": "last"}), AttachError, "runs 2 times in one forward"),
     (attach({"side": "last"}), AttachError, "does not reach the model's output"),
     (attach({"norm": "last"}), AttachError, "is a BatchNorm2d, which convert_sync_batchnorm"),
