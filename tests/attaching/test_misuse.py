@@ -162,7 +162,10 @@ ATTACHING = [
         r"the teacher \(BatchNorm2d\) could not run .* convert them with teacher_transform=",
     ),
     (lambda s, t: find_points(s, IMAGES[:, :1]), ArgumentError, "pass example= with a small batch"),
+    (lambda s, t: find_points("resnet18"), ArgumentTypeError, "a torch.nn.Module, got str"),
     (lambda s, t: attach_mutual(s, s, example=IMAGES), AttachError, "are the same model"),
+    (lambda s, t: attach_mutual(s, t, losses=[3]), ArgumentTypeError, "such as KDLoss.., got int"),
+    (lambda s, t: attach_mutual(s, t, losses=3), ArgumentTypeError, "DistillLoss .*, got int"),
     (
         lambda s, t: attach_kd(s, t, losses=[FitNetLoss()], example=IMAGES),
         ShapeError,
