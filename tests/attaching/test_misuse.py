@@ -1,6 +1,7 @@
 """Wrong calls of attach_kd raise errors and leave both models unchanged."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -58,6 +59,12 @@ def shared(s, t):
     t = copy.deepcopy(t)
     t.stem[0].weight = s.stem[0].weight
     attach_kd(s, t, "last", example=IMAGES)
+
+
+def scripted(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(model)
 
 
 ATTACHING = [
@@ -160,6 +167,11 @@ ATTACHING = [
         lambda s, t: attach_kd(s, nn.BatchNorm2d(1), "last", example=IMAGES),
         ArgumentError,
         r"the teacher \(BatchNorm2d\) could not run .* convert them with teacher_transform=",
+    ),
+    (
+        lambda s, t: attach_kd(scripted(Net(4)), t, losses=[KDLoss()], example=IMAGES),
+        AttachError,
+        r"TorchScript module, .* and script bake\(student\)",
     ),
     (lambda s, t: find_points(s, IMAGES[:, :1]), ArgumentError, "pass example= with a small batch"),
     (lambda s, t: find_points("resnet18"), ArgumentTypeError, "a torch.nn.Module, got str"),
