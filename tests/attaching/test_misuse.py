@@ -61,11 +61,9 @@ def shared(s, t):
     attach_kd(s, t, "last", example=IMAGES)
 
 
-def scripted(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.script(model)
-
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    SCRIPTED = torch.jit.script(Net(4))
 
 ATTACHING = [
     (attach(["lats"]), NoMatchError, "no module 'lats' runs .* nearest names: 'last'"),
@@ -169,7 +167,7 @@ ATTACHING = [
         r"the teacher \(BatchNorm2d\) could not run .* convert them with teacher_transform=",
     ),
     (
-        lambda s, t: attach_kd(scripted(Net(4)), t, losses=[KDLoss()], example=IMAGES),
+        lambda s, t: attach_kd(SCRIPTED, t, losses=[KDLoss()], example=IMAGES),
         AttachError,
         r"TorchScript module, .* and script bake\(student\)",
     ),
