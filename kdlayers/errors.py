@@ -47,7 +47,7 @@ class LayoutError(KDLayersError, ValueError):
     """The channel axis, or the grid that tokens form, cannot be determined."""
 
 
-class MissingPackageError(KDLayersError, ImportError):
+class MissingPackageError(KDLayersError, ImportError, RuntimeError):
     """A function needs a package that is not installed; the message says what to install."""
 
 

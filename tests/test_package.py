@@ -71,3 +71,12 @@ def test_import_is_light(tmp_path):
 def test_it_is_the_wheel_that_is_tested(installed):
     assert "site-packages" in kdlayers.__file__
     assert ".whl" in installed.read_text("direct_url.json")
+
+
+def test_every_error_is_also_one_of_pythons():
+    kinds = [getattr(kdlayers.errors, name) for name in kdlayers.errors.__all__]
+    kinds = [kind for kind in kinds if kind is not kdlayers.errors.KDLayersError]
+    for kind in kinds:
+        if not issubclass(kind, Warning):
+            assert issubclass(kind, kdlayers.errors.KDLayersError)
+            assert issubclass(kind, (ValueError, RuntimeError, TypeError)), kind

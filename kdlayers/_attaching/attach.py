@@ -106,7 +106,7 @@ def attach_kd(
         >>> kd.remove()
     """
     whole, _ = unwrap(student, "student")
-    student, losses, memory = inside(whole), _check_losses(losses), check_memory(memory)
+    student, losses, memory = inside(whole), check_losses(losses), check_memory(memory)
     args = example_for(whole, example)
     traced = trace(student, args, "student")
     if student is not whole:
@@ -191,7 +191,13 @@ def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
         )
 
 
-def _check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
+def check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
+    """The losses as a list, also of a single one.
+
+    Raises:
+        ArgumentTypeError: if one is no DistillLoss.
+        ArgumentError: if one is a TemplateLoss, which needs a KD layer.
+    """
     if not isinstance(losses, (DistillLoss, Iterable)):
         raise _no_loss(losses)
     given: list[DistillLoss] = [losses] if isinstance(losses, DistillLoss) else list(losses)

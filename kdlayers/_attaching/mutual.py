@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from kdlayers._attaching.attach import attach_kd
+from kdlayers._attaching.attach import attach_kd, check_losses
 from kdlayers._step.handle import KDHandle
 from kdlayers.errors import ArgumentError
 from kdlayers.losses import DistillLoss, InheritExploreLoss, MutualLoss
@@ -47,6 +47,7 @@ def attach_mutual(
 
     Raises:
         ArgumentError: if a loss would be fitted to the peer before training.
+        ArgumentTypeError: if ``losses`` are not :class:`DistillLoss` objects.
         KDLayersError: as :func:`attach_kd` does; neither student is changed then.
 
     Source: Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning", CVPR 2018; the order of updates
@@ -62,7 +63,7 @@ def attach_mutual(
         >>> loss = torch.nn.functional.cross_entropy(a(images), labels) + kd_a.loss(labels)
         >>> loss.backward()
     """
-    given = [MutualLoss()] if losses is None else list(losses)
+    given = check_losses([MutualLoss()] if losses is None else losses)
     _refuse_fitted(given)
     exchanged = [_exchanged(loss) for loss in given]
     first = attach_kd(a, b, losses=given, example=example)

@@ -130,6 +130,7 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
 
     Raises:
         ArgumentError: if the model cannot run on the example.
+        ArgumentTypeError: if ``model`` is not a module.
 
     Example:
         >>> import torch
@@ -138,6 +139,10 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
         >>> find_points(resnet18(), torch.zeros(2, 3, 64, 64))[-1]
         Candidate(name='layer4', shape=(2, 512, 2, 2), layout='NCHW')
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"find_points(model) takes a torch.nn.Module, got {type(model).__name__}"
+        )
     args = example_for(model, example)
     prefix = f"{BACKBONE}." if is_detector(model) else ""
     model = inside(model)

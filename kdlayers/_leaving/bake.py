@@ -11,7 +11,7 @@ from kdlayers._models.wrappers import refuse_shards, student_inside
 from kdlayers._step.hooks import is_recording
 from kdlayers._step.sites import displace, inserts
 from kdlayers._step.slot import Slot
-from kdlayers._utils.torch_internals import child_table, drop_hooks
+from kdlayers._utils.torch_internals import drop_hooks
 from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError
 
@@ -118,12 +118,30 @@ def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old``, also where a model keeps modules in plain lists."""
     for parent in list(model.modules()):
         if parent is new or parent is old:
             continue
-        for name, child in child_table(parent).items():
-            if child is old:
-                child_table(parent)[name] = new
+        _exchanged(vars(parent), old, new)
+        if isinstance(parent, nn.TransformerEncoderLayer) and new in parent.children():
+            # In eval mode it computes with the weights of its children, unless these have hooks or
+            # its activation is unknown.
+            parent.activation_relu_or_gelu = 0
+
+
+def _exchanged(held: Any, old: nn.Module, new: nn.Module, depth: int = 4) -> Any:
+    """``held`` with ``new`` instead of ``old``; lists and dicts are changed in place."""
+    if held is old:
+        return new
+    if depth and type(held) is tuple:
+        items = tuple(_exchanged(item, old, new, depth - 1) for item in held)
+        return items if any(a is not b for a, b in zip(items, held, strict=True)) else held
+    if depth and isinstance(held, (dict, list)):
+        for key, item in held.items() if isinstance(held, dict) else enumerate(held):
+            found = _exchanged(item, old, new, depth - 1)
+            if found is not item:
+                held[key] = found
+    return held
 
 
 def _without_record_hooks(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """Finds the models inside the wrappers of a training loop, and checks that they are distinct."""
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -23,7 +24,7 @@ def unwrap(model: nn.Module, label: str) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         ArgumentTypeError: if this is not a module.
-        AttachError: if it is wrapped for several devices.
+        AttachError: if it is wrapped for several devices, or the student is TorchScript.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
@@ -39,6 +40,11 @@ def unwrap(model: nn.Module, label: str) -> tuple[nn.Module, nn.Module]:
         )
     if label == "student":
         _refuse_sharded(inner)
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise AttachError(
+                "the student is a TorchScript module, which takes no hooks; call attach_kd on the "
+                "model before torch.jit.script, and script bake(student) after training"
+            )
     return inner, model
 
 

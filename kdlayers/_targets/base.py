@@ -72,6 +72,7 @@ class TemplateTargets(nn.Module):
 
         Raises:
             FitError: if the data cannot be learnt from.
+            ArgumentTypeError: if ``batches`` does not give pairs.
             ShapeError: if the widths of batches differ, or labels do not match the features.
         """
         fit_rows(self.fitter(seed=check.integer("seed", seed)), batches)

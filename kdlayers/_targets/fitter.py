@@ -6,13 +6,13 @@ Several fitters share a pass, so that the teacher runs once for each batch. `KDH
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kdlayers._utils.distributed import together
-from kdlayers.errors import FitError
+from kdlayers.errors import ArgumentTypeError, FitError
 
 
 class Fitter(Protocol):
@@ -91,5 +91,23 @@ def pass_seed(seed: int, active: Sequence[Fitter], index: int) -> int:
 
 
 def fit_rows(fitter: Fitter, batches: Iterable[tuple[Tensor, Tensor | None]]) -> int:
-    """Run one fitter on ``batches`` of (features, labels); returns the number of passes."""
-    return run_passes([fitter], lambda _active, _index: (([f], y) for f, y in batches))
+    """Run one fitter on ``batches`` of (features, labels); returns the number of passes.
+
+    Raises:
+        ArgumentTypeError: if they are something else, such as features alone.
+    """
+    return run_passes([fitter], lambda _active, _index: (([f], y) for f, y in _pairs(batches)))
+
+
+def _pairs(batches: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    for batch in batches if iterable else [batches]:
+        # A tensor of two entries could be unpacked as a pair.
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            found = type(batch).__name__
+            found += f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise ArgumentTypeError(
+                "fit(batches) takes a list or another iterable of pairs (features, labels), whose "
+                f"labels may be None, but found a {found}; write fit([(features, labels)])"
+            )
+        yield batch[0], batch[1]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from kdlayers._step.handle import KDHandle
 
 KEY = "kdlayers"
-"""Where the handle's state is in the ``task_state`` of timm's checkpoints."""
+"""Where the handles' states are in the ``task_state`` of timm's checkpoints."""
 
 
 class KDTask:
@@ -21,7 +21,8 @@ class KDTask:
 
     Args:
         task: the task that the script has made, such as ``ClassificationTask`` or one of timm's own
-            distillations, whose trainable module is the student or contains it.
+            distillations, whose trainable module is the student or contains it; or a ``KDTask`` of
+            another handle of the student.
         kd: the handle of the student.
 
     Example:
@@ -64,7 +65,9 @@ class KDTask:
         if not self.kd.student.training:
             return result
         loss = self.kd.loss(target)
-        return {**result, "loss": result["loss"] + loss, "kd_loss": loss}
+        inner = result.get("kd_loss")  # of another handle
+        whole = loss if inner is None else inner + loss
+        return {**result, "loss": result["loss"] + loss, "kd_loss": whole}
 
     def prepare_distributed(self, *args: Any, **kwargs: Any) -> "KDTask":
         """Call the task's method, which wraps the student in DDP."""
@@ -80,7 +83,9 @@ class KDTask:
         """Return the task's state; the handle's state is stored with the trained weights only."""
         state: dict[str, Any] = self.task.get_checkpoint_state(ema=ema, **kwargs)
         if not ema:
-            state["task_state"] = {**state.get("task_state", {}), KEY: self.kd.state_dict()}
+            inner = state.get("task_state", {})
+            states = [*inner.get(KEY, []), self.kd.state_dict()]
+            state["task_state"] = {**inner, KEY: states}
         return state
 
     def load_checkpoint_state(
@@ -88,7 +93,9 @@ class KDTask:
     ) -> None:
         """Load a state of :meth:`get_checkpoint_state`, or a checkpoint of a plain student."""
         own = dict(task_state or {})
-        kd = own.pop(KEY, None)
+        *inner, kd = own.pop(KEY, []) or [None]
+        if inner:
+            own[KEY] = inner
         self.task.load_checkpoint_state(state_dict, own or None, **kwargs)
         if kd is not None:
             self.kd.load_state_dict(kd)

@@ -315,6 +315,7 @@ class InheritExploreLoss(DistillLoss):
 
         Raises:
             ArgumentError: if neither ``factor_channels`` was given nor :meth:`build` called.
+            ArgumentTypeError: if ``batches`` does not give pairs.
             FitError: if there is no batch, or the reconstruction loss is not finite.
         """
         fitter = self.fitter(seed=check.integer("seed", seed))

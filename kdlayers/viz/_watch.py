@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlayers._layer.layer import KDLayer, LayerParts
-from kdlayers._models.layouts import Layout, find_layout
+from kdlayers._models.layouts import Layout
 from kdlayers._models.names import readings
-from kdlayers._models.trace import to_model
+from kdlayers._models.trace import to_model, trace
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._step.sites import slots
 from kdlayers.errors import (
@@ -103,9 +103,12 @@ def grid(
             f"the features of {name!r} have shape {shape} with channels on axis {dim}; maps [B, "
             "C, H, W] or [B, H, W, C], tokens [B, L, C] and vectors [B, C] can be shown"
         )
-    size = (images.shape[2], images.shape[3])
-    module = student.get_submodule(name)
-    return find_layout(name, module, student, shape, size).to_grid(features)
+    if dim == 1:
+        return Layout("vector").to_grid(features)
+    own = next(key for key, module in student.named_modules() if module is layer)
+    # A dry run, as in attach_kd: the number of tokens alone does not tell the grid.
+    layout = trace(student, (images[:2],), "student").layout(own)
+    return layout.to_grid(features)
 
 
 def assign(layer: LayerParts, features: Tensor) -> tuple[Tensor, Tensor]:

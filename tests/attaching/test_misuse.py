@@ -1,6 +1,7 @@
 """Wrong calls of attach_kd raise errors and leave both models unchanged."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -60,6 +61,10 @@ def shared(s, t):
     attach_kd(s, t, "last", example=IMAGES)
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    SCRIPTED = torch.jit.script(Net(4))
+
 ATTACHING = [
     (attach(["lats"]), NoMatchError, "no module 'lats' runs .* nearest names: 'last'"),
     (attach(["layer*"]), NoMatchError, "no module 'layer\\*' runs in the student"),
@@ -69,7 +74,7 @@ ATTACHING = [
         NoMatchError,
         r"in the teacher .*at=\{'side': 'name in the teacher'\} or KDP",
     ),
-    (attach({"idle": "last"}), NoMatchError, "'idle' exists but does not run in forward"),
+    (attach({"idle": "last"}), NoMatchError, "'idle' exists, but it does not run in forward, ret"),
     (attach({"again": "last"}), AttachError, "runs 2 times in one forward"),
     (attach({"side": "last"}), AttachError, "does not reach the model's output"),
     (attach({"norm": "last"}), AttachError, "is a BatchNorm2d, which convert_sync_batchnorm"),
@@ -161,8 +166,16 @@ ATTACHING = [
         ArgumentError,
         r"the teacher \(BatchNorm2d\) could not run .* convert them with teacher_transform=",
     ),
+    (
+        lambda s, t: attach_kd(SCRIPTED, t, losses=[KDLoss()], example=IMAGES),
+        AttachError,
+        r"TorchScript module, .* and script bake\(student\)",
+    ),
     (lambda s, t: find_points(s, IMAGES[:, :1]), ArgumentError, "pass example= with a small batch"),
+    (lambda s, t: find_points("resnet18"), ArgumentTypeError, "a torch.nn.Module, got str"),
     (lambda s, t: attach_mutual(s, s, example=IMAGES), AttachError, "are the same model"),
+    (lambda s, t: attach_mutual(s, t, losses=[3]), ArgumentTypeError, "such as KDLoss.., got int"),
+    (lambda s, t: attach_mutual(s, t, losses=3), ArgumentTypeError, "DistillLoss .*, got int"),
     (
         lambda s, t: attach_kd(s, t, losses=[FitNetLoss()], example=IMAGES),
         ShapeError,

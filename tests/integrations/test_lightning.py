@@ -5,14 +5,19 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdlayers import load_student, save_student
+from kdlayers import InheritExploreLoss, MutualLoss, attach_mutual, load_student, save_student
+from kdlayers.errors import CheckpointError
 from tests.docs_blocks import small_codebooks
 from tests.integrations.pages import diffs, loop
+from tests.nets import Net
 
 pl = pytest.importorskip("lightning.pytorch")
+KDCallback = pytest.importorskip("kdlayers.integrations.lightning").KDCallback
 
 DIFF = diffs("lightning.md")["lightning_module"]
 IMAGES, LABELS = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
@@ -69,6 +74,51 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     assert all(key.startswith("model.") for key in ours)  # no teacher
     loaded = type(whole).load_from_checkpoint(tmp_path / "last.ckpt").eval()
     assert torch.equal(loaded.model(IMAGES), resumed.eval().model(IMAGES))
+
+
+class Two(pl.LightningModule):
+    """Two students that teach each other, so that their handles have the same terms."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.models = nn.ModuleList([Net(4), Net(4)])
+        points = InheritExploreLoss(at="last", coder="online", factor_channels=2)
+        self.handles = attach_mutual(*self.models, losses=[MutualLoss(), points], example=IMAGES)
+
+    def training_step(self, batch, _):
+        x, y = batch
+        pairs = zip(self.models, self.handles, strict=True)
+        return sum(F.cross_entropy(model(x), y) + kd.loss(y) for model, kd in pairs)
+
+    def configure_optimizers(self):
+        own = [parameter for kd in self.handles for parameter in kd.parameters()]
+        return torch.optim.SGD([*self.parameters(), *own], 0.01)
+
+
+def run_two(tmp_path, epochs, resume=None, callbacks=2):
+    module = Two()
+    kept = [KDCallback(kd) for kd in module.handles[:callbacks]]
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, callbacks=kept,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, loader(), ckpt_path=resume)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    return module
+
+
+def test_each_of_two_handles_gets_its_own_state(tmp_path):
+    whole = run_two(tmp_path, 2)
+    run_two(tmp_path, 1)
+    resumed = run_two(tmp_path, 2, resume=tmp_path / "two.ckpt")
+    states = [kd.state_dict() for module in (whole, resumed) for kd in module.handles]
+    first, second, *again = [state["checksum"] for state in states]
+    assert first != second
+    assert again == [first, second]
+    with pytest.raises(CheckpointError, match="states of 2 KDCallbacks, but the trainer has 1"):
+        run_two(tmp_path, 2, resume=tmp_path / "two.ckpt", callbacks=1)
 
 
 @pytest.mark.slow

@@ -163,6 +163,32 @@ def test_train_only_parameters_are_clipped_and_saved():
     assert copy.copy(task).kd is kd
 
 
+def test_a_task_of_two_handles_adds_and_saves_both():
+    student, teacher = models()
+    images, labels = batch()
+    task = task_of.ClassificationTask(student, nn.CrossEntropyLoss(), verbose=False)
+    first = attach_kd(student, teacher, losses=[AEKTLoss()], example=images)
+    second = attach_kd(student, models()[1], losses=[AEKTLoss(weight=0.5)], example=images)
+    both = KDTask(KDTask(task, first), second)
+    found = both(images, labels)
+    added = first.terms["total"] + second.terms["total"]
+    torch.testing.assert_close(found["kd_loss"].detach(), added)
+    own = nn.functional.cross_entropy(found["output"], labels)
+    torch.testing.assert_close(found["loss"], own + found["kd_loss"])
+    both(images, labels)
+    with torch.no_grad():
+        next(second.parameters()).add_(1.0)
+    saved = [first.state_dict(), second.state_dict()]
+    state = both.get_checkpoint_state()
+    both(images, labels)
+    with torch.no_grad():
+        next(first.parameters()).zero_()
+        next(second.parameters()).zero_()
+    both.load_checkpoint_state(state["state_dict"], state["task_state"])
+    for kd, expected in zip((first, second), saved, strict=True):
+        assert kd.state_dict()["checksum"] == expected["checksum"]
+
+
 def test_in_eval_mode_it_is_the_task():
     student, teacher = models()
     images, labels = batch()

@@ -40,6 +40,33 @@ class AnyInputs(nn.Conv2d):
         return super().forward(given[0]) * given[-1].mean()
 
 
+class Listed(nn.Module):
+    """Keeps its convolutions in plain lists as well, and calls them from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.stages = {"early": [self.first], "late": (self.second, nn.Identity())}
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        x = self.stages["early"][0](x)
+        return self.head(self.stages["late"][0](x)).mean((2, 3))
+
+
+class Encoder(nn.Module):
+    """torch's encoder layer, which in eval mode does not call its children if none has a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x).flatten(2).mT).mean(1))
+
+
 def vit():
     """Reads the grid of its patch embedding."""
     return VisionTransformer(
@@ -54,6 +81,10 @@ MODELS = {
     "any inputs": (lambda: Reads(None, AnyInputs(3, 4, 3, 2)), "conv"),
     "vit": (vit, "patch_embed"),
     "ends with a norm": (lambda: Net(4), "stem"),
+    "plain list": (Listed, "first"),
+    "plain tuple": (Listed, "second"),
+    "torch's encoder": (Encoder, "layer.linear2"),
+    "torch's attention": (Encoder, "layer.self_attn"),
 }
 
 
@@ -70,7 +101,9 @@ def attached(name):
 def test_the_parent_may_use_a_point_as_before(name, make):
     student = attached(name)
     model = make(student)
-    torch.testing.assert_close(model(IMAGES), student(IMAGES))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(model(IMAGES), student(IMAGES))
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

@@ -272,6 +272,10 @@ def test_few_distinct_rows_warn():
         ([(torch.ones(20, 2).long(), None)], ArgumentTypeError, "floating-point tensor"),
         ([("features", None)], ArgumentTypeError, "must be a tensor, got str"),
         ([(torch.tensor(1.0), None)], ShapeError, r"must be \[\.\.\., D\]"),
+        ([torch.randn(2, 20, 3)], ArgumentTypeError, "pairs .* found a Tensor; write fit"),
+        (torch.randn(2, 20, 3), ArgumentTypeError, "pairs .* found a Tensor; write fit"),
+        ([[torch.randn(20, 3)]], ArgumentTypeError, "pairs .* found a list of length 1;"),
+        (torch.nn.Identity(), ArgumentTypeError, "pairs .* found a Identity; write fit"),
     ],
 )
 def test_bad_data_are_errors_and_leave_the_targets_unchanged(given, error, sentence):

@@ -238,6 +238,36 @@ def test_features_changed_in_place_later_are_those_of_the_layer():
     assert (view.after < 0).any()
 
 
+class Strips(nn.Module):
+    """Tokens of patches of 8 x 2 pixels, after a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, (8, 2), (8, 2))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+        nn.init.eye_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).mT
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1)
+        return self.head(self.mix(tokens).mean(1))
+
+
+@pytest.mark.parametrize("outer", [lambda student: student, nn.Sequential])
+@pytest.mark.parametrize("make", [lambda student: student, bake])
+def test_tokens_are_on_the_grid_of_the_models_patches(make, outer):
+    student, images = Strips(), torch.rand(3, 3, 16, 16)
+    attach_kd(student, at=[KDPoint("mix", num_templates=5)], example=images).detach()
+    found = make(student)
+    view = viz.layer_view(outer(found), images)
+    assert view.before.shape == (3, 2, 8, 4)
+    torch.testing.assert_close(view.before, student.conv(images).movedim(1, -1))
+    assert viz.template_usage(found, [images]).positions == 3 * 2 * 8
+
+
 @pytest.mark.parametrize("width", [4, 2])
 def test_vectors_are_a_grid_of_one_position(width):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, width), KDLayer(width, 6))
