@@ -110,7 +110,7 @@ class KDHandle(Learning):
         .. math:: L = \sum_i w_i(\text{step}) \, L_i
 
         Runs the teacher on the same images. Add the task's own loss, such as cross-entropy,
-        yourself. Each training forward is read once.
+        yourself. Each training forward is read at most once: after an error, run the student again.
 
         Args:
             targets: labels as the losses need them: class indices ``[B]``, or probabilities
@@ -183,7 +183,7 @@ class KDHandle(Learning):
         logits: Any = None,
         recorded: Tensor | None = None,
     ) -> dict[str, float]:
-        """Norm of each term's gradient, to choose weights: call it for a batch, instead of `loss`.
+        """Norm of each term's gradient, to choose weights: call it instead of `loss` for a batch.
 
         Norms are over the student's parameters that every term reaches. ``.grad`` does not change,
         and the step is not counted. The forward cannot be read again by `loss`, so run the student

@@ -57,7 +57,10 @@ class RKDLoss(DistillLoss):
         distance = check.not_negative("distance", distance)
         angle = check.not_negative("angle", angle)
         if distance == angle == 0:
-            raise ArgumentError("distance and angle are both 0: RKDLoss would compare nothing")
+            raise ArgumentError(
+                "distance and angle are both 0: RKDLoss would compare nothing; give one of them a "
+                "weight above 0"
+            )
         self.distance = distance
         self.angle = angle
 
