@@ -170,10 +170,10 @@ class LayerParts(nn.Module):
         self.channel_dim = channel_dim
 
     def enhance(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The new features, and the scores with K instead of C.
+        """The new features of :meth:`forward`, the scores with K instead of C, and ``None``.
 
-        If the scores are not stored, two tensors take their place: unit vectors in the shape of x,
-        and the templates ``[K, C]``. The scores are the products of the two.
+        If the scores are not stored, the last two are unit vectors in the shape of ``x`` and the
+        templates ``[K, C]``, whose products are the scores.
         """
         if not is_scripting():
             if not isinstance(x, Tensor):  # torch.fx traces with symbols

@@ -183,11 +183,11 @@ class KDHandle(Learning):
         logits: Any = None,
         recorded: Tensor | None = None,
     ) -> dict[str, float]:
-        """Norm of each term's gradient, to choose weights: call it instead of `loss` for a batch.
+        """Norm of each term's gradient, to choose weights: call it instead of :meth:`loss`.
 
-        Norms are over the student's parameters that every term reaches. ``.grad`` does not change,
-        and the step is not counted. The forward cannot be read again by `loss`, so run the student
-        again for a training step.
+        The gradient is taken with respect to the student's parameters that every term reaches.
+        ``.grad`` does not change, and the step is not counted. Run the student again before
+        :meth:`loss`, because each forward is read once.
 
         Args:
             targets: labels; this, ``logits`` and ``recorded`` as for :meth:`loss`.

@@ -16,7 +16,7 @@ _Callback: Any = _pl.Callback
 class KDCallback(_Callback):  # pyright: ignore[reportUntypedBaseClass]
     """Moves the teachers to the device, calls ``kd.fit`` once, and saves ``kd.state_dict()``.
 
-    The handle's state is part of Lightning's checkpoints. A resumed run loads it before `fit`,
+    The handle's state is part of Lightning's checkpoints. A resumed run loads it before ``kd.fit``,
     which then has nothing to fit.
 
     Args:
