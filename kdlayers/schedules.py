@@ -124,11 +124,11 @@ class LinearWarmup(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    r"""Half a cosine from ``value`` to ``end``, where the weight then stays.
+    r"""Half a cosine from ``value`` to ``end``; after that the weight stays the same.
 
     .. math:: w(t) = e + (v - e) \, \tfrac12 \big(1 + \cos(\pi \min(t, L) / L)\big)
 
-    In the authors' code the weight rises again after the end; here it stays.
+    In the authors' code the weight rises again after step L.
 
     Args:
         length: L, above 0: usually the length of the training.

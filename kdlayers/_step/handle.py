@@ -212,8 +212,9 @@ class KDHandle(Learning):
         """Record the student's forward in the block, for code that does not call ``student(x)``.
 
         Use it around ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
-        student that is part of a larger model; the arguments are the teacher's inputs. Then call
-        ``kd.loss(y, logits=...)``; losses on features need no ``logits``.
+        student that is part of a larger model. Pass the inputs as ``student(...)`` would get them:
+        the teacher gets them too. Then call ``kd.loss(y, logits=...)``; losses on features need no
+        ``logits``.
         """
         self._need_teacher("batch")
         tape = self._tape
