@@ -101,8 +101,8 @@ def load_student(model: M, path: str | PathLike[str] | BinaryIO) -> M:
     """Put the saved KD layers into a fresh ``model`` and load all weights; no teacher is needed.
 
     If anything fails, the model is unchanged. Before memory is allocated, the checksums of the file
-    and of every tensor are checked, and keys and sizes are compared with those of the model. :func:`save_student` has an
-    example.
+    and of every tensor are checked, and keys and sizes are compared with those of the model.
+    :func:`save_student` has an example.
 
     Args:
         model: a model of the class and sizes that the student was made with, without KD layers. It

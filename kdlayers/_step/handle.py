@@ -243,7 +243,7 @@ class KDHandle(Learning):
         self._tape.ahead = Ahead(args, kwargs, versions, self._plan.teach(args, kwargs))
 
     def clear(self) -> None:
-        """Forget recorded forwards; call it after a training forward that needs no KD loss."""
+        """Forget recorded forwards; call it after a training forward without :meth:`loss`."""
         self._tape.fail()
         self._tape.consume()
 
