@@ -323,7 +323,7 @@ class KDLayer(LayerParts):
 
     where :math:`\operatorname{cos}` is the scaled cosine of :class:`TemplateHead`: x is normalised
     over its channels, p over the templates, each template over C, and V over K for each output
-    channel. A position whose p is all zero passes unchanged. The template loss acts on the scores a.
+    channel. A position with p = 0 passes unchanged. The template loss acts on the scores a.
     The layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds per
     position.
 
