@@ -52,9 +52,9 @@ class Pictures(Dataset):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def options(description: str, epochs: int = 30) -> argparse.ArgumentParser:
+def options(about: str, epochs: int = 30) -> argparse.ArgumentParser:
     """The command-line options that all examples share."""
-    parser = argparse.ArgumentParser(description=description.partition("\n\n    ")[0])
+    parser = argparse.ArgumentParser(description=about.split("\n\n    ")[0].split("\n\npython ")[0])
     add, quick = parser.add_argument, "-quick" if "--quick" in sys.argv else ""
     out = Path("runs", Path(sys.argv[0]).stem + quick)  # a whole call trains its own teacher
     add("--data", type=Path, metavar="DIR", help="train/CLASS/ and val/CLASS/; default: digits")

@@ -43,7 +43,7 @@ class Schedule(ABC):
         """The weight at ``step``, which counts from 0."""
 
     def __mul__(self, other: "Schedule | float") -> "Product":
-        return Product(self, _schedule(other))
+        return Product(self, other)
 
     __rmul__ = __mul__
 
@@ -57,6 +57,7 @@ class Constant(Schedule):
 
     Raises:
         ArgumentError: if ``value`` is negative or not finite.
+        ArgumentTypeError: if ``value`` is not a number.
 
     Example:
         >>> Constant(0.5)(1000)
@@ -93,6 +94,7 @@ class LinearWarmup(Schedule):
 
     Raises:
         ArgumentError: if a number is negative or not finite, or ``steps_per_epoch`` is below 1.
+        ArgumentTypeError: if an argument has another type.
 
     Example:
         >>> [LinearWarmup(4)(step) for step in range(6)]
@@ -108,11 +110,11 @@ class LinearWarmup(Schedule):
         check.not_negative("length", self.length)
         check.not_negative("start", self.start)
         _epoch_length(self.steps_per_epoch)
-        object.__setattr__(self, "then", _schedule(self.then))
+        object.__setattr__(self, "then", _schedule("then", self.then))
 
     def __call__(self, step: int) -> float:
         """The weight at ``step``."""
-        then = _schedule(self.then)
+        then = _schedule("then", self.then)
         time = _time(step, self.steps_per_epoch)
         if time >= self.length:
             return then(step)
@@ -122,11 +124,11 @@ class LinearWarmup(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    r"""Half a cosine from ``value`` to ``end``, where the weight then stays.
+    r"""Half a cosine from ``value`` to ``end``; after that the weight stays the same.
 
     .. math:: w(t) = e + (v - e) \, \tfrac12 \big(1 + \cos(\pi \min(t, L) / L)\big)
 
-    In the authors' code the weight rises again after the end; here it stays.
+    In the authors' code the weight rises again after step L.
 
     Args:
         length: L, above 0: usually the length of the training.
@@ -135,7 +137,9 @@ class Cosine(Schedule):
         steps_per_epoch: if given, ``length`` counts epochs.
 
     Raises:
-        ArgumentError: if ``length`` is not above 0, or another number is negative or not finite.
+        ArgumentError: if ``length`` is not above 0, another number is negative or not finite, or
+            ``steps_per_epoch`` is below 1.
+        ArgumentTypeError: if an argument has another type.
 
     Example:
         >>> [round(Cosine(4)(step), 3) for step in range(6)]
@@ -172,7 +176,9 @@ class Step(Schedule):
         steps_per_epoch: if given, ``every`` counts epochs.
 
     Raises:
-        ArgumentError: if ``every`` is not above 0, or another number is negative or not finite.
+        ArgumentError: if ``every`` is not above 0, another number is negative or not finite, or
+            ``steps_per_epoch`` is below 1.
+        ArgumentTypeError: if an argument has another type.
 
     Example:
         >>> [Step(2, gamma=0.5)(step) for step in range(6)]
@@ -208,8 +214,10 @@ class MultiStep(Schedule):
         steps_per_epoch: if given, the milestones count epochs.
 
     Raises:
-        ArgumentError: if the milestones do not rise, or a number is negative or not finite.
-        ArgumentTypeError: if ``milestones`` is not a sequence.
+        ArgumentError: if the milestones do not rise, a number is negative or not finite, or
+            ``steps_per_epoch`` is below 1.
+        ArgumentTypeError: if ``milestones`` is not a sequence, or another argument has another
+            type.
 
     Example:
         >>> [MultiStep((1, 3), gamma=0.5)(step) for step in range(5)]
@@ -247,7 +255,11 @@ class Product(Schedule):
     """The product of schedules; ``a * b`` makes one.
 
     Args:
-        factors: schedules, or numbers.
+        factors: schedules, or numbers of 0 or more.
+
+    Raises:
+        ArgumentError: if a number is negative or not finite.
+        ArgumentTypeError: if a factor is neither a schedule nor a number, such as a plain function.
 
     Example:
         >>> Product(Constant(0.5), 4.0)(7)
@@ -257,7 +269,7 @@ class Product(Schedule):
     factors: tuple[Schedule, ...]
 
     def __init__(self, *factors: Schedule | float) -> None:
-        object.__setattr__(self, "factors", tuple(_schedule(factor) for factor in factors))
+        object.__setattr__(self, "factors", tuple(_schedule("a factor", each) for each in factors))
 
     def __call__(self, step: int) -> float:
         """The weight at ``step``."""
@@ -268,8 +280,8 @@ def _time(step: int, steps_per_epoch: int | None) -> int:
     return step // steps_per_epoch if steps_per_epoch else step
 
 
-def _schedule(value: "Schedule | float") -> Schedule:
-    return value if isinstance(value, Schedule) else Constant(value)
+def _schedule(name: str, value: "Schedule | float") -> Schedule:
+    return value if isinstance(value, Schedule) else Constant(check.not_negative(name, value))
 
 
 def _epoch_length(steps_per_epoch: int | None) -> None:

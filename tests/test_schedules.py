@@ -75,7 +75,8 @@ def test_products_multiply_value_by_value():
         (lambda: MultiStep((3, 2)), r"milestones must be strictly increasing, got \(3, 2\)"),
         (lambda: LinearWarmup(3, start=-0.1), "start must be 0 or more"),
         (lambda: LinearWarmup(3, steps_per_epoch=0), "steps_per_epoch must be 1 or more"),
-        (lambda: Constant(1.0) * -2.0, "value must be 0 or more"),
+        (lambda: Constant(1.0) * -2.0, "a factor must be 0 or more"),
+        (lambda: LinearWarmup(3, then=-1.0), "then must be 0 or more"),
     ],
 )
 def test_unusable_numbers_are_named(make, sentence):

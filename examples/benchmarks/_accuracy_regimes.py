@@ -63,7 +63,8 @@ def add_regimes(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the data and the teacher."""
     add = parser.add_argument
     add("--regime", choices=list(REGIMES), default="fashion-mnist", help="default: %(default)s")
-    add("--data", choices=("fashion-mnist", "cifar10", "cifar100"), default="fashion-mnist")
+    sets = ("fashion-mnist", "cifar10", "cifar100")
+    add("--data", choices=sets, default="fashion-mnist", help="data set; default: %(default)s")
     add("--root", default="data", help="folder of the data set; default: %(default)s")
     add("--download", action="store_true", help="download the data set if it is missing")
     add("--teacher-checkpoint", type=Path, help="weights of a trained teacher; default: train one")

@@ -287,14 +287,22 @@ def check_views(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             )
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+def parse(
+    arguments: list[str] | None,
+    *,
+    description: str | None = __doc__,
+    parents: list[argparse.ArgumentParser] | None = None,
+    out: str = "runs/accuracy.jsonl",
+) -> argparse.Namespace:
+    """Parse the command line; other scripts give their description and further options."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        parents=parents or [],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add_regimes(parser)
-    add("--out", type=Path, default=Path("runs/accuracy.jsonl"), help="default: %(default)s")
+    add("--out", type=Path, default=Path(out), help="default: %(default)s")
     add("--cache", type=Path, default=Path("runs"), help="cache folder; default: %(default)s")
     add("--methods", nargs="+", help="default: all; the message for a wrong name lists them")
     add("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")

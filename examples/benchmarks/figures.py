@@ -1,4 +1,4 @@
-"""The figures of docs/seeing.md: the KD layers of a student of the accuracy benchmark.
+r"""The figures of docs/seeing.md: the KD layers of a student of the accuracy benchmark.
 
 python examples/benchmarks/accuracy.py --root DATA --cache docs/data/results \
         --methods letKD-2 --seeds 0 --save runs/students

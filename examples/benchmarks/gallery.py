@@ -1,4 +1,4 @@
-"""Draw the gallery: what students of the accuracy benchmark and their losses have learnt.
+r"""Draw the gallery: what students of the accuracy benchmark and their losses have learnt.
 
 First let accuracy.py save two students. It skips runs that are in --out, so give it a new file.
 Then call this with the same options, and with the file whose curves are drawn:
@@ -63,10 +63,12 @@ CURVES = ("labels only", "KD", "letKD-1", "letKD-2", "letKD-2 + KD")
 def main(arguments: list[str] | None = None) -> None:
     """Load what was saved, and draw it."""
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--figures", type=Path, default=Path("runs/figures"))
-    own.add_argument("--without-images", action="store_true")
+    own.add_argument(
+        "--figures", type=Path, default=Path("runs/figures"), help="folder to write to"
+    )
+    own.add_argument("--without-images", action="store_true", help="draw no image of the data set")
     options, rest = own.parse_known_args(arguments)
-    args = parse(rest)
+    args = parse(rest, description=__doc__, parents=[own])
     torch.set_num_threads(args.threads)
     regime, seed = prepared(args, teacher_recipe(args)), args.seeds[0]
     students = {name: saved_at(args.save, name, seed) for name in (LAYERS, RELATIONS)}

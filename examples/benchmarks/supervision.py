@@ -35,7 +35,7 @@ SEEN = "students' images"
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write one file."""
-    args = accuracy.parse(arguments)
+    args = accuracy.parse(arguments, description=__doc__, out="runs/supervision.json")
     torch.set_num_threads(args.threads)
     regime = prepared(args, accuracy.teacher_recipe(args))
     _, _, replay = regime.given(accuracy.common_recipe(args), 0)

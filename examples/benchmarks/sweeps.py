@@ -2,7 +2,7 @@ r"""How the accuracy of letKD depends on K, sub-classes, alpha, sharpness and we
 
 Each value is a recipe of accuracy.py with one option changed, run for some of its seeds. The runs
 are written to a file of their own, which report.py compares with the unchanged recipe, paired by
-seed. Interrupted runs resume as in accuracy.py.
+seed. Interrupted runs resume as in accuracy.py, and all options of accuracy.py can be added.
 
     python examples/benchmarks/sweeps.py --root data --cache docs/data/results \
         --out docs/data/results/fashion-mnist-6000.sweeps.jsonl
@@ -22,8 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], help="default: 0 1 2")
+    add = parser.add_argument
+    add("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="default: all")
+    add("--seeds", nargs="+", default=["0", "1", "2"], help="default: 0 1 2")
     args, others = parser.parse_known_args(arguments)
     for seed in args.seeds:
         for name in args.sweeps:

@@ -47,10 +47,10 @@ def main() -> None:
     """Train the teacher, then a student for each method and seed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("task", choices=METHODS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default: 3")
     parser.add_argument("--images", type=int, default=64, help="per student; default: 64")
     parser.add_argument("--steps", type=int, default=200, help="per student; default: 200")
-    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--teacher-steps", type=int, default=600, help="default: 600")
     parser.add_argument("--out", type=Path, help="file to append the lines to")
     args = parser.parse_args()
     run = segment if args.task == "segmentation" else detect

@@ -113,7 +113,10 @@ def attach_kd(
         traced.unclear = NO_LOGITS
     teachers = make_teachers(student, teacher, args, teacher_weights, teacher_transform)
     if losses and not teachers:
-        raise ArgumentError("losses compare the student with a teacher: pass teacher=")
+        raise ArgumentError(
+            "losses compare the student with a teacher, but no teacher was given; call "
+            "attach_kd(student, teacher, losses=[...])"
+        )
     points = resolve_points(at, traced, teachers[0].traced if teachers else None)
     if not points and not losses:
         raise ArgumentError(
@@ -325,8 +328,8 @@ def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) ->
     name = loss.name or type(loss).__name__
     if loss.teacher_index is not None and loss.teacher_index >= len(teachers):
         raise ArgumentError(
-            f"{name} reads teacher {loss.teacher_index}, but there are {len(teachers)}, counted "
-            "from 0"
+            f"{name} reads teacher {loss.teacher_index}, but there are {len(teachers)}; "
+            "teacher_index counts them from 0"
         )
     if loss.at is None:
         return Term(name, loss, teacher_index=loss.teacher_index)

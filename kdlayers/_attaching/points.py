@@ -27,8 +27,10 @@ class KDPoint:
         teacher: name of the teacher's module that supervises it; default: the student's name.
         targets: :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. Default:
             ``CodebookTargets()`` at the last point in forward order, ``DecisionTargets()`` before.
-        num_templates: number of templates K; default: what the targets need.
-        alpha: value ratio of the layer, default 1; 0 keeps the features and only supervises.
+        num_templates: number of templates K, 1 or more; default: what the targets need.
+        alpha: value ratio, the factor of what the layer adds to the features, 0 or more. Default 1,
+            as in all but one of the authors' configurations. With 0 the features do not change, and
+            the loss still acts.
         weight: factor of the point's :class:`~kdlayers.losses.TemplateLoss` in ``kd.loss``: a
             number or a function of the step, such as those of :mod:`kdlayers.schedules`. Default 1,
             as in the authors' code. Without a teacher there is no such loss.

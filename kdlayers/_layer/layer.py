@@ -170,10 +170,10 @@ class LayerParts(nn.Module):
         self.channel_dim = channel_dim
 
     def enhance(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The new features, and the scores with K instead of C.
+        """The new features of :meth:`forward`, the scores with K instead of C, and ``None``.
 
-        If the scores are not stored, two tensors take their place: unit vectors in the shape of x,
-        and the templates ``[K, C]``. The scores are the products of the two.
+        If the scores are not stored, the last two are unit vectors in the shape of ``x`` and the
+        templates ``[K, C]``, whose products are the scores.
         """
         if not is_scripting():
             if not isinstance(x, Tensor):  # torch.fx traces with symbols
@@ -323,8 +323,8 @@ class KDLayer(LayerParts):
 
     where :math:`\operatorname{cos}` is the scaled cosine of :class:`TemplateHead`: x is normalised
     over its channels, p over the templates, each template over C, and V over K for each output
-    channel. A position whose p is all zero passes unchanged. The KD loss acts on the scores a. The
-    layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds per
+    channel. A position with p = 0 passes unchanged. The template loss acts on the scores a.
+    The layer stays in the student at inference: 2KC + 2K + 2 parameters, 2KC multiply-adds per
     position.
 
     Args:

@@ -88,7 +88,10 @@ def prune_templates(
         raise AttachError("the student is still attached; call kd.detach() before pruning")
     layers = slots(student)
     if not layers:
-        raise AttachError(f"this {type(student).__name__} has no KD layers to prune")
+        raise AttachError(
+            f"this {type(student).__name__} has no KD layers to prune; pass a student with KD "
+            "layers, from attach_kd(student, teacher, at=[...]) or load_student"
+        )
     for name, slot in layers.items():
         _check_plain(name, slot)
     shares = _firing_shares(student, layers, loader, together)

@@ -56,8 +56,8 @@ def save_student(student: nn.Module, path: str | PathLike[str] | BinaryIO) -> No
     layers = [_describe(student, module, hook) for module, _, hook in inserts(student)]
     if not layers:
         raise AttachError(
-            f"this {type(student).__name__} has no KD layers, so there is nothing to describe; "
-            "save student.state_dict() with torch.save, or attach_kd first"
+            f"this {type(student).__name__} has no KD layers, so save_student is not "
+            "needed: save student.state_dict() with torch.save, or call attach_kd first"
         )
     content = pack(layers, student.state_dict())
     if is_first_process(student):
@@ -102,6 +102,7 @@ def load_student(model: M, path: str | PathLike[str] | BinaryIO) -> M:
 
     If anything fails, the model is unchanged. Before memory is allocated, the checksums of the file
     and of every tensor are checked, and keys and sizes are compared with those of the model.
+    :func:`save_student` has an example.
 
     Args:
         model: a model of the class and sizes that the student was made with, without KD layers. It
@@ -120,7 +121,10 @@ def load_student(model: M, path: str | PathLike[str] | BinaryIO) -> M:
     refuse_wrapped(model)
     inner = student_inside(model)
     if inserts(inner):
-        raise AttachError("this model has KD layers already; load_student needs a fresh one")
+        raise AttachError(
+            "this model has KD layers already; load_student needs a new one: create it as the "
+            "student was created, and do not call attach_kd"
+        )
     saved = unpack(*read_archive(path))
     places = find_places(inner, saved)
     with all_or_nothing(inner):

@@ -110,7 +110,7 @@ class KDHandle(Learning):
         .. math:: L = \sum_i w_i(\text{step}) \, L_i
 
         Runs the teacher on the same images. Add the task's own loss, such as cross-entropy,
-        yourself. Each training forward is read once.
+        yourself. Each training forward is read at most once: after an error, run the student again.
 
         Args:
             targets: labels as the losses need them: class indices ``[B]``, or probabilities
@@ -183,11 +183,11 @@ class KDHandle(Learning):
         logits: Any = None,
         recorded: Tensor | None = None,
     ) -> dict[str, float]:
-        """Norm of each term's gradient, to choose weights: call it for a batch, instead of `loss`.
+        """Norm of each term's gradient, to choose weights: call it instead of :meth:`loss`.
 
-        Norms are over the student's parameters that every term reaches. ``.grad`` does not change,
-        and the step is not counted. The forward cannot be read again by `loss`, so run the student
-        again for a training step.
+        The gradient is taken with respect to the student's parameters that every term reaches.
+        ``.grad`` does not change, and the step is not counted. Run the student again before
+        :meth:`loss`, because each forward is read once.
 
         Args:
             targets: labels; this, ``logits`` and ``recorded`` as for :meth:`loss`.
@@ -212,8 +212,9 @@ class KDHandle(Learning):
         """Record the student's forward in the block, for code that does not call ``student(x)``.
 
         Use it around ``student.forward``, timm's ``forward_features`` and ``forward_head``, or a
-        student that is part of a larger model; the arguments are the teacher's inputs. Then call
-        ``kd.loss(y, logits=...)``; losses on features need no ``logits``.
+        student that is part of a larger model. Pass the inputs as ``student(...)`` would get them:
+        the teacher gets them too. Then call ``kd.loss(y, logits=...)``; losses on features need no
+        ``logits``.
         """
         self._need_teacher("batch")
         tape = self._tape
@@ -242,7 +243,7 @@ class KDHandle(Learning):
         self._tape.ahead = Ahead(args, kwargs, versions, self._plan.teach(args, kwargs))
 
     def clear(self) -> None:
-        """Forget recorded forwards; call it after a training forward that needs no KD loss."""
+        """Forget recorded forwards; call it after a training forward without :meth:`loss`."""
         self._tape.fail()
         self._tape.consume()
 

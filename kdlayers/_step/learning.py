@@ -59,11 +59,12 @@ class Learning(Attachment):
             prepare: a function that turns a batch into ``(images, labels)``, for loaders of other
                 dicts, or if your loop normalises its batches. Default: none.
             seed: seed of the clustering and of the loader's randomness; default 0.
-            progress: show a bar on a terminal, where tqdm is installed; default True.
-            refit: also fit again what is fitted already; default: only what is missing.
+            progress: show a bar on a terminal if tqdm is installed; default True.
+            refit: also fit again what is fitted already; default False: fit only what is missing.
 
         Raises:
-            FitError: if the loader is empty or one-shot, or the data cannot be fitted.
+            FitError: if the loader is empty, cannot be iterated again although several passes are
+                needed, or its data cannot be fitted.
             ArgumentTypeError: if ``loader`` does not give batches, as a model does not.
             ArgumentError: if a batch is not a pair of tensors.
             CaptureError: if the teacher cannot run on a batch.
@@ -124,7 +125,7 @@ class Learning(Attachment):
                 together; default: all.
             seed: seed of the views; default 0.
             progress: print the size of the record and the free space before the teachers run, and
-                show a bar on a terminal, where tqdm is installed; default True.
+                show a bar on a terminal if tqdm is installed; default True.
 
         Returns:
             A data set of (image, label, key); see :class:`kdlayers.RecordedDataset`.

@@ -152,7 +152,7 @@ class Tape:
             raise StaleCaptureError(
                 f"the student ran {done} training forwards since the last kd.loss(), but a loss "
                 "reads only one: call kd.loss(y) after each forward, or kd.clear() after a forward "
-                "that needs no KD loss"
+                "that needs no distillation loss"
             )
         if len(forward.outputs) > 1 and logits is not None:
             _check_one_of_several(forward.outputs, logits)

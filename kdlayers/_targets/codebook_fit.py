@@ -42,7 +42,7 @@ class SamplePass:
     def finish(self) -> "LloydPass | None":
         """Cluster the sample; another pass reads all rows if there are few for each centre."""
         if self._reservoir is None:
-            raise FitError("fit() got batches without a single row")
+            raise FitError("fit() got batches without a single row: all were empty")
         sample = self._reservoir.merged()
         _check_enough(sample, self._k)
         result = kmeans(sample.rows, self._k, derive_seed(self._seed, 0))

@@ -74,7 +74,7 @@ class RowFitter:
         for block in self._blocks.flush():
             self._feed(current, *block)
         if not self._rows:
-            raise FitError("fit() got batches without a single row")
+            raise FitError("fit() got batches without a single row: all were empty")
 
     @torch.no_grad()
     def end_pass(self) -> bool:

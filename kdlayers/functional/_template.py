@@ -17,8 +17,8 @@ def template_kl(scores: Tensor, assignment: Tensor, *, reduction: Reduction = "m
         L = \frac{1}{N} \sum_{i=1}^{N} \sum_{k=1}^{K} q_{ik}
             \big[ \log q_{ik} - \log \mathrm{softmax}(a_i)_k \big], \qquad 0 \log 0 = 0
 
-    The sum over templates, averaged over images and positions. There is no temperature, because the
-    scores have a learnable scale.
+    The loss is summed over templates and averaged over images and positions. There is no
+    temperature, because the scores have a learnable scale.
 
     Args:
         scores: the scores :math:`a` before softmax, ``[..., K]``, templates last.

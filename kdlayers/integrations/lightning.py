@@ -20,7 +20,7 @@ KEY = "kdlayers"
 class KDCallback(_Callback):  # pyright: ignore[reportUntypedBaseClass]
     """Moves the teachers to the device, calls ``kd.fit`` once, and saves ``kd.state_dict()``.
 
-    The handle's state is part of Lightning's checkpoints. A resumed run loads it before `fit`,
+    The handle's state is part of Lightning's checkpoints. A resumed run loads it before ``kd.fit``,
     which then has nothing to fit. Several handles need a callback each, in the same order in the
     resumed run.
 

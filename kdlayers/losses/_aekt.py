@@ -45,7 +45,7 @@ class AEKTLoss(LogitLoss):
         alpha: weight of the target-class term. Default 1.
         beta: weight of the non-target-class term. Default 8, as for decoupled distillation; start
             lower on other data.
-        gamma: weight of the adaptive term. Default 1; ``form="ratio"`` needs 0.1 or so.
+        gamma: weight of the adaptive term. Default 1; ``form="ratio"`` needs about 0.1.
         temperature: above 0. Default 4. With 1, give ``ratio_clip`` or a small ``gamma``.
         standardize: standardise the mapped logits and the teacher's, by
             :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False.
@@ -55,7 +55,8 @@ class AEKTLoss(LogitLoss):
         fc_init: ``"identity"`` (default), so that step 0 distils the raw logits, or ``"default"``,
             PyTorch's initialisation of a linear layer.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. Give ``weight`` a
-            :class:`~kdlayers.schedules.LinearWarmup`, as the ratio is largest in the first epochs.
+            :class:`~kdlayers.schedules.LinearWarmup`, because the ratio is largest in the first
+            epochs.
 
     :func:`kdlayers.attach_kd`, or the first call, makes the linear layer for the number of classes.
     :meth:`metrics` returns ``target``, ``others`` and ``adaptive``, the three terms before their

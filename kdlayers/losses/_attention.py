@@ -18,11 +18,11 @@ class AttentionTransferLoss(DistillLoss):
         L = \frac{1}{B H W} \sum_b \left\| \frac{Q(f^S_b)}{\|Q(f^S_b)\|_2}
             - \frac{Q(f^T_b)}{\|Q(f^T_b)\|_2} \right\|_2^2
 
-    The squared difference of the unit attention maps, averaged over samples **and positions** as in
-    usual implementations. The value is at most 2 / (HW), hence the large weight. (The paper writes
-    the norm, not its square, times beta / 2.) The loss has no parameters, and the numbers of
-    channels may differ. Maps of different size are compared on the smaller grid, to which the
-    larger one is average-pooled. The teacher is detached.
+    The loss is the squared difference of the unit attention maps, averaged over samples **and
+    positions**, as in usual implementations. The value is at most 2 / (HW), so the weight is large.
+    (The paper writes the norm, not its square, times beta / 2.) The loss has no parameters, and the
+    numbers of channels may differ. Maps of different size are compared on the smaller grid, to
+    which the larger one is average-pooled. The teacher is detached.
 
     Args:
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; the default weight

@@ -120,7 +120,12 @@ class DistillLoss(nn.Module):
         """Make the parameters whose shapes depend on the tensors; by default there are none.
 
         ``attach_kd`` calls this once with tensors of a dry run, so that an optimiser made
-        afterwards sees every parameter; a loss used alone calls it at its first forward.
+        afterwards sees every parameter. The losses of kdlayers also call it in their first
+        :meth:`forward`. If you use your own loss without ``attach_kd``, call it yourself.
+
+        Args:
+            student: a tensor as :meth:`forward` gets it.
+            teacher: likewise.
         """
 
     def fitter(self, *, seed: int = 0) -> Fitter | None:  # noqa: ARG002

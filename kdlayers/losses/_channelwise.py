@@ -27,7 +27,8 @@ class ChannelWiseLoss(ProjectedLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
-        ShapeError: if not maps ``[B, C, H, W]`` of one batch and 2 positions, or channels change.
+        ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch with 2
+            positions or more, or the numbers of channels have changed.
 
     Example:
         >>> import torch

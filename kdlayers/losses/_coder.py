@@ -131,7 +131,7 @@ class AutoEncoderFitter:
         if teacher.shape[1] != coder.channels:
             raise ShapeError(
                 f"the teacher's maps have {teacher.shape[1]} channels, but the auto-encoder is for "
-                f"{coder.channels}"
+                f"{coder.channels}; give all batches the maps of one teacher's point"
             )
         if teacher.numel() == teacher.shape[1]:
             return  # one position, as of a last batch of one image, has no batch statistics
@@ -164,7 +164,8 @@ class AutoEncoderFitter:
         if self._coder is None or not batches:
             raise FitError(
                 "the auto-encoder of InheritExploreLoss needs batches of more than one position, "
-                "but every batch had one image with a 1x1 map"
+                "but every batch had one image with a 1x1 map; use larger batches, or a point with "
+                "larger maps"
             )
         if not error.isfinite():
             raise FitError(

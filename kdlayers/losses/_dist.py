@@ -14,8 +14,8 @@ class DISTLoss(LogitLoss):
 
     Each term is one minus Pearson's correlation of the student's and the teacher's probabilities:
     over the classes of a sample (inter), and over the samples of a class (intra). See
-    :func:`kdlayers.functional.dist`. The scale of the probabilities does not count, which helps
-    where the teacher is much stronger than the student. Needs no labels.
+    :func:`kdlayers.functional.dist`. The loss does not depend on the scale of the probabilities,
+    which helps if the teacher is much stronger than the student. It needs no labels.
 
     Args:
         beta: weight of the inter-class relation. Default 1, as in the authors' code.

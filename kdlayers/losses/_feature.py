@@ -34,7 +34,8 @@ class FeatureLoss(ProjectedLoss):
 
     Raises:
         ArgumentError: if an option is unknown, or neither point has the class token.
-        ShapeError: if the tensors are not of the same images, or the projector's width is wrong.
+        ShapeError: at the call, if the tensors are not of the same images, or the projector's width
+            is wrong.
 
     References:
         Romero et al., "FitNets", ICLR 2015; cosines, standardised features: Ranzinger et al., 2024.

@@ -17,8 +17,8 @@ class FitNetLoss(FeatureLoss):
 
     with a learnt 1x1 convolution :math:`r` (with bias, PyTorch's initialisation) from the student's
     to the teacher's channels. It is :class:`FeatureLoss` with ``distance="mse"``, on maps. The mean
-    over everything, without the paper's factor 1/2. Maps of different size are compared on the
-    smaller grid, to which the larger one is average-pooled. The teacher is detached.
+    is over all elements; the paper's factor 1/2 is left out. Maps of different size are compared on
+    the smaller grid, to which the larger one is average-pooled. The teacher is detached.
     :meth:`parameters` has the regressor for the optimiser; the exported student does not have it.
     The paper trains on hints first and distils afterwards; here the term is part of the loss, as in
     later work.

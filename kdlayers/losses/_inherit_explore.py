@@ -45,7 +45,7 @@ class InheritExploreLoss(DistillLoss):
     with the distances of :func:`kdlayers.functional.inheritance` and
     :func:`~kdlayers.functional.exploration` between factors of one shape. :math:`E_T` is the
     encoder of an auto-encoder that ``kd.fit`` trains on the teacher's maps beforehand; after that
-    it is frozen, in evaluation mode. :math:`E_i, E_e` are trained with the student: give
+    it is frozen, in eval mode. :math:`E_i, E_e` are trained with the student: give
     :meth:`parameters` to its optimiser. The student's forward does not change, and the exported
     student has none of this.
 
@@ -53,7 +53,7 @@ class InheritExploreLoss(DistillLoss):
     are compared on the smaller grid, to which the larger one is average-pooled (our extension).
 
     Args:
-        factor_channels: k, channels of the factors; default half the student's channels.
+        factor_channels: channels of the factors; default: half the student's channels.
         split: ``"natural"`` (default: the first channels inherit) or ``"random"``, drawn from
             ``seed``. The indices are buffers, so a resumed run keeps its split.
         inherit_ratio: share of the channels that inherits, between 0 and 1. Default 0.5.
@@ -213,7 +213,7 @@ class InheritExploreLoss(DistillLoss):
         self.auto_encoder = coder
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the encoders; the teacher's fitted one stays in evaluation mode."""
+        """Set the mode of the encoders; the teacher's fitted one stays in eval mode."""
         super().train(mode)
         if self.auto_encoder is not None and self.coder == "fitted":
             self.auto_encoder.eval()

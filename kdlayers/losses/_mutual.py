@@ -16,9 +16,10 @@ class MutualLoss(LogitLoss):
         \mathrm{softmax}(z_i / T) \big), \qquad T = 1
 
     for student :math:`i` and its peer :math:`j`, whose logits are detached: each network's loss
-    trains that network alone. The sum over classes, averaged over samples. The value equals
-    :func:`kdlayers.functional.kd`; it was checked against the mutual learning in the released code
-    of "Revisiting Knowledge Distillation: An Inheritance and Exploration Framework", CVPR 2021.
+    trains that network alone. The loss is summed over classes and averaged over samples. Its value
+    equals :func:`kdlayers.functional.kd`; it was checked against the mutual learning in the
+    released code of "Revisiting Knowledge Distillation: An Inheritance and Exploration Framework",
+    CVPR 2021.
 
     Args:
         temperature: above 0. Default 1, as published.

@@ -25,7 +25,8 @@ class RKDLoss(DistillLoss):
     Args:
         distance: weight of the distances, 0 or more. Default 25, that of RepDistiller on CIFAR-100;
             the authors' example for metric learning has 1.
-        angle: weight of the angles, 0 or more. Default 50 from there; the authors' example has 2.
+        angle: weight of the angles, 0 or more. Default 50, also from RepDistiller; the authors'
+            example has 2.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
             the models' outputs.
 
@@ -57,7 +58,10 @@ class RKDLoss(DistillLoss):
         distance = check.not_negative("distance", distance)
         angle = check.not_negative("angle", angle)
         if distance == angle == 0:
-            raise ArgumentError("distance and angle are both 0: RKDLoss would compare nothing")
+            raise ArgumentError(
+                "distance and angle are both 0: RKDLoss would compare nothing; give one of them a "
+                "weight above 0"
+            )
         self.distance = distance
         self.angle = angle
 

@@ -14,7 +14,7 @@ class SimilarityPreservingLoss(DistillLoss):
 
     .. math:: L = \frac{1}{B^2} \big\| \tilde G^S - \tilde G^T \big\|_F^2
 
-    with the inner products :math:`G` of the samples of a batch, each row divided by its length: two
+    with the inner products :math:`G` of the samples of a batch, each row divided by its norm: two
     samples that are similar for the teacher should be similar for the student. See
     :func:`kdlayers.functional.similarity_preserving`. Nothing is learnt, and the widths may differ.
     Maps of different size are compared on the smaller grid with :func:`kdlayers.attach_kd`. The

@@ -19,9 +19,10 @@ class TemplateLoss(DistillLoss):
         L = \frac{1}{BHW} \sum_{i} \mathrm{KL}\big( q_i \,\|\, \mathrm{softmax}(a_i) \big)
 
     with the scores :math:`a` of a KD layer before its batch norm and :math:`q` from
-    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. The sum over
-    templates, averaged over images and positions; see :func:`kdlayers.functional.template_kl`.
-    :func:`kdlayers.attach_kd` uses this loss at its KD points. The teacher gets no gradient.
+    :class:`~kdlayers.CodebookTargets` or :class:`~kdlayers.DecisionTargets`. The loss is summed
+    over templates and averaged over images and positions; see
+    :func:`kdlayers.functional.template_kl`. :func:`kdlayers.attach_kd` uses this loss at its KD
+    points. The teacher gets no gradient.
 
     Both tensors have their channels last and the same positions: ``[B, H, W, K]`` and
     ``[B, H, W, D]``, or ``[N, K]`` and ``[N, D]``.

@@ -114,7 +114,7 @@ ATTACHING = [
     (
         lambda s, t: attach_kd(s, losses=[KDLoss()], example=IMAGES),
         ArgumentError,
-        "compare the student with a teacher: pass teacher=",
+        "compare the student with a teacher, but no teacher was given",
     ),
     (attach("last", losses=[nn.MSELoss()]), ArgumentTypeError, "DistillLoss objects .* MSELoss"),
     (attach("last", losses=[KDLoss]), ArgumentTypeError, r"the class KDLoss: write KDLoss\(\)$"),
@@ -191,7 +191,7 @@ ATTACHING = [
     (
         lambda s, t: save_student(s, "/nowhere/student.pt"),
         AttachError,
-        "has no KD layers, so there",
+        "has no KD layers, so save_student is not needed",
     ),
     (
         lambda s, t: load_student(s, __file__),

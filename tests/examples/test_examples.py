@@ -129,6 +129,24 @@ def test_a_quick_call_leaves_nothing_to_a_whole_one(monkeypatch):
         assert data.options("What it shows.").parse_args().out == Path("runs", folder)
 
 
+def scripts():
+    """The examples with the digits, one by one."""
+    folders = (EXAMPLES, EXAMPLES / "frameworks")
+    files = [file for folder in folders for file in folder.glob("*.py")]
+    return [file for file in files if "data.options(__doc__" in file.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("file", scripts(), ids=lambda file: file.stem)
+def test_help_begins_with_what_the_script_shows_and_leaves_out_the_commands(file, monkeypatch):
+    import data
+
+    monkeypatch.setattr(sys, "argv", [str(file)])
+    about = ast.get_docstring(ast.parse(file.read_text("utf-8")), clean=False)
+    described = data.options(about).description
+    assert about.startswith(described)
+    assert "python examples" not in described
+
+
 @pytest.mark.parametrize(("name", "epochs"), [("quickstart", 60), ("label_free", 15)])
 def test_the_epochs_are_those_that_help_says(name, epochs, tmp_path, monkeypatch, capsys):
     module, trained = importlib.import_module(name), []

@@ -1,5 +1,6 @@
 """The page of visualize.py, and the figures of a student of the accuracy benchmark."""
 
+import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
@@ -69,3 +70,15 @@ def test_the_gallerys_curves_are_those_of_the_committed_lines(tmp_path):
     assert weights == dict.fromkeys(("letKD-1", "letKD-2", "letKD-2 + KD"), 10.0)
     page = " ".join((DOCS / "gallery.md").read_text("utf-8").split())
     assert "methods of letKD have their layers' losses multiplied by 10" in page
+
+
+@pytest.mark.parametrize(("name", "own"), [("supervision", "--out OUT"), ("gallery", "--figures")])
+def test_scripts_with_the_benchmarks_options_explain_themselves(name, own, capsys):
+    script = load(name)
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    printed = capsys.readouterr().out
+    assert " ".join(script.__doc__.split()) in " ".join(printed.split())
+    assert own in printed
+    # Both read the options of accuracy.py, but only the gallery reads its file of runs.
+    assert ("runs/accuracy.jsonl" in printed) == (name == "gallery")
