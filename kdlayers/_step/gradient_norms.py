@@ -12,6 +12,8 @@ from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.functional._checks import work_dtype
 
 TASK = "task"
+SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
+"""Factors of a value before its backward pass; the next one where gradients overflow."""
 
 
 def gradient_norms(
@@ -85,12 +87,24 @@ def _check_task(task: Tensor, values: dict[str, Tensor]) -> None:
 
 
 def _squares(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Squared gradient norm of each parameter; None if ``value`` does not depend on it."""
-    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return [
-        torch.linalg.vector_norm(g, dtype=work_dtype(g)).square() if isinstance(g, Tensor) else None
-        for g in grads
-    ]
+    """Squared gradient norm of each parameter; None if ``value`` does not depend on it.
+
+    Under autocast with float16 small gradients inside the student would become 0, so the value is
+    scaled as a gradient scaler does. A power of two changes no digit of other dtypes.
+    """
+    squares: list[Tensor | None] = []
+    for scale in SCALES:
+        start = torch.full_like(value, scale)
+        grads = torch.autograd.grad(value, parameters, start, retain_graph=True, allow_unused=True)
+        squares = [_square(g, scale) if isinstance(g, Tensor) else None for g in grads]
+        if all(square is None or square.isfinite() for square in squares):
+            break
+    return squares
+
+
+def _square(grad: Tensor, scale: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=work_dtype(grad))
+    return (norm / scale).square()
 
 
 def _all(row: Sequence[Tensor | None]) -> bool:

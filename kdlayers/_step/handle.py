@@ -1,7 +1,7 @@
 """The handle that `attach_kd` returns: fit, loss, terms, state, detaching and removal."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import finalize
 
@@ -205,7 +205,8 @@ class KDHandle(Learning):
                 student; also as :meth:`loss`.
         """
         plan, pairs, labels, _ = self._read(targets, logits, recorded, compiling=False)
-        return gradient_norms(self.student, plan.terms, pairs, labels, task)
+        with nullcontext() if self._ranks is None else self._ranks.pause():
+            return gradient_norms(self.student, plan.terms, pairs, labels, task)
 
     @contextmanager
     def batch(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:

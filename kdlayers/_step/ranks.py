@@ -1,6 +1,7 @@
 """Keeps train-only parameters equal on all ranks of ``torch.distributed``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Ranks:
     def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
         self.parameters = list(parameters)
         self.names = ", ".join(names)
+        self.paused = False
+        """Whether the backward passes that run now are not those of a training step."""
         self._group: Any = None
         self._backward: int | None = None
 
@@ -56,12 +59,23 @@ class Ranks:
         self.start()
         return True
 
+    @contextmanager
+    def pause(self) -> Generator[None, None, None]:
+        """Average nothing inside the block, whose backward passes may differ from rank to rank."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
     def average_after(self, tensor: Tensor) -> None:
         """Average the gradients at the end of a backward pass through ``tensor``."""
         if world_size() > 1 and tensor.requires_grad:
             tensor.register_hook(self._queue)
 
     def _queue(self, _: Tensor) -> None:
+        if self.paused:
+            return
         backward = current_backward()
         if backward == -1 or backward != self._backward:
             self._backward = backward

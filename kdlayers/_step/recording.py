@@ -21,13 +21,14 @@ from kdlayers._records.dataset import (
 from kdlayers._records.files import Description, Field, Reader
 from kdlayers._records.topk import compress, expand
 from kdlayers._records.views import check_repeatable, draw, image_check
-from kdlayers._records.write import write_record
+from kdlayers._records.write import Run, write_record
 from kdlayers._step.fingerprint import weights_hash
 from kdlayers._step.grids import StudentGrids
 from kdlayers._step.recorded_teacher import AbsentModel, describe
 from kdlayers._step.tape import Forward
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Plan, Term, size_of
+from kdlayers._utils.distributed import together
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, RecordError
@@ -52,6 +53,26 @@ def record(
     progress: bool,
 ) -> RecordedDataset:
     """Write a record of what ``plan`` reads from its teachers; see `KDHandle.record`."""
+    options = views, batch_size, dtype, topk, seed
+    # A rank whose data set lacks a file must not leave the others waiting.
+    made, say, ours = together(lambda: _planned(plan, student, dataset, *options))
+    write_record(dataset, path, made, say, num_workers=num_workers, progress=progress)
+    recorded = from_reader(register(Reader(path)), dataset)
+    _plan_for(plan, recorded.reader, ours)
+    return recorded
+
+
+def _planned(
+    plan: Plan,
+    student: StudentGrids,
+    dataset: Any,
+    views: int,
+    batch_size: int,
+    dtype: str,
+    topk: int | None,
+    seed: int,
+) -> tuple[Description, Run, list[Size | None]]:
+    """What a record will hold, what fills it, and the student's grids."""
     _check_dataset(dataset)
     check.one_of("dtype", dtype, ("float16", "float32"))
     views = check.count("views", views)
@@ -94,10 +115,7 @@ def record(
     }
     size = min(batch_size, len(dataset) * views)
     made = Description(len(dataset), views, seed, size, tuple(fields), about)
-    write_record(dataset, path, made, say, num_workers=num_workers, progress=progress)
-    recorded = from_reader(register(Reader(path)), dataset)
-    _plan_for(plan, recorded.reader, ours)
-    return recorded
+    return made, say, ours
 
 
 def _described(teacher: Teacher, taps: Sequence[str]) -> dict[str, Any]:

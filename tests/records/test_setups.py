@@ -251,12 +251,22 @@ def test_two_processes_write_the_bytes_of_one(tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+class Gone(Squares):
+    """A data set whose files are not on this machine."""
+
+    def __getitem__(self, index):
+        raise OSError("no such file")
+
+
 def fail_together(rank, path):
     connect(rank)
     kd = attached()
     other = Squares(31 + rank, transform=FlipAndCrop())
     with pytest.raises(RecordError, match=r"rank 1 calls .* with another data set"):
         kd.record(other, f"{path}/other", progress=False, **SETTINGS)
+    there = data() if rank == 0 else Gone(32, transform=FlipAndCrop())
+    with pytest.raises(OSError if rank else RecordError, match="no such file"):
+        kd.record(there, f"{path}/gone", progress=False, **SETTINGS)
     (kd.student if rank else kd._plan.teachers[0].model).fc.register_forward_hook(
         lambda _, __, out: out + float("nan") if len(out) > 1 else out
     )

@@ -103,6 +103,26 @@ def test_uneven_batches_work_only_for_losses_without_parameters(losses):
         assert len(list(Path(folder).glob("*.done"))) == 2
 
 
+def norms_on_one_rank(rank, folder):
+    mine = connected(rank)
+    student, kd = build([FitNetLoss(at="first")])
+    called = DistributedDataParallel(student)
+    task = F.cross_entropy(called(IMAGES[mine]), LABELS[mine])
+    if rank == 0:
+        assert kd.gradient_norms(LABELS[mine], task=task)["task"] > 0
+    else:
+        kd.clear()
+    (F.cross_entropy(called(IMAGES[mine]), LABELS[mine]) + kd.loss(LABELS[mine])).backward()
+    torch.save([p.grad for p in kd.parameters()], Path(folder) / f"{rank}.pt")
+
+
+def test_gradient_norms_wait_for_no_other_rank():
+    with tempfile.TemporaryDirectory() as folder:
+        on_two_ranks(norms_on_one_rank, folder)
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(map(torch.equal, *ranks))
+
+
 def disconnected(rank, folder):
     mine = connected(rank)
     student, kd = build([FitNetLoss(at="first")])

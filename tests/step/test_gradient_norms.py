@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kdlayers import (
     CodebookTargets,
+    DistillLoss,
     FeatureLoss,
     KDLoss,
     KDPoint,
@@ -88,6 +89,27 @@ def test_the_next_step_is_unaffected():
     kd.gradient_norms(LABELS)
     with pytest.raises((StaleCaptureError, ValueError, RuntimeError), match=r"no training forward"):
         kd.loss(LABELS)
+
+
+class Mean(DistillLoss):
+    """The mean of the student's features, times a factor."""
+
+    factor = 1.0
+
+    def forward(self, student, teacher, targets=None):
+        return student.float().mean() * self.factor
+
+
+@pytest.mark.parametrize("factor", [1e-5, 1.0, 1e5])
+def test_float16_neither_loses_small_gradients_nor_overflows(factor):
+    found = {}
+    for enabled in (False, True):
+        student, kd = attached(Mean(at="first", name="mean"))
+        kd._terms[0].loss.factor = factor
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            student(IMAGES)
+            found[enabled] = kd.gradient_norms(LABELS)["mean"]
+    assert found[True] == pytest.approx(found[False], rel=0.01)
 
 
 def test_losses_with_statistics_keep_their_state_and_give_the_norms_of_a_step():
