@@ -29,7 +29,7 @@ from kdlayers._step.term_making import example_pair, feature_term, unique_names
 from kdlayers._step.terms import Term
 from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
-from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError, ShapeError
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 
@@ -319,7 +319,10 @@ def _terms(
             for each in (traced, *(teacher.traced for teacher in read)):
                 each.need_logits(term.name)
             check_mean(term.name, read)
-        term.loss.build(*example_pair(term, traced, teachers))
+        try:
+            term.loss.build(*example_pair(term, traced, teachers))
+        except ShapeError as error:
+            raise ShapeError(f"{term.name}: {error}") from None
         term.loss.to(traced.logits.device)
     return terms
 

@@ -126,7 +126,7 @@ ATTACHING = [
     (attach((), losses=[FitNetLoss(at="lats")]), NoMatchError, "no module 'lats' runs"),
     (attach((), losses=[FitNetLoss(at="side")]), NoMatchError, r"both: at=\('side', 'its name'\)"),
     (attach((), losses=[FitNetLoss(at="*st")]), ArgumentError, "a loss reads one point"),
-    (attach((), losses=[FitNetLoss()]), ShapeError, "map"),
+    (attach((), losses=[FitNetLoss()]), ShapeError, "^FitNetLoss: student must be feature maps"),
     (
         lambda s, t: attach_kd(s, FIVE_CLASSES, losses=[KDLoss()], example=IMAGES),
         ShapeError,
