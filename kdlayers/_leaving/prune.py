@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from kdlayers._models.trace import to_model
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import is_ddp, refuse_shards, student_inside
-from kdlayers._step.batches import split_batch
+from kdlayers._step.batches import check_loader, split_batch
 from kdlayers._step.sites import inserts, slots
 from kdlayers._step.slot import Slot
 from kdlayers._utils.distributed import all_sum
 from kdlayers.errors import ArgumentError, AttachError, FitError
+from kdlayers.functional import _checks as check
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def prune_templates(
         that were saved.
 
     Raises:
-        ArgumentError: if ``budget`` is not in [0, 1).
+        ArgumentError: if ``budget`` is not in [0, 1), or a batch holds no images.
+        ArgumentTypeError: if ``budget`` is not a number, or ``loader`` cannot give batches.
         AttachError: if there are no KD layers, a handle is still attached, or FSDP has split the
             student.
         FitError: if the loader is empty, or scores are NaN or infinite; nothing is pruned then.
@@ -79,7 +81,9 @@ def prune_templates(
         >>> layer.after < layer.before, torch.allclose(student(images), before, atol=1e-5)
         (True, True)
     """
-    if not 0 <= budget < 1:
+    check_loader(loader, "prune_templates")
+    budget = check.not_negative("budget", budget)
+    if budget >= 1:
         raise ArgumentError(f"budget is a share of positions in [0, 1), got {budget}")
     together = is_ddp(student)
     student = student_inside(student)
@@ -124,7 +128,7 @@ def _firing_shares(
     try:
         with undisturbed(student):
             for batch in loader:
-                student(*to_model((split_batch(batch)[0],), student))
+                student(*to_model((split_batch(batch, "prune_templates")[0],), student))
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,14 +12,18 @@ from kdlayers.errors import ArgumentError, ArgumentTypeError
 _HF = ("pixel_values", "labels")
 
 
-def check_loader(loader: object) -> None:
+FIT = "kd.fit"
+
+
+def check_loader(loader: object, function: str = FIT) -> None:
     """Raise ArgumentTypeError unless ``loader`` is something to take batches from."""
     iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
     if iterable and not isinstance(loader, (nn.Module, Tensor, str, Mapping)):
         return
+    models = "; the models are those of attach_kd" if function == FIT else ""
     raise ArgumentTypeError(
-        "kd.fit(loader) takes the training images in batches (images, labels), as a DataLoader or "
-        f"a list yields them, got {type(loader).__name__}; the models are those of attach_kd"
+        f"{function}(loader) takes the training images in batches (images, labels), as a "
+        f"DataLoader or a list yields them, got {type(loader).__name__}{models}"
     )
 
 
@@ -35,12 +39,13 @@ def as_batch(batch: Any, pictures: Pictures) -> Any:
     return batch
 
 
-def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
     """Images and labels of a loader's batch: a pair, or images alone.
 
     A model with several inputs gets a tuple or list of tensors instead of the images, ``((a, b),
     labels)``, as the default collation makes them; they are returned as a tuple. Dicts must have
-    the keys of Hugging Face's image models, ``pixel_values`` and ``labels``.
+    the keys of Hugging Face's image models, ``pixel_values`` and ``labels``. Errors say that
+    ``function`` got the batch.
 
     Raises:
         ArgumentError: if the batch is neither.
@@ -73,18 +78,23 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
             found += f", of which the second has shape {shape}, like images: for a "
             found += "model with two inputs pass batches ((first, second), labels)"
     elif isinstance(batch, Mapping):
-        found = f"a {type(batch).__name__} with the keys {_pairs_of(batch)}"
+        found = (
+            f"a {type(batch).__name__} with the keys {list(batch)}; {_pairs_of(batch, function)}"
+        )
     else:
         found = type(batch).__name__
-    raise ArgumentError(f"fit() expects batches (images, labels) of tensors, got {found}")
+    name = function.removeprefix("kd.")
+    raise ArgumentError(f"{name}() expects batches (images, labels) of tensors, got {found}")
 
 
-def _pairs_of(batch: Mapping[Any, Any]) -> str:
-    """The keys, and the argument that makes pairs of such batches."""
+def _pairs_of(batch: Mapping[Any, Any], function: str) -> str:
+    """What makes pairs of such batches."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     images = next((key for key, value in tensors.items() if value.dim() >= 3), "images")
     labels = next((key for key, value in tensors.items() if value.dim() == 1), "labels")
+    if function != FIT:
+        return f"pass the images alone: [batch[{images!r}] for batch in loader]"
     return (
-        f"{list(batch)}; pass a function that returns a pair: kd.fit(loader, prepare=lambda batch: "
+        "pass a function that returns a pair: kd.fit(loader, prepare=lambda batch: "
         f"(batch[{images!r}], batch[{labels!r}]))"
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdlayers._layer.layer import LayerParts
 from kdlayers._models.wrappers import refuse_shards, student_inside
-from kdlayers._step.batches import split_batch
+from kdlayers._step.batches import check_loader, split_batch
 from kdlayers._utils.chunks import chunks
 from kdlayers.errors import FitError
 from kdlayers.viz._view import best_templates
@@ -71,13 +71,14 @@ def template_usage(
         >>> usage.positions, bool((usage.best <= usage.fires).all())
         (8, True)
     """
+    check_loader(loader, "template_usage")
     student = student_inside(student)
     refuse_shards(student, "template_usage")
     name, layer = find_layer(student, at)
     fires = torch.zeros(layer.head.num_templates, dtype=torch.int64)
     best, positions = fires.clone(), 0
     for batch in loader:
-        images = check_images(split_batch(batch)[0])
+        images = check_images(split_batch(batch, "template_usage")[0])
         for before, _ in watched(student, layer, images):
             rows = grid(before, name, layer, student, images).flatten(0, -2)
             fired, won = _count(layer, rows)

@@ -5,7 +5,7 @@ import torch
 
 from kdlayers import KDPoint, attach_kd, fold, load_student, prune_templates, save_student
 from kdlayers._step.sites import slots
-from kdlayers.errors import ArgumentError, AttachError, FitError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError, FitError
 from tests.nets import Net, batch
 
 IMAGES, LABELS = batch(8)
@@ -126,6 +126,16 @@ def attached():
 def test_refusals():
     with pytest.raises(ArgumentError, match=r"share of positions in \[0, 1\), got 1"):
         prune_templates(trained(), [IMAGES], budget=1)
+    with pytest.raises(ArgumentTypeError, match="budget must be a number"):
+        prune_templates(trained(), [IMAGES], budget="a tenth")
+    with pytest.raises(
+        ArgumentTypeError, match=r"prune_templates\(loader\) takes .* got NoneType$"
+    ):
+        prune_templates(trained(), None)
+    with pytest.raises(
+        ArgumentError, match=r"^prune_templates\(\) expects .* \[batch\['image'\] for"
+    ):
+        prune_templates(trained(), [{"image": IMAGES}])
     with pytest.raises(FitError, match="empty loader"):
         prune_templates(trained(), [])
     with pytest.raises(AttachError, match="has no KD layers"):

@@ -350,6 +350,10 @@ def test_wrong_images_are_refused(net):
         viz.layer_view(net, torch.rand(3, 8, 8), "last")
     with pytest.raises(ArgumentTypeError, match="images must be a tensor, got list"):
         viz.layer_view(net, [1, 2], "last")
+    with pytest.raises(ArgumentError, match=r"^template_usage\(\) expects .* \[batch\['x'\] for"):
+        viz.template_usage(net, [{"x": torch.zeros(2, 3, 8, 8)}], "last")
+    with pytest.raises(ArgumentTypeError, match=r"template_usage\(loader\) takes"):
+        viz.template_usage(net, 3, "last")
     with pytest.raises(FitError, match="template_usage\\(\\) was given an empty loader"):
         viz.template_usage(net, [], "last")
 
