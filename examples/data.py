@@ -52,14 +52,12 @@ class Pictures(Dataset):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def options(about: str, epochs: int = 30, *, own: bool = True) -> argparse.ArgumentParser:
-    """The command-line options that all examples share; ``own``: with --data for own images."""
+def options(about: str, epochs: int = 30) -> argparse.ArgumentParser:
+    """The command-line options that all examples share."""
     parser = argparse.ArgumentParser(description=about.split("\n\n    ")[0].split("\n\npython ")[0])
     add, quick = parser.add_argument, "-quick" if "--quick" in sys.argv else ""
     out = Path("runs", Path(sys.argv[0]).stem + quick)  # a whole call trains its own teacher
-    parser.set_defaults(data=None)
-    if own:
-        add("--data", type=Path, metavar="DIR", help="train/CLASS/ and val/CLASS/; default: digits")
+    add("--data", type=Path, metavar="DIR", help="train/CLASS/ and val/CLASS/; default: digits")
     add("--epochs", type=int, default=epochs, help="epochs of the student; default: %(default)s")
     add("--quick", action="store_true", help="few images and epochs, to check that all works")
     add("--out", type=Path, default=out, help=f"folder for the output files; default: {out}")

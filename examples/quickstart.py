@@ -23,7 +23,7 @@ SEEDS, T95 = range(5), 2.776  # 97.5 % quantile of Student's t for five seeds
 
 def main() -> None:
     """Train a teacher, and five students for each method, and print the table."""
-    args = data.options(__doc__, epochs=60, own=False).parse_args()
+    args = data.options(__doc__, epochs=60).parse_args()
     images = data.load(args)
     labels = torch.tensor([y for _, y in images.plain])
     torch.manual_seed(0)
