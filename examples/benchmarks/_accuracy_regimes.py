@@ -55,7 +55,9 @@ REGIMES: dict[str, dict[str, Any]] = {
     "cifar100-all": CIFAR
     | {"validation": 0, "images": 0, "epochs": 30, "views": 4, "draw": 0, "warmup": 3},
     "cifar10-500": FOREIGN | {"images": 500},
-    "cifar10-5000": FOREIGN | {"images": 5000, "epochs": 30, "views": 4},
+    "cifar10-5000": FOREIGN
+    | {"images": 5000, "epochs": 30, "views": 4}
+    | {"layer_weight": 1.0, "layer_weight_beside": 1.0, "fitnet_weight": 3.0},
 }
 
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _accuracy_earlier import earlier_table
-from _accuracy_forest import DARK, draw_forest
+from _accuracy_forest import DARK, draw_forest, rows_of
 from _accuracy_methods import Options, recipes
 from _accuracy_overview import DRAWN, Entry, overview
 from _accuracy_published import published_table
@@ -122,14 +122,24 @@ def main(arguments: list[str] | None = None) -> None:
     for name, text in pages(args.data, args.out.name).items():
         (args.out.parent / name).write_text(text, "utf-8")
     shown, _ = entries(args.data)
-    panels = [(entry.short, entry.runs) for entry in shown]
-    figures = args.out.parent / "figures"
+    panels, figures = panels_of(shown), args.out.parent / "figures"
     draw_forest(panels, DRAWN, figures / "results.svg")
     draw_forest(panels, DRAWN, figures / "results-dark.svg", DARK)
     for path in regimes(args.data):
         figure = args.out.parent / figure_of(path)
         figure.parent.mkdir(exist_ok=True)
         draw_sweeps(beside(path, "sweeps"), by_method(read(path)), figure)
+
+
+def panels_of(shown: list[Entry]) -> list[tuple[str, Mapping[str, Sequence[Line]]]]:
+    """The panels of the figure: the regimes with an interval, or all if none has one."""
+    every = [(entry.short, entry.runs) for entry in shown]
+    ready = [
+        panel
+        for panel in every
+        if any(low is not None for _, _, low, _ in rows_of(panel[1], DRAWN))
+    ]
+    return ready or every
 
 
 def pages(data: Path, first: str = PAGE.name) -> dict[str, str]:

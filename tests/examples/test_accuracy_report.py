@@ -116,6 +116,14 @@ def test_the_first_page_counts_the_seeds_of_both():
     assert overview.cell("letKD-2", entry(runs)) == f"{OURS[0] - THEIRS[0]:+.2f} (1 seed)"
 
 
+def test_the_figure_has_panels_of_regimes_with_intervals():
+    begun = {"KD": lines("KD", THEIRS), "letKD-2": lines("letKD-2", OURS[:1])}
+    whole = begun | {"letKD-2": lines("letKD-2", OURS)}
+    one, other = entry(begun, "begun"), entry(whole, "whole")
+    assert [title for title, _ in report.panels_of([one, other])] == ["whole"]
+    assert [title for title, _ in report.panels_of([one])] == ["begun"]
+
+
 def test_without_logits_differences_are_to_labels_only():
     runs = {"labels only": lines("labels only", THEIRS), "AT": lines("AT", OURS)}
     assert overview.finding(entry(runs)) == "- **some data**: better than labels only: *AT*."
