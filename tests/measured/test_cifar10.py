@@ -118,3 +118,26 @@ def test_what_the_pages_say_of_weights_with_a_teacher_of_other_classes():
     assert max(found["FitNet"], key=found["FitNet"].get) == 10
     assert found["FitNet"][100] < 15  # ten classes
     assert "its best weight was 10, and training failed with 100" in page
+
+
+def test_what_the_search_with_5000_images_found():
+    found = {"letKD-2": {}, "FitNet": {}}
+    for line in (RESULTS / "cifar10-5000.tuning.jsonl").read_text("utf-8").splitlines():
+        run = json.loads(line)
+        recipe, accuracy = run["recipe"], run["validation_accuracy"]
+        if run["method"] == "FitNet":
+            found["FitNet"][recipe["losses"][0]["weight"]] = accuracy
+        elif recipe["layers"][1]["templates"] == 128:
+            found["letKD-2"][recipe["layer_weight"]] = accuracy
+        else:
+            many = accuracy
+    best = {method: max(values, key=values.get) for method, values in found.items()}
+    assert best == {"letKD-2": 1.0, "FitNet": 3.0}
+    shown = [sorted(found[name].items(), reverse=True) for name in ("letKD-2", "FitNet")]
+    page = text_of("results-cifar10-5000.md")
+    for (*first, last), method in zip(shown, ("letKD-2 has", "give"), strict=True):
+        values = ", ".join(f"{accuracy}" for _, accuracy in first)
+        assert f"{method} {values} and {last[1]} %" in page
+    assert f"512 templates with sharpness 1 give {many} %" in page
+    for accuracy in (*found["letKD-2"].values(), *found["FitNet"].values()):
+        assert 1.2 < (accuracy * (100 - accuracy) / 1000) ** 0.5 < 1.4
