@@ -133,6 +133,7 @@ def test_what_the_search_with_5000_images_found():
             many = accuracy
     best = {method: max(values, key=values.get) for method, values in found.items()}
     assert best == {"letKD-2": 1.0, "FitNet": 3.0}
+    assert "was 10 for 500 images, and 1 for [5,000]" in text_of("letkd.md")
     shown = [sorted(found[name].items(), reverse=True) for name in ("letKD-2", "FitNet")]
     page = text_of("results-cifar10-5000.md")
     for (*first, last), method in zip(shown, ("letKD-2 has", "give"), strict=True):
