@@ -67,19 +67,18 @@ def main(arguments: list[str] | None = None) -> None:
         "--figures", type=Path, default=Path("runs/figures"), help="folder to write to"
     )
     own.add_argument("--without-images", action="store_true", help="draw no image of the data set")
-    options, rest = own.parse_known_args(arguments)
-    args = parse(rest, description=__doc__, parents=[own])
+    args = parse(arguments, description=__doc__, parents=[own])
     torch.set_num_threads(args.threads)
     regime, seed = prepared(args, teacher_recipe(args)), args.seeds[0]
     students = {name: saved_at(args.save, name, seed) for name in (LAYERS, RELATIONS)}
     names, matrix = class_names(args), relations(regime, students[RELATIONS])
-    figures = layer_figures(regime, students[LAYERS], images=not options.without_images)
+    figures = layer_figures(regime, students[LAYERS], images=not args.without_images)
     figures["decisions"] = viz.plot_decisions(decisions(regime, students[LAYERS]), names, top=12)
     figures["relations"] = viz.plot_relations(matrix, names, top=12)
     figures["curves"] = curves(read(args.out), seed)
-    options.figures.mkdir(parents=True, exist_ok=True)
+    args.figures.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        file = options.figures / f"gallery-{name}.png"
+        file = args.figures / f"gallery-{name}.png"
         save_png(figure, file)
         print(file, flush=True)
 

@@ -64,11 +64,12 @@ def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str
     # A suggestion that looks like a glob is rarely helpful.
     near = [] if is_glob(pattern) else get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
     hint = ", ".join(repr(name) for name in near or _stages(names)[-6:])
-    unused = (
-        f"; {pattern!r} exists, but it does not run in forward, returns no floating-point tensor, "
-        "or is TorchScript, which has no hooks"
-    )
-    unused = unused if _exists(pattern, model) else ""
+    unused = ""
+    if _exists(pattern, model):
+        unused = (
+            f"; {pattern!r} exists, but it does not run in forward, returns no floating-point "
+            "tensor, or is TorchScript, which has no hooks"
+        )
     usual = _usual_name(pattern, model)
     if usual in names:
         return f"{pattern!r} of the {label} is another name of its module {usual!r}; use {usual!r}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kdlayers._models.detectors import Pictures, is_list_of_pictures
 from kdlayers.errors import ArgumentError, ArgumentTypeError
+from kdlayers.functional._checks import is_iterable
 
 _HF = ("pixel_values", "labels")
 
@@ -17,8 +18,7 @@ FIT = "kd.fit"
 
 def check_loader(loader: object, function: str = FIT) -> None:
     """Raise ArgumentTypeError unless ``loader`` is something to take batches from."""
-    iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
-    if iterable and not isinstance(loader, (nn.Module, Tensor, str, Mapping)):
+    if is_iterable(loader) and not isinstance(loader, (nn.Module, Tensor, str, Mapping)):
         return
     models = "; the models are those of attach_kd" if function == FIT else ""
     raise ArgumentTypeError(

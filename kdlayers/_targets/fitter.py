@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdlayers._utils.distributed import together
 from kdlayers.errors import ArgumentTypeError, FitError
+from kdlayers.functional._checks import is_iterable
 
 
 class Fitter(Protocol):
@@ -100,8 +101,7 @@ def fit_rows(fitter: Fitter, batches: Iterable[tuple[Tensor, Tensor | None]]) ->
 
 
 def _pairs(batches: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-    for batch in batches if iterable else [batches]:
+    for batch in batches if is_iterable(batches) else [batches]:
         # A tensor of two entries could be unpacked as a pair.
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             found = type(batch).__name__

@@ -159,6 +159,11 @@ def logits(student: Tensor, teacher: Tensor) -> None:
         raise ShapeError(f"logits need at least 2 classes, got {shape(student)}")
 
 
+def is_iterable(value: object) -> bool:
+    """Whether a loop can run over it; a data set may have only ``__getitem__``."""
+    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+
+
 def is_map(value: object) -> bool:
     """Whether it is a tensor of four axes, which losses on logits read as a class map."""
     return isinstance(value, Tensor) and value.dim() == 4

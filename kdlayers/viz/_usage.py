@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._layer.layer import LayerParts
+from kdlayers._models.layouts import Layout
 from kdlayers._models.wrappers import refuse_shards, student_inside
 from kdlayers._step.batches import check_loader, split_batch
 from kdlayers._utils.chunks import chunks
 from kdlayers.errors import FitError
 from kdlayers.viz._view import best_templates
-from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
+from kdlayers.viz._watch import assign, check_images, find_layer, layout_of, watched
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ def template_usage(
     name, layer = find_layer(student, at)
     fires = torch.zeros(layer.head.num_templates, dtype=torch.int64)
     best, positions = fires.clone(), 0
+    layouts: dict[tuple[torch.Size, torch.Size], Layout] = {}
     for batch in loader:
         images = check_images(split_batch(batch, "template_usage")[0])
         for before, _ in watched(student, layer, images):
-            rows = grid(before, name, layer, student, images).flatten(0, -2)
+            shapes = (before.shape, images.shape)
+            if shapes not in layouts:
+                layouts[shapes] = layout_of(before, name, layer, student, images)
+            rows = layouts[shapes].to_grid(before).flatten(0, -2)
             fired, won = _count(layer, rows)
             fires, best = fires.to(rows.device) + fired, best.to(rows.device) + won
             positions += len(rows)

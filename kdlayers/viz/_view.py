@@ -11,7 +11,7 @@ from kdlayers._models.wrappers import refuse_shards, student_inside
 from kdlayers._targets.kmeans import principal_axes
 from kdlayers.errors import AttachError
 from kdlayers.functional import _checks as check
-from kdlayers.viz._watch import assign, check_images, find_layer, grid, watched
+from kdlayers.viz._watch import assign, check_images, find_layer, layout_of, watched
 
 By: TypeAlias = Literal["assignment", "scores"]
 
@@ -83,7 +83,8 @@ def layer_view(student: nn.Module, images: Tensor, at: str | None = None) -> Lay
             f"the KD layer at {name!r} ran {len(seen)} times in one forward; only layers that run "
             "once can be shown"
         )
-    before, after = (grid(x, name, layer, student, images) for x in seen[0])
+    layout = layout_of(seen[0][0], name, layer, student, images)
+    before, after = map(layout.to_grid, seen[0])
     with torch.no_grad():
         scores, assignment = assign(layer, before)
     return LayerView(name, before, after, scores, assignment)

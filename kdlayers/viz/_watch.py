@@ -82,10 +82,10 @@ def watched(student: nn.Module, layer: LayerParts, images: Tensor) -> list[tuple
     return seen
 
 
-def grid(
+def layout_of(
     features: Tensor, name: str, layer: LayerParts, student: nn.Module, images: Tensor
-) -> Tensor:
-    """Features of ``layer`` as ``[B, H, W, C]``, without prefix tokens.
+) -> Layout:
+    """The layout of ``layer``'s features; for tokens it needs a dry run of ``student``.
 
     Raises:
         LayoutError: if the positions do not form a grid, or the first axis is not the batch.
@@ -97,18 +97,17 @@ def grid(
             "the first axis is not the batch"
         )
     if len(shape) == 4 and dim in (1, 3):
-        return Layout("NCHW" if dim == 1 else "NHWC").to_grid(features)
+        return Layout("NCHW" if dim == 1 else "NHWC")
     if dim != len(shape) - 1:
         raise LayoutError(
             f"the features of {name!r} have shape {shape} with channels on axis {dim}; maps [B, "
             "C, H, W] or [B, H, W, C], tokens [B, L, C] and vectors [B, C] can be shown"
         )
     if dim == 1:
-        return Layout("vector").to_grid(features)
+        return Layout("vector")
     own = next(key for key, module in student.named_modules() if module is layer)
     # A dry run, as in attach_kd: the number of tokens alone does not tell the grid.
-    layout = trace(student, (images[:2],), "student").layout(own)
-    return layout.to_grid(features)
+    return trace(student, (images[:2],), "student").layout(own)
 
 
 def assign(layer: LayerParts, features: Tensor) -> tuple[Tensor, Tensor]:

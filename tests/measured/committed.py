@@ -8,14 +8,13 @@ from statistics import mean, stdev
 from scipy import stats
 
 DOCS = Path(__file__).parents[2] / "docs"
-RESULTS = DOCS / "data" / "results"
+DATA = DOCS / "data"
+RESULTS = DATA / "results"
 
 
 def lines(name):
-    return [
-        json.loads(line)
-        for line in (DOCS / "data" / "recipes" / name).read_text("utf-8").splitlines()
-    ]
+    """The runs in a file of docs/data."""
+    return [json.loads(line) for line in (DATA / name).read_text("utf-8").splitlines()]
 
 
 def text_of(page):
@@ -41,8 +40,7 @@ def cells(page, start):
 def accuracies(stem, images="test"):
     """Accuracies by method and seed, on the test or the validation images."""
     found = {}
-    for line in (RESULTS / f"{stem}.jsonl").read_text("utf-8").splitlines():
-        run = json.loads(line)
+    for run in lines(f"results/{stem}.jsonl"):
         found.setdefault(run["method"], {})[run["seed"]] = run[f"{images}_accuracy"]
     return found
 

@@ -9,6 +9,7 @@ from tests.measured.committed import (
     check_pairs,
     difference,
     interval,
+    lines,
     text_of,
     verdict,
 )
@@ -59,8 +60,7 @@ def test_what_the_validation_images_of_the_same_kinds_say():
 def test_what_the_pages_say_of_templates_and_sharpness():
     def tried(stem, method):
         """Validation accuracies of seed 0, weight 10, by templates and sharpness."""
-        path = RESULTS / f"{stem}.tuning.jsonl"
-        runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        runs = lines(f"results/{stem}.tuning.jsonl")
         return {
             (
                 run["recipe"]["layers"][-1]["templates"],
@@ -101,8 +101,7 @@ def test_what_the_pages_say_of_templates_and_sharpness():
 
 
 def test_what_the_pages_say_of_weights_with_a_teacher_of_other_classes():
-    path = RESULTS / "cifar10-500.tuning.jsonl"
-    runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    runs = lines("results/cifar10-500.tuning.jsonl")
     found = {
         method: {
             line["recipe"]["losses"][0]["weight"]: line["validation_accuracy"]
@@ -122,8 +121,7 @@ def test_what_the_pages_say_of_weights_with_a_teacher_of_other_classes():
 
 def test_what_the_search_with_5000_images_found():
     found = {"letKD-2": {}, "FitNet": {}}
-    for line in (RESULTS / "cifar10-5000.tuning.jsonl").read_text("utf-8").splitlines():
-        run = json.loads(line)
+    for run in lines("results/cifar10-5000.tuning.jsonl"):
         recipe, accuracy = run["recipe"], run["validation_accuracy"]
         if run["method"] == "FitNet":
             found["FitNet"][recipe["losses"][0]["weight"]] = accuracy

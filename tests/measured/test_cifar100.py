@@ -1,13 +1,11 @@
 """What the pages say of CIFAR-100."""
 
-import json
-
 from tests.measured.committed import (
-    RESULTS,
     accuracies,
     check_pairs,
     difference,
     interval,
+    lines,
     text_of,
     verdict,
 )
@@ -100,8 +98,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
 
 
 def test_what_the_weight_of_the_layers_does_on_cifar100():
-    file = RESULTS / "cifar100-10000.tuning.jsonl"
-    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    found = lines("results/cifar100-10000.tuning.jsonl")
     accuracy = {
         run["recipe"]["layer_weight"]: run["validation_accuracy"]
         for run in found
@@ -127,8 +124,7 @@ def test_what_the_weight_of_the_layers_does_on_cifar100():
 def test_what_aekts_gamma_does_on_cifar100():
     accuracy = {}
     for name in ("earlier", "tuning"):
-        file = RESULTS / f"cifar100-10000.{name}.jsonl"
-        for run in map(json.loads, file.read_text("utf-8").splitlines()):
+        for run in lines(f"results/cifar100-10000.{name}.jsonl"):
             if run["method"] == "AEKT chi2":
                 (loss,) = run["recipe"]["losses"]
                 accuracy[loss["gamma"], loss["weight"]] = run["validation_accuracy"]
@@ -144,8 +140,7 @@ def test_what_aekts_gamma_does_on_cifar100():
 
 def test_what_the_pages_say_of_recorded_views():
     runs = {4: accuracies("cifar100-10000")["KD"]}
-    path = RESULTS / "cifar100-10000.views.jsonl"
-    for line in map(json.loads, path.read_text("utf-8").splitlines()):
+    for line in lines("results/cifar100-10000.views.jsonl"):
         runs.setdefault(line["recipe"].get("views"), {})[line["seed"]] = line["test_accuracy"]
     live = runs[None]
     assert runs[1].keys() == runs[16].keys() == live.keys() == {0, 1, 2} <= runs[4].keys()

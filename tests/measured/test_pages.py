@@ -18,7 +18,7 @@ RECIPES = DOCS / "data" / "recipes"
     ],
 )
 def test_the_tables_of_dense_prediction(start, task, models):
-    found = [line for line in lines("dense-shapes.jsonl") if line["task"] == task]
+    found = [line for line in lines("recipes/dense-shapes.jsonl") if line["task"] == task]
     students = [line for line in found if line["method"] != "teacher"]
     assert {line["seed"] for line in students} == {0, 1, 2}
     table = cells("dense.md", start)
@@ -34,7 +34,7 @@ def test_the_tables_of_dense_prediction(start, task, models):
 
 
 def test_the_table_of_label_free_distillation():
-    found, table = lines("label-free.jsonl"), cells("label-free.md", "accuracy, %")
+    found, table = lines("recipes/label-free.jsonl"), cells("label-free.md", "accuracy, %")
     for model in ("untrained", "distilled"):
         runs = [line for line in found if line["model"] == model]
         assert {line["seed"] for line in runs} == {0, 1, 2}
