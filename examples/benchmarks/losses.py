@@ -100,7 +100,7 @@ COLUMNS = ("kdlayers, ms", "of the textbook's", "of torchdistill's")
 def main() -> None:
     """Measure what the command line asks for."""
     args = read(command_line(__doc__, rounds=25))
-    report = Report("losses", "Losses on the logits", settings(args))
+    report = Report("losses", "Losses on logits and features", settings(args))
     for shape in ((8, 10),) if args.quick else SHAPES:
         alone(report, shape, args)
     on_features(report, args)

@@ -193,38 +193,52 @@ def test_inference(reports):
     assert held["student"] < held["pruned"] < held["with KD layers"]
 
 
-def test_page(reports, tmp_path):
-    for script in ("step", "losses", "scale", "inference"):
+def test_pages(reports, tmp_path):
+    scripts = ("step", "losses", "scale", "inference")
+    for script in scripts:
         reports(script)
     page = tmp_path / "performance.md"
     command = [sys.executable, str(FOLDER / "page.py"), str(reports.folder), str(page)]
     subprocess.run(command, check=True, capture_output=True)
-    text = page.read_text()
-    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
-    assert headings == [
-        "Aims",
-        "Where an alternative is better",
-        "letKD in a training step",
-        "Losses on the logits",
-        "How the KD part grows",
-        "KD layers at inference",
-    ]
-    for report in map(reports, ("step", "losses", "scale", "inference")):
+    first = page.read_text()
+    headings = [line[3:] for line in first.splitlines() if line.startswith("## ")]
+    assert headings == ["What it costs", "Measurements", "Aims", "How to read the tables"]
+    names = sorted(path.stem for path in tmp_path.glob("*.md"))
+    assert names == sorted(
+        ["performance", *(f"performance-{s}" for s in (*scripts, "alternatives"))]
+    )
+    for script in scripts:
+        report, text = reports(script), (tmp_path / f"performance-{script}.md").read_text()
+        assert f"[{report['title']}](performance-{script}.md)" in first
         for table in report["tables"]:
-            assert f"### {table['title']}\n" in text
+            assert f"\n## {table['title']}\n" in text
             assert "| " + " | ".join(table["rows"][-1]) + " |" in text
-    assert "python examples/benchmarks/step.py --quick --part alone --threads 1" in text
+        assert f"python examples/benchmarks/{script}.py --quick" in text
+    # The costs are ratios within each round; the small networks are in the first column.
+    inference = reports("inference")["times_ms"]["ResNet-20, 16x16, batch 4"]
+    ratios = [a / b for a, b in zip(inference["folded"], inference["student"], strict=True)]
+    row = next(line for line in first.splitlines() if line.startswith("| the same, folded |"))
+    assert float(row.split(" | ")[1].split(" ")[0]) == pytest.approx(np.median(ratios), abs=0.006)
+    assert row.endswith("| not measured | not measured |")
+
+
+def test_the_committed_pages_are_those_of_the_committed_numbers():
+    page, docs = load("page"), FOLDER.parents[1] / "docs"
+    files = sorted((docs / "data" / "performance").glob("*.json"), key=page.order)
+    found = page.pages([json.loads(file.read_text()) for file in files], "performance.md")
+    assert len(found) == 8
+    assert {name: (docs / name).read_text() for name in found} == found
 
 
 def test_page_names_every_loss(reports):
-    report, page = reports("losses"), load("page")
+    report, summary = reports("losses"), load("_performance_summary")
     ratio = {"low": 1.2, "middle": 1.5, "high": 2.0}
     worse = {"case": "X", "quantity": "time", "ours": "kdlayers", "alternative": "plain"}
     even = worse | {"case": "Y", "ratio": ratio | {"low": 0.9}}
-    text = page.slower([report | {"comparisons": [worse | {"ratio": ratio}, even]}])
+    text = summary.slower([report | {"comparisons": [worse | {"ratio": ratio}, even]}])
     assert "| X | time | kdlayers | plain | 1.50 (1.20 to 2.00) |" in text
     assert "| Y |" not in text
-    assert "Nowhere" in page.slower([report | {"comparisons": [even]}])
+    assert "Nowhere" in summary.slower([report | {"comparisons": [even]}])
 
 
 def test_page_needs_data(tmp_path):
