@@ -1,4 +1,4 @@
-"""The long runs: ``python -m tests.reliability --files 5000 --layouts 2000 --sequences 2000``.
+"""The long runs: ``python -m tests.reliability --files 5000 --ways 500``.
 
 Without arguments every class runs with 1000 tries. Prints one line of counts a class, as
 docs/reliability.md shows them, and fails where anything was silently wrong.
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-CLASSES = ("files", "layouts", "sequences")
+CLASSES = ("files", "layouts", "sequences", "ways")
 WRONG = ("silently wrong", "raw errors")
 
 
