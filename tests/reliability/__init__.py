@@ -2,5 +2,5 @@
 
 Each module has ``run(tries, seed)``, which returns counts, such as ``{"tried": 5000, "refused":
 4100, "silently wrong": 0}``. ``python -m tests.reliability`` runs them for long; the test files run
-a few hundred tries of each.
+dozens to hundreds of tries of each.
 """
