@@ -1,4 +1,4 @@
-"""Attacks on the library with seeded random tries: what they promise stands in docs/reliability.md.
+"""Seeded random attacks on the library. docs/reliability.md says what they show.
 
 Each module has ``run(tries, seed)``, which returns counts, such as ``{"tried": 5000, "refused":
 4100, "silently wrong": 0}``. ``python -m tests.reliability`` runs them for long; the test files run

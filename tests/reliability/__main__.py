@@ -1,7 +1,7 @@
 """The long runs: ``python -m tests.reliability --files 5000 --ways 500``.
 
-Without arguments every class runs with 1000 tries. Prints one line of counts a class, as
-docs/reliability.md shows them, and fails where anything was silently wrong.
+Without arguments every class makes 1000 tries. The script prints one line of counts for each
+class, as docs/reliability.md shows them, and fails if anything was silently wrong.
 """
 
 import argparse

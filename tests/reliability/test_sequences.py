@@ -1,4 +1,4 @@
-"""Random sequences of calls: each works or is refused in words, and no value is wrong."""
+"""Random sequences of calls: each works or raises an error of ours, and no value is wrong."""
 
 import pytest
 
