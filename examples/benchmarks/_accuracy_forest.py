@@ -100,7 +100,8 @@ def draw_panel(
     panel.set_yticks(range(len(rows)), [row[0] for row in rows])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_title(title, fontsize=10, fontweight="bold", loc="left", x=-0.55)
-    panel.set_xlabel(f"points of test accuracy minus {reference}", fontsize=9)
+    # The label is wider than the panel, so it may only extend to the left.
+    panel.set_xlabel(f"points of test accuracy minus {reference}", fontsize=9, loc="right")
     panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.grid(axis="x", lw=0.4, alpha=0.6)

@@ -48,6 +48,7 @@ DRAWN = (
     "wider, same parameters + KD",
     "FitNet",
     "letKD-2 + FitNet",
+    "FeatureLoss",
     "AT",
     "IE-KD",
 )
@@ -84,10 +85,10 @@ READING = """\
 *left out*: not part of the regime, such as losses on logits where the teacher has other classes.
 *layers only*: letKD's layers without the teacher's supervision. *wider*: a student without layers
 with as many parameters, or multiply-adds (MACs), as letKD-2's student. **The rows of KD and labels
-only are accuracies in %. The other rows are differences to KD**, or to labels only where the
-teacher has other classes. All runs of a seed have the same initial weights and the same images in
-the same order. Accuracies are those of the last epoch. With so many comparisons, about one interval
-in twenty excludes 0 by chance.
+only are accuracies in %**, with ± half of the 95 % interval. **The other rows are differences to
+KD**, or to labels only where the teacher has other classes. All runs of a seed have the same
+initial weights and the same images in the same order. Accuracies are those of the last epoch. With
+so many comparisons, about one interval in twenty excludes 0 by chance.
 
 `python examples/benchmarks/report.py` computes every number on these pages from the committed lines
 in `docs/data/results`, one line per training run. `examples/benchmarks/accuracy.py` makes these

@@ -24,7 +24,7 @@ def test_what_the_pages_say_of_a_teacher_of_other_classes():
         ("letKD-1", "labels only"): (1,),
         ("AT", "labels only"): (1,),
         ("IE-KD", "labels only"): (0,),
-        ("layers only (2)", "labels only"): (0, "README.md"),
+        ("layers only (2)", "labels only"): (0,),
         ("letKD-2", "layers only (2)"): (1, "letkd.md"),
         ("letKD-2", "letKD-1"): (0, "letkd.md"),
         ("letKD-2", "FitNet"): (1, "letkd.md"),
@@ -117,6 +117,40 @@ def test_what_the_pages_say_of_weights_with_a_teacher_of_other_classes():
     assert max(found["FitNet"], key=found["FitNet"].get) == 10
     assert found["FitNet"][100] < 15  # ten classes
     assert "its best weight was 10, and training failed with 100" in page
+
+
+def test_what_the_pages_say_of_5000_images():
+    page = "results-cifar10-5000.md"
+    test, same = (accuracies("cifar10-5000", images) for images in ("test", "validation"))
+    assert all(set(seeds) == {0, 1, 2} for seeds in test.values())
+    pairs = {
+        ("FitNet", "labels only"): (1, "README.md"),
+        ("FeatureLoss", "labels only"): (1, "README.md"),
+        ("AT", "labels only"): (1,),
+        ("letKD-2", "labels only"): (1, "letkd.md", "README.md"),
+        ("letKD-1", "labels only"): (1,),
+        ("IE-KD", "labels only"): (0,),
+        ("layers only (2)", "labels only"): (0,),
+        ("letKD-2", "layers only (2)"): (1, "letkd.md"),
+        ("letKD-2", "letKD-1"): (0, "letkd.md"),
+        ("FitNet", "letKD-2"): (1, "letkd.md"),
+        ("FitNet", "letKD-1"): (1,),
+        ("AT", "letKD-1"): (1,),
+        ("letKD-2", "FeatureLoss"): (0,),
+        ("letKD-2", "AT"): (0,),
+        ("letKD-2 + FitNet", "FitNet"): (0, "letkd.md"),
+    }
+    check_pairs(test, pairs, page, r"{}( points)?,? \(?{} to {}")
+    unstable = ", ".join(f"{test['IE-KD'][seed]:.1f}" for seed in (0, 1))
+    assert f"with {unstable} and {test['IE-KD'][2]:.1f} %" in text_of(page)
+    gaps = [mean(same[name].values()) - mean(test[name].values()) for name in test]
+    assert f"is {min(gaps):.1f} to {max(gaps):.1f} points below that on" in text_of(page)
+    gain = interval(difference(same["letKD-2"], same["labels only"]))
+    assert f"letKD-2 gains {gain} over labels only" in text_of(page)
+    pair = same["letKD-2"], same["FitNet"]
+    middle, low, high = (f"{x:.1f}" for x in difference(*pair))
+    assert f"not separated from FitNet ({middle} points, {low} to {high})" in text_of(page)
+    assert verdict(*pair) == 0
 
 
 def test_what_the_search_with_5000_images_found():
