@@ -154,15 +154,18 @@ def test_what_the_pages_say_of_5000_images():
 
 
 def test_what_the_search_with_5000_images_found():
-    found = {"letKD-2": {}, "FitNet": {}}
-    for run in lines("results/cifar10-5000.tuning.jsonl"):
+    found, many = {"letKD-2": {}, "FitNet": {}}, {}
+    runs = lines("results/cifar10-5000.tuning.jsonl")
+    for run in runs:
         recipe, accuracy = run["recipe"], run["validation_accuracy"]
         if run["method"] == "FitNet":
             found["FitNet"][recipe["losses"][0]["weight"]] = accuracy
         elif recipe["layers"][1]["templates"] == 128:
             found["letKD-2"][recipe["layer_weight"]] = accuracy
         else:
-            many = accuracy
+            assert recipe["layers"][1]["templates"] == 512
+            many[recipe["layer_weight"], recipe["layers"][1]["temperature"]] = accuracy
+    assert len(runs) == 6 + 4
     best = {method: max(values, key=values.get) for method, values in found.items()}
     assert best == {"letKD-2": 1.0, "FitNet": 3.0}
     assert "was 10 for 500 images, and 1 for [5,000]" in text_of("letkd.md")
@@ -171,6 +174,9 @@ def test_what_the_search_with_5000_images_found():
     for (*first, last), method in zip(shown, ("letKD-2 has", "give"), strict=True):
         values = ", ".join(f"{accuracy}" for _, accuracy in first)
         assert f"{method} {values} and {last[1]} %" in page
-    assert f"512 templates with sharpness 1 give {many} %" in page
+    assert f"512 templates with sharpness 1 give {many[10.0, 1.0]} %" in page
+    assert f"512 templates with sharpness 0.1 give {many[1.0, 0.1]} %" in page
+    assert many[1.0, 0.1] < found["letKD-2"][1.0]
+    assert "six settings of letKD-2 and four of FitNet were compared" in page
     for accuracy in (*found["letKD-2"].values(), *found["FitNet"].values()):
         assert 1.2 < (accuracy * (100 - accuracy) / 1000) ** 0.5 < 1.4
