@@ -347,6 +347,6 @@ def test_peak_memory_sees_what_is_freed_again(monkeypatch):
     ],
 )
 def test_verdict_on_an_aim(quartiles, expected):
-    page, spread = load("page"), load("_timing").Spread
+    summary, spread = load("_performance_summary"), load("_timing").Spread
     ratios = [spread(low=low, middle=middle, high=high) for low, middle, high in quartiles]
-    assert page.verdict(ratios, 1 / 3) == expected
+    assert summary.verdict(ratios, 1 / 3) == expected
