@@ -141,6 +141,10 @@ def test_what_the_pages_say_of_5000_images():
         ("letKD-2 + FitNet", "FitNet"): (0, "letkd.md"),
     }
     check_pairs(test, pairs, page, r"{}( points)?,? \(?{} to {}")
+    fewer = accuracies("cifar10-500")
+    middle, low, _ = difference(fewer["letKD-2"], fewer["FitNet"])
+    assert f"letKD-2 was better than FitNet, by {middle:.1f} points" in text_of(page)
+    assert low > 0
     unstable = ", ".join(f"{test['IE-KD'][seed]:.1f}" for seed in (0, 1))
     assert f"with {unstable} and {test['IE-KD'][2]:.1f} %" in text_of(page)
     gaps = [mean(same[name].values()) - mean(test[name].values()) for name in test]

@@ -1,11 +1,11 @@
 """Several ways to the same numbers: do they agree?
 
 Each try attaches random losses to a random student and a random teacher, and computes the loss and
-the student's gradients from one batch. It computes them again with ``kd.teach`` before the student,
-with ``memory="low"`` and with ``RecordedTeacher``, each in another handle that loads the first
-one's state, and from a record. After that, the student without its teacher is saved and loaded,
-baked, folded and pruned, and its layers are removed. Networks are those of layouts.py, and in one
-try of ten timm's small networks for tests.
+the student's gradients from one batch. The same handle computes them again with ``kd.teach`` before
+the student, and from a record. Two more handles load its state and compute them with
+``memory="low"`` and with ``RecordedTeacher``. After that, the student without its teacher is saved
+and loaded, baked, folded and pruned, and its layers are removed. Networks are those of layouts.py,
+and in one try of ten timm's small networks for tests.
 """
 
 import copy
@@ -63,10 +63,10 @@ LOSSES: dict[str, Callable[[Pair], DistillLoss]] = {
     "channels": lambda at: ChannelWiseLoss(at=at),
     "IE-KD": lambda at: InheritExploreLoss(at=at, epochs=1),
 }
-POINTS: dict[str, Callable[[Pair], KDPoint] | None] = {
-    "no layer": None,
-    "codebook": lambda at: KDPoint(*at, targets=CodebookTargets(4)),
-    "decisions": lambda at: KDPoint(*at, targets=DecisionTargets(1, components=1)),
+POINTS: dict[str, Callable[[Pair], list[KDPoint]]] = {
+    "no layer": lambda at: [],
+    "codebook": lambda at: [KDPoint(*at, targets=CodebookTargets(4))],
+    "decisions": lambda at: [KDPoint(*at, targets=DecisionTargets(1, components=1))],
 }
 SMALL = (
     *("test_byobnet", "test_convnext", "test_efficientnet", "test_mambaout", "test_nfnet"),
@@ -89,9 +89,7 @@ class Setting:
         """A handle with new losses. Its train-only parameters are always the same ones."""
         torch.manual_seed(0)
         losses = [LOSSES[name](self.at) for name in self.losses]
-        make = POINTS[self.point]
-        points = [] if make is None else [make(self.at)]
-        example = self.images[:2]
+        points, example = POINTS[self.point](self.at), self.images[:2]
         return attach_kd(student, teacher, points, losses=losses, example=example, memory=memory)
 
 
@@ -169,7 +167,9 @@ def differences(given: Setting) -> Iterator[str]:
         if not alike(step(absent, key), usual):
             yield "RecordedTeacher"
     kd.detach()
-    yield from other_forms(given.student.eval(), plain, given)
+    given.student.eval()
+    if given.point != "no layer":
+        yield from other_forms(given.student, plain, given.images)
     kd.remove()
     plain.load_state_dict(given.student.state_dict())
     with torch.no_grad():
@@ -178,24 +178,18 @@ def differences(given: Setting) -> Iterator[str]:
 
 
 @torch.no_grad()
-def other_forms(student: nn.Module, plain: nn.Module, given: Setting) -> Iterator[str]:
+def other_forms(student: nn.Module, plain: nn.Module, images: Tensor) -> Iterator[str]:
     """The forms of a student without its teacher whose outputs differ from the student's."""
-    images, outputs = given.images, student(given.images)
-    if POINTS[given.point] is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_student(student, Path(folder) / "student.pt")
-            loaded = load_student(copy.deepcopy(plain), Path(folder) / "student.pt").eval()
-        pruned = copy.deepcopy(student)
-        prune_templates(pruned, [images])
-        forms = {
-            "loaded": loaded,
-            "pruned": pruned,
-            "baked": bake(student),
-            "folded": fold(student),
-        }
-        for name, form in forms.items():
-            if not alike([form(images)], [outputs]):
-                yield name
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(student, Path(folder) / "student.pt")
+        loaded = load_student(copy.deepcopy(plain), Path(folder) / "student.pt").eval()
+    pruned = copy.deepcopy(student)
+    prune_templates(pruned, [images])
+    forms = {"loaded": loaded, "pruned": pruned, "baked": bake(student), "folded": fold(student)}
+    outputs = student(images)
+    for name, form in forms.items():
+        if not alike([form(images)], [outputs]):
+            yield name
 
 
 def alike(found: list[Tensor], expected: list[Tensor]) -> bool:
