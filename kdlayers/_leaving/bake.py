@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from inspect import Parameter, signature
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -118,7 +120,7 @@ def _baked_point(module: nn.Module, layer: nn.Module, path: Path) -> nn.Module:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old``, also where a model keeps modules in plain lists."""
+    """Put ``new`` in the place of ``old``, also where a model keeps it outside its children."""
     for parent in list(model.modules()):
         if parent is new or parent is old:
             continue
@@ -133,10 +135,19 @@ def _exchanged(held: Any, old: nn.Module, new: nn.Module, depth: int = 4) -> Any
     """``held`` with ``new`` instead of ``old``; lists and dicts are changed in place."""
     if held is old:
         return new
-    if depth and type(held) is tuple:
+    if isinstance(held, MethodType) and held == old.__call__:
+        return new.__call__
+    if depth == 0:
+        return held
+    if type(held) is tuple:
         items = tuple(_exchanged(item, old, new, depth - 1) for item in held)
         return items if any(a is not b for a, b in zip(items, held, strict=True)) else held
-    if depth and isinstance(held, (dict, list)):
+    if type(held) is partial:
+        given = (held.func, held.args)
+        func, args = found = _exchanged(given, old, new, depth)
+        _exchanged(held.keywords, old, new, depth - 1)
+        return held if found is given else partial(func, *args, **held.keywords)
+    if isinstance(held, (dict, list)):
         for key, item in held.items() if isinstance(held, dict) else enumerate(held):
             found = _exchanged(item, old, new, depth - 1)
             if found is not item:

@@ -2,10 +2,12 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -54,6 +56,23 @@ class Listed(nn.Module):
         return self.head(self.stages["late"][0](x)).mean((2, 3))
 
 
+class Bound(nn.Module):
+    """Calls its convolutions through a partial function and through a bound method."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.third = nn.Conv2d(4, 4, 1)
+        self.steps = [partial(self.first), self.second.__call__]
+        self.last = partial(torch.utils.checkpoint.checkpoint, self.third, use_reentrant=False)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        for step in (*self.steps, self.last):
+            x = step(x)
+        return self.head(x).mean((2, 3))
+
+
 class Encoder(nn.Module):
     """torch's encoder layer, which in eval mode does not call its children if none has a hook."""
 
@@ -83,6 +102,9 @@ MODELS = {
     "ends with a norm": (lambda: Net(4), "stem"),
     "plain list": (Listed, "first"),
     "plain tuple": (Listed, "second"),
+    "partial": (Bound, "first"),
+    "bound method": (Bound, "second"),
+    "argument of a partial": (Bound, "third"),
     "torch's encoder": (Encoder, "layer.linear2"),
     "torch's attention": (Encoder, "layer.self_attn"),
 }
