@@ -26,8 +26,13 @@ def title(line: Line) -> str:
     return f"{NAMES[recipe['data']]}, {names}, {images}, {recipe['epochs']} epochs"
 
 
-def setting(lines: Sequence[Line]) -> str:
-    """The common recipe, the teacher, dates and versions, as a list in Markdown."""
+def setting(lines: Sequence[Line], tuning: Sequence[Line] = ()) -> str:
+    """The common recipe, the teacher, dates and versions, as a list in Markdown.
+
+    Args:
+        lines: the runs of the regime.
+        tuning: the runs that the settings were chosen from.
+    """
     line = next((line for line in lines if line["method"] == "labels only"), lines[0])
     recipe = line["recipe"]
     dates = sorted({line["date"] for line in lines})
@@ -49,17 +54,23 @@ def setting(lines: Sequence[Line]) -> str:
         f"cosine. {augmentation(recipe)}. Training is in {recipe['precision']}, testing in "
         f"float32. The teacher, with folded batch norms, {forward}. It was trained with crops and "
         "flips.",
-        f"**Validation**: {held_out(recipe['validation'])}.",
+        f"**Validation**: {held_out(recipe, tuning)}.",
         f"**Run** {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {', '.join(versions)}.",
     ]
     return "\n".join(wrapped(item) for item in items)
 
 
-def held_out(images: int) -> str:
+def held_out(recipe: Recipe, tuning: Sequence[Line]) -> str:
     """What the validation images are."""
-    if not images:
+    if recipe["validation"]:
+        return f"{recipe['validation']:,} training images that no student trains on"
+    if not tuning:
         return "none; the settings are those of a regime with fewer images"
-    return f"{images:,} training images that no student trains on"
+    chosen = tuning[0]["recipe"]
+    return (
+        f"none; the settings were chosen in runs of {chosen['epochs']} epochs that kept "
+        f"{chosen['validation']:,} training images for validation"
+    )
 
 
 def teacher_text(teacher: Line) -> str:

@@ -220,7 +220,7 @@ def regime(path: Path, runs: dict[str, list[Line]]) -> str:
     every = [line for lines in runs.values() for line in lines]
     parts = [
         INTRODUCTION.format(title=title(first_line(runs))),
-        setting(every),
+        setting(every, tuning),
         "## Accuracy and cost",
         main_table(runs),
         *headed("## Comparison with published numbers", published_table(runs)),

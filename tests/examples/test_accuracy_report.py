@@ -16,6 +16,7 @@ overview, forest, published = (
     load(f"_accuracy_{name}") for name in ("overview", "forest", "published")
 )
 digest = load("_accuracy_train").digest
+held_out = load("_accuracy_setting").held_out
 SWEEPS, groups = load("_accuracy_sweeps").SWEEPS, load("_accuracy_sweeps").groups
 earlier_table = load("_accuracy_earlier").earlier_table
 
@@ -60,6 +61,18 @@ def test_pairs_are_of_one_seed():
     assert words.paired(ours, theirs) == ([2.0, 3.0], [6.0, 7.0])
     assert words.difference(ours[:1], theirs) == ("-4.00", "too few seeds (1)")
     assert words.difference(ours[:1], theirs[-1:])[1] == "not run"
+
+
+@pytest.mark.parametrize("validation", [0, 5000])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_it_says_where_the_validation_images_are_from(validation, tuned):
+    shorter = [{"recipe": {"epochs": 10, "validation": 3000}}] if tuned else []
+    text = held_out({"validation": validation}, shorter)
+    if validation:
+        assert text == "5,000 training images that no student trains on"
+    else:
+        assert ("10 epochs that kept 3,000 training images" in text) == tuned
+        assert ("a regime with fewer images" in text) != tuned
 
 
 def test_recipes_and_seeds_are_not_mixed():
