@@ -111,7 +111,7 @@ def verdict(ratios: Sequence[Spread], limit: float) -> str:
 
 
 def slower(reports: Sequence[dict]) -> str:
-    """The section on better alternatives, without steps that do not distil: they always win."""
+    """The table of better alternatives, without steps that do not distil: they always win."""
     rows = [
         (comparison, report)
         for report in reports
@@ -120,10 +120,7 @@ def slower(reports: Sequence[dict]) -> str:
         and comparison.alternative not in ("floor", "student", "student alone", "in memory")
     ]
     if not rows:
-        return (
-            "## Where an alternative is better\n\nNowhere in these tables: no ratio to an "
-            "alternative has a lower quartile above 1."
-        )
+        return "There are none: no ratio to an alternative has a lower quartile above 1."
     cells = [
         (c.case + (" (GPU)" if report["machine"]["gpu"] else ""),
          c.quantity, c.ours, c.alternative, str(c.ratio))
@@ -134,7 +131,7 @@ def slower(reports: Sequence[dict]) -> str:
         "All comparisons whose lower quartile is above 1, the worst first. Fits are included "
         "even if their inertia differs."
     )
-    return Table("Where an alternative is better", columns, cells, note).markdown()
+    return Table("Comparisons", columns, cells, note).markdown()
 
 
 def to_comparison(saved: dict) -> Comparison:
