@@ -25,9 +25,9 @@ def main() -> None:
     """Train a teacher, and five students for each method, and print the table."""
     args = data.options(__doc__, epochs=60).parse_args()
     images = data.load(args)
-    labels = torch.tensor([y for _, y in images.plain])
+    classes, labels = len(images.classes), torch.tensor([y for _, y in images.plain])
     torch.manual_seed(0)
-    teacher = network(32)
+    teacher = network(32, classes)
     train(teacher, images.augmented, 4)
     print(f"the teacher: {accuracy(teacher, images.test):.2f} %")
     print(f"{'':12}  test accuracy %   above labels only (95 % interval)   parameters")
@@ -36,8 +36,8 @@ def main() -> None:
         for seed in SEEDS:
             torch.manual_seed(seed)
             order = torch.randperm(len(labels))
-            few = torch.cat([order[labels[order] == c][:5] for c in range(10)]).tolist()
-            student = network(16)
+            few = torch.cat([order[labels[order] == c][:5] for c in range(classes)]).tolist()
+            student = network(16, classes)
             kd = attach(method, student, teacher, images.example)
             if kd:
                 kd.fit(DataLoader(Subset(images.plain, few), 25))
@@ -64,18 +64,18 @@ def attach(method: str, student: nn.Module, teacher: nn.Module, x: torch.Tensor)
     return None if plain else attach_kd(student, teacher, points, losses=losses, example=x)
 
 
-def network(width: int) -> nn.Sequential:
-    """Four convolutions, each with a batch norm and a ReLU, and a classifier of ten digits."""
+def network(width: int, classes: int) -> nn.Sequential:
+    """Four convolutions, each with a batch norm and a ReLU, and a classifier."""
     model, sizes = nn.Sequential(), (3, width, 2 * width, 3 * width, 4 * width)
     for i, name in enumerate(("stem", "second", "first", "last")):
         conv = nn.Conv2d(sizes[i], sizes[i + 1], 3, 2 if i < 2 else 1, padding=1, bias=False)
         model.add_module(name, nn.Sequential(conv, nn.BatchNorm2d(sizes[i + 1]), nn.ReLU()))
-    return model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)])
+    return model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)])
 
 
 def train(model: nn.Module, images: Dataset, epochs: int, kd: KDHandle | None = None) -> None:
     """An ordinary loop, with one more term if there is a handle."""
-    loader = DataLoader(images, 25, shuffle=True, drop_last=True)
+    loader = DataLoader(images, min(25, len(images)), shuffle=True, drop_last=True)
     parameters = [*model.parameters(), *(kd.parameters() if kd else [])]
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(loader))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from scipy import stats
 
 from kdlayers import load_student
@@ -22,15 +23,22 @@ ROW = re.compile(
 def ran(tmp_path_factory):
     """The folder of a run in small, its output, and its rows by method."""
     folder = tmp_path_factory.mktemp("quickstart")
+    output = run(folder)
+    return folder, output, {row[0]: row[1:] for row in ROW.findall(output)}
+
+
+def run(folder, *arguments):
+    """The output of a quick run, which writes into ``folder``."""
+    script = str(EXAMPLES / "quickstart.py")
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "quickstart.py"), "--quick", "--out", str(folder)],
+        [sys.executable, script, "--quick", "--out", str(folder), *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout, {row[0]: row[1:] for row in ROW.findall(done.stdout)}
+    return done.stdout
 
 
 def test_every_method_has_its_row(ran):
@@ -72,8 +80,19 @@ def test_the_saved_student_predicts_the_same(ran):
     import quickstart
 
     folder, output, _ = ran
-    student = load_student(quickstart.network(16), folder / "student.pt")
+    student = load_student(quickstart.network(16, 10), folder / "student.pt")
     args = argparse.Namespace(data=None, quick=True, epochs=1, out=folder)
     test = data.load(args).test
     said = re.search(r"^the last student, ([\d.]+) %: .*student\.pt$", output, re.M)
     assert float(said[1]) == pytest.approx(quickstart.accuracy(student, test), abs=0.01)
+
+
+def test_it_takes_a_folder_of_images(tmp_path):
+    for part, number in (("train", 8), ("val", 2)):
+        for label, colour in enumerate(("red", "green", "blue")):
+            (tmp_path / part / colour).mkdir(parents=True)
+            for index in range(number):
+                picture = Image.new("RGB", (16, 16), tuple(200 * (c == label) for c in range(3)))
+                picture.save(tmp_path / part / colour / f"{index}.png")
+    output = run(tmp_path / "out", "--data", str(tmp_path))
+    assert [row[0] for row in ROW.findall(output)] == METHODS
