@@ -66,6 +66,9 @@ def bake(student: nn.Module) -> nn.Module:
         student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
             DDP or a moving average are not copied.
 
+    Returns:
+        The copy, in the student's mode.
+
     Raises:
         AttachError: if the model has no KD layers, or FSDP has split its parameters.
 

@@ -85,14 +85,21 @@ def _unit_rows(weight: Tensor) -> Tensor:
 
 
 def fold(student: nn.Module) -> nn.Module:
-    """A copy of the student for inference, whose KD layers are folded to two matrices and a bias.
+    r"""A copy of the student for inference, whose KD layers are folded to two matrices and a bias.
 
-    As with :func:`bake`, no hook is left. Outputs are equal up to rounding (about 1e-6 in float32).
+    .. math:: \hat x = x + M \frac{p}{\lVert p\rVert}, \qquad
+        p = \operatorname{ReLU}\Big(A \frac{x}{\lVert x\rVert} + b\Big)
+
+    A, b and M hold the normalised kernels, the scales and the batch norm. As with :func:`bake`, no
+    hook is left. Outputs are equal up to rounding (about 1e-6 in float32).
     The copy is in eval mode and its layers cannot be trained; the student is not changed.
 
     Args:
         student: a model with KD layers, attached or detached. Wrappers such as ``torch.compile``,
             DDP or a moving average are not copied.
+
+    Returns:
+        The copy, in eval mode.
 
     Raises:
         AttachError: if the model has no KD layers, FSDP has split its parameters, or a layer is

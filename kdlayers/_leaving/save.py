@@ -35,8 +35,8 @@ def save_student(student: nn.Module, path: str | PathLike[str] | BinaryIO) -> No
         path: file to write, or a binary file object, which is written to directly.
 
     Raises:
-        AttachError: if the model has no KD layers; save its ``state_dict()`` as usual then.
-        CheckpointError: if the file cannot hold its state; nothing is written then.
+        AttachError: if the model has no KD layers; in this case, save its ``state_dict()``.
+        CheckpointError: if the file cannot hold its state; in this case, nothing is written.
         OSError: if the file cannot be written; an existing file is then unchanged.
 
     Example:

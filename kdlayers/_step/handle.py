@@ -26,10 +26,10 @@ from kdlayers.errors import CaptureError, NotFittedError
 
 
 class KDHandle(Learning):
-    """Everything in a distillation except the student; :func:`kdlayers.attach_kd` makes it.
+    """Handle of a distillation, which :func:`kdlayers.attach_kd` returns.
 
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
-    that record the student's forwards. It is a plain object, not a module, and nothing of it
+    that record the student's forwards. It is a plain object, not a module, and no part of it
     enters the student's state dict, copies or checkpoints. Recording ends when it is deleted.
 
     Attributes:
@@ -129,6 +129,7 @@ class KDHandle(Learning):
             StaleCaptureError: if several forwards were run, the number of labels is not that of the
                 images, or the batch, features or logits were changed in place since.
             NotFittedError: if :meth:`fit` has not been called.
+            AttachError: if the handle has no teacher, or was detached.
             ShapeError: if the batch was empty.
             RecordError: if the record is damaged, or of other teachers, losses or images.
 

@@ -60,7 +60,7 @@ class Learning(Attachment):
                 dicts, or if your loop normalises its batches. Default: none.
             seed: seed of the clustering and of the loader's randomness; default 0.
             progress: show a bar on a terminal if tqdm is installed; default True.
-            refit: also fit again what is fitted already; default False: fit only what is missing.
+            refit: also refit what is already fitted; default False: fit only what is missing.
 
         Raises:
             FitError: if the loader is empty, cannot be iterated again although several passes are
@@ -68,6 +68,7 @@ class Learning(Attachment):
             ArgumentTypeError: if ``loader`` does not give batches, as a model does not.
             ArgumentError: if a batch is not a pair of tensors.
             CaptureError: if the teacher cannot run on a batch.
+            AttachError: if the handle has no teacher, or was detached.
 
         Warns:
             KDLayersWarning: if passes that need the same data began with different batches; if the
@@ -121,8 +122,8 @@ class Learning(Attachment):
             num_workers: processes that load images; default 0, none.
             dtype: dtype of the record: ``"float16"`` (default) or ``"float32"``, which gives the
                 live teacher's numbers exactly.
-            topk: number of the largest logits to store, with the probability of the others
-                together; default: all.
+            topk: number of the largest logits to store, with the total probability of the others;
+                default: all.
             seed: seed of the views; default 0.
             progress: print the size of the record and the free space before the teachers run, and
                 show a bar on a terminal if tqdm is installed; default True.
@@ -134,6 +135,7 @@ class Learning(Attachment):
             RecordError: if the folder holds something else, the disk is too small, or a transform
                 cannot be seeded.
             ArgumentError: if an option cannot be used.
+            AttachError: if the handle has no teacher, or was detached.
         """
         self._need_teacher("record")
         options = {"views": views, "batch_size": batch_size, "dtype": dtype, "topk": topk}

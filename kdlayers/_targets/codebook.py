@@ -61,8 +61,8 @@ class CodebookTargets(TemplateTargets):
         H. Jain, S. Gidaris, N. Komodakis, P. Pérez, M. Cord, "QuEST: Quantized Embedding Space for
         Transferring Knowledge", ECCV 2020; A. Gorgun, Y. Z. Gurbuz, A. A. Alatan, "Knowledge
         Distillation Layer that Lets the Student Decide", BMVC 2023. The assignment was checked
-        against the authors' code. That code clusters with faiss, in 20 iterations from random rows
-        over all features in memory.
+        against the authors' code. That code starts from random rows and runs faiss for 20
+        iterations on all features in memory.
 
     Example:
         >>> import torch

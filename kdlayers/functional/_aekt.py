@@ -30,7 +30,7 @@ def aekt(
     drop_one_minus_s: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""The adaptive term of AEKT, without the target and non-target terms that accompany it.
+    r"""The adaptive term of AEKT (Park, Lee, 2024), without its target and non-target terms.
 
     Let :math:`a` and :math:`s` be the teacher's and the student's probability of the labelled
     class, softened by the temperature, and :math:`r = a / s`:
@@ -66,7 +66,8 @@ def aekt(
             the classes with non-zero weight, as in :func:`dkd`; one-hot rows give the value for
             class indices.
         form: a row of the table. Default ``"chi2"``, our choice.
-        temperature: above 0. Default 4. At 1 the ratio starts near K: use ``ratio_clip``.
+        temperature: above 0. Default 4, as for decoupled distillation. At 1 the ratio starts near
+            K: use ``ratio_clip``.
         ratio_clip: largest :math:`r` in the gradient, above 0; ``None`` (default): no clip.
         drop_one_minus_s: divide the gradient by :math:`1 - s`, the factor that any function of
             :math:`s` has in its gradient with respect to the target's logit. Default False.
@@ -78,7 +79,7 @@ def aekt(
     Raises:
         ShapeError: if the tensors are not logits of one shape with one label per sample.
         ArgumentTypeError: if the labels are not a tensor of numbers.
-        ArgumentError: if a label, a number or a word is out of range.
+        ArgumentError: if a label or number is out of range, or an option unknown.
 
     Example:
         >>> import torch

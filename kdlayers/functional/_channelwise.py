@@ -21,7 +21,7 @@ def channelwise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -
     Args:
         student: maps ``[B, C, H, W]``, any real floating-point type: features or class maps.
         teacher: maps of the same shape.
-        temperature: above 0. Default 4.
+        temperature: above 0. Default 4; the authors' code has 1.
 
     Returns:
         A scalar, 0 or more; 0 where the distributions agree.

@@ -144,11 +144,11 @@ def dkd(
         student: logits, ``[B, K]``.
         teacher: logits of the same shape.
         targets: class indices ``[B]`` or probabilities ``[B, K]``, as in :func:`tckd`.
-        alpha: weight of the target-class term, 0 or more. Default 1.
+        alpha: weight of the target-class term, 0 or more. Default 1, as in the authors' code.
         beta: weight of the non-target-class term, 0 or more. Default 8, the authors' value for
             ResNet-32x4 to ResNet-8x4 on CIFAR-100. They use 2 to 8 on CIFAR-100 and 0.5 to 2 on
             ImageNet; start lower on other data.
-        temperature: above 0. Default 4; the authors use 1 on ImageNet.
+        temperature: above 0. Default 4, the authors' value on CIFAR-100; they use 1 on ImageNet.
         reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 
     Returns:

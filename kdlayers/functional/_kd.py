@@ -42,8 +42,8 @@ def kd(
 
     Raises:
         ShapeError: if the tensors are not logits, or class maps, of one shape.
-        ArgumentTypeError: if an argument is not a floating-point tensor.
-        ArgumentError: if ``temperature`` or ``reduction`` is out of range.
+        ArgumentTypeError: if a tensor is not floating-point, or ``temperature`` not a number.
+        ArgumentError: if ``temperature`` is not above 0, or ``reduction`` is unknown.
 
     References:
         G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015,

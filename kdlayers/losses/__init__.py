@@ -1,7 +1,7 @@
 """The losses: each is a term that compares the student's tensor with the teacher's.
 
-This folder imports `functional`, `_targets`, `_utils` and `errors`; `_step` and the folders above
-it import this one.
+This folder imports `functional`, `_targets`, `_models`, `_utils` and `errors`; `_step` and the
+folders above it import this one.
 """
 
 from kdlayers.losses._aekt import AEKTLoss as AEKTLoss

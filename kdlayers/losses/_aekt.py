@@ -19,7 +19,7 @@ from kdlayers.losses._base import LogitLoss, Weight
 
 
 class AEKTLoss(LogitLoss):
-    r"""AEKT: adaptive transfer of explicit knowledge, after one train-only linear layer.
+    r"""AEKT: adaptive transfer of explicit knowledge (Park, Lee, 2024), after one linear layer.
 
     .. math::
         z_d = W z^S + b, \qquad
@@ -42,11 +42,13 @@ class AEKTLoss(LogitLoss):
 
     Args:
         form: of the adaptive term: ``"chi2"`` (default), ``"ratio_sq"``, ``"ratio"``, ``"is"``.
-        alpha: weight of the target-class term. Default 1.
-        beta: weight of the non-target-class term. Default 8, as for decoupled distillation; start
-            lower on other data.
-        gamma: weight of the adaptive term. Default 1; ``form="ratio"`` needs about 0.1.
-        temperature: above 0. Default 4. With 1, give ``ratio_clip`` or a small ``gamma``.
+        alpha: weight of the target-class term, 0 or more. Default 1, as for decoupled distillation.
+        beta: weight of the non-target-class term, 0 or more. Default 8, as for decoupled
+            distillation; start lower on other data.
+        gamma: weight of the adaptive term, 0 or more. Default 1, our choice; ``form="ratio"`` needs
+            about 0.1.
+        temperature: above 0. Default 4, as for decoupled distillation. With 1, give ``ratio_clip``
+            or a small ``gamma``.
         standardize: standardise the mapped logits and the teacher's, by
             :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False.
         ratio_clip: largest ratio in the gradient; ``None`` (default): no clip.
@@ -67,7 +69,8 @@ class AEKTLoss(LogitLoss):
 
     Raises:
         ArgumentError: if an option or number is out of range; at the call, if a label is.
-        ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
+        ArgumentTypeError: if a setting is not a number; at the call, if the labels are missing or
+            not a tensor of numbers.
         ShapeError: at the call, if shapes differ or the number of classes has changed.
 
     Warns:

@@ -27,6 +27,7 @@ class ChannelWiseLoss(ProjectedLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
+        ArgumentTypeError: if ``temperature`` is not a number.
         ShapeError: at the call, if the tensors are not maps ``[B, C, H, W]`` of one batch with 2
             positions or more, or the numbers of channels have changed.
 

@@ -18,13 +18,14 @@ class DISTLoss(LogitLoss):
     which helps if the teacher is much stronger than the student. It needs no labels.
 
     Args:
-        beta: weight of the inter-class relation. Default 1, as in the authors' code.
-        gamma: weight of the intra-class relation. Default 1, as in the authors' code.
+        beta: weight of the inter-class relation, 0 or more. Default 1, as in the authors' code.
+        gamma: weight of the intra-class relation, 0 or more. Default 1, as in the authors' code.
         temperature: above 0. Default 1, as in the authors' code.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
         ArgumentError: if a number is out of range.
+        ArgumentTypeError: if one of them is not a number.
         ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]``, or ``gamma``
             is above 0 and the batch holds one sample.
 

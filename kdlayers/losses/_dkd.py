@@ -21,17 +21,18 @@ class DKDLoss(LogitLoss):
     give exactly the loss for class indices.
 
     Args:
-        alpha: weight of the target-class term. Default 1.
-        beta: weight of the non-target-class term. Default 8, the authors' value for one pair of
-            networks; their values run from 0.5 (ImageNet) to 8. Start lower on other data.
-        temperature: above 0. Default 4; the authors use 1 on ImageNet.
+        alpha: weight of the target-class term, 0 or more. Default 1, as in the authors' code.
+        beta: weight of the non-target-class term, 0 or more. Default 8, the authors' value for one
+            pair of networks; their values run from 0.5 (ImageNet) to 8. Start lower on other data.
+        temperature: above 0. Default 4, the authors' value on CIFAR-100; they use 1 on ImageNet.
         standardize: standardise the logits of both first, by
             :func:`kdlayers.functional.standardize` (Sun et al., CVPR 2024). Default False.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`.
 
     Raises:
         ArgumentError: if a number is out of range; at the call, if a label is.
-        ArgumentTypeError: at the call, if the labels are missing or not a tensor of numbers.
+        ArgumentTypeError: if a setting is not a number; at the call, if the labels are missing or
+            not a tensor of numbers.
         ShapeError: at the call, if the tensors are not logits of one shape with a label per sample.
 
     Warns:

@@ -26,8 +26,9 @@ class FeatureLoss(ProjectedLoss):
         projector: ``"linear"`` (default), with a bias; ``"mlp"``, with a hidden GELU layer of the
             teacher's width; ``None`` for equal widths; or a module. Never in the exported student.
         tokens: ``"patch"`` (default), all positions except class tokens and registers; ``"cls"``,
-            the class token, or the mean of a model without one; ``"pooled"``, the mean of both.
-        normalize_teacher: standardise the teacher's channels by the batches so far. Default False.
+            the class token, or the mean if a model has none; ``"pooled"``, the mean in both models.
+        normalize_teacher: standardise the teacher's channels over all batches so far. Default
+            False.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`; ``at=None`` compares
             the models' outputs. The default weight of 1 is our choice; added to cross-entropy, the
             cosine distance may need 10 to 100.

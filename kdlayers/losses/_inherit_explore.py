@@ -56,7 +56,8 @@ class InheritExploreLoss(DistillLoss):
         factor_channels: channels of the factors; default: half the student's channels.
         split: ``"natural"`` (default: the first channels inherit) or ``"random"``, drawn from
             ``seed``. The indices are buffers, so a resumed run keeps its split.
-        inherit_ratio: share of the channels that inherits, between 0 and 1. Default 0.5.
+        inherit_ratio: share of the channels that inherits, between 0 and 1. Default 0.5, reported
+            as best.
         p: exponent of the distance, 1 (default) or 2.
         measure: ``"norm"`` (default), ``"cosine"`` or ``"cka"``.
         scale: ``"mean"`` (default, as published), or ``"sqrt_dim"``, with which the weights do not
@@ -72,9 +73,9 @@ class InheritExploreLoss(DistillLoss):
             from the abstract.
         reconstruction: loss of the auto-encoder: ``"l1"`` (default, as in the authors' code) or
             ``"l2"``, the squared error that the paper writes.
-        epochs: passes over the data in ``kd.fit``. Default 30.
-        fit_lr: constant learning rate of the auto-encoder. Default 0.1.
-        seed: seed of the random split.
+        epochs: passes over the data in ``kd.fit``. Default 30, as in the authors' code.
+        fit_lr: constant learning rate of the auto-encoder. Default 0.1, as in the authors' code.
+        seed: seed of the random split. Default 0.
         weight, at, name, teacher_index: as for :class:`~kdlayers.DistillLoss`. ``weight`` is
             multiplied by the two weights above; :func:`kdlayers.attach_kd` needs ``at``.
 
@@ -92,7 +93,7 @@ class InheritExploreLoss(DistillLoss):
     Differences from the authors' code: it calls the trained network teacher and the frozen one
     student; the names here are the paper's. The decoders of the student's halves are left out,
     because they take part in no loss. The teacher's factor is detached, which changes no gradient.
-    Losses and gradients agree with that code.
+    Losses and gradients agree with an independent re-implementation of that code.
 
     Example:
         >>> import torch

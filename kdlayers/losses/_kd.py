@@ -38,7 +38,7 @@ class KDLoss(LogitLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
-        ArgumentTypeError: if ``ignore_index`` is not an integer.
+        ArgumentTypeError: if ``temperature`` is not a number, or ``ignore_index`` not an integer.
         ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]`` or class maps
             of the same images and classes, or the labels of class maps are not ``[B, H, W]``.
 

@@ -17,9 +17,9 @@ class MutualLoss(LogitLoss):
 
     for student :math:`i` and its peer :math:`j`, whose logits are detached: each network's loss
     trains that network alone. The loss is summed over classes and averaged over samples. Its value
-    equals :func:`kdlayers.functional.kd`; it was checked against the mutual learning in the
-    released code of "Revisiting Knowledge Distillation: An Inheritance and Exploration Framework",
-    CVPR 2021.
+    equals :func:`kdlayers.functional.kd`; it was checked against an independent re-implementation
+    of the mutual learning in the released code of "Revisiting Knowledge Distillation: An
+    Inheritance and Exploration Framework", CVPR 2021.
 
     Args:
         temperature: above 0. Default 1, as published.
@@ -27,6 +27,7 @@ class MutualLoss(LogitLoss):
 
     Raises:
         ArgumentError: if ``temperature`` is not above 0.
+        ArgumentTypeError: if ``temperature`` is not a number.
         ShapeError: at the call, if the tensors are not logits of one shape ``[B, K]``.
 
     Example:

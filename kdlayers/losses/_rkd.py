@@ -32,6 +32,7 @@ class RKDLoss(DistillLoss):
 
     Raises:
         ArgumentError: if a weight is negative, or both are 0.
+        ArgumentTypeError: if a weight is not a number.
         ShapeError: at the call, if the tensors are not features of the same 3 samples or more.
 
     Example:

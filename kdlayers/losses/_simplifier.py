@@ -8,15 +8,16 @@ from kdlayers.functional._checks import full_precision, linear
 
 
 class AttentionSimplifier(nn.Module):
-    r"""Attention over the features of one sample's softened logits, added to them.
+    r"""The attention of student-friendly distillation (Yuan, Lang, Quan, 2023), on one sample.
 
     .. math::
         q, k, v = W_q x + b_q,\; W_k x + b_k,\; W_v x + b_v \in \mathbb{R}^d, \qquad
         u = x + W_o \, \mathrm{softmax}(q k^\top) \, v + b_o
 
-    The softmax runs over the last axis of the d x d matrix. :math:`W_o` and :math:`b_o` start at
-    zero, so that :math:`u = x` at first; the other layers have PyTorch's initialisation. Samples do
-    not mix. Everything is computed in float32 or better.
+    It is computed from the features of a sample's softened logits :math:`x`, and added to them. The
+    softmax runs over the last axis of the d x d matrix. :math:`W_o` and :math:`b_o` start at zero,
+    so that :math:`u = x` at first; the other layers have PyTorch's initialisation. Samples do not
+    mix. Everything is computed in float32 or better.
 
     **A reconstruction**: the summary of student-friendly distillation names an attention and
     softened logits; the layout, the residual and the initialisation are our choices.
@@ -29,6 +30,8 @@ class AttentionSimplifier(nn.Module):
 
     Raises:
         ArgumentError: if ``num_classes`` is below 2 or ``width`` below 1.
+        ArgumentTypeError: if one of them is not an integer; at the call, if ``x`` is not a
+            floating-point tensor.
 
     Example:
         >>> import torch

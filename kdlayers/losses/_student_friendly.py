@@ -16,18 +16,19 @@ from kdlayers.losses._simplifier import AttentionSimplifier
 
 
 class StudentFriendlyKDLoss(LogitLoss):
-    r"""Student-friendly knowledge distillation (SKD): a learnt simplifier between teacher and loss.
+    r"""Student-friendly knowledge distillation (Yuan, Lang, Quan, 2023): a simplified teacher.
 
     .. math::
         x = z^T / T, \qquad u = \mathrm{simplifier}(x), \qquad \tilde z = T u, \qquad
         L = L_\mathrm{base}(z^S, \tilde z, y)
 
-    The base loss is unchanged. Its gradient trains the simplifier through the teacher's side,
-    together with the student; the teacher itself gets no gradient. With the default simplifier
-    step 0 equals the base loss. A teacher logit of -inf is a class of probability 0: the simplifier
-    sees 0 in its place, and the simplified logit is -inf again. :meth:`parameters` has the
-    simplifier for the optimiser. Without it the loss equals the base loss and raises no error. The
-    exported student does not have the simplifier.
+    A learnt simplifier between the teacher and the loss turns the teacher's logits into logits that
+    the student can follow. The base loss is unchanged. Its gradient trains the simplifier through
+    the teacher's side, together with the student; the teacher itself gets no gradient. With the
+    default simplifier step 0 equals the base loss. A teacher logit of -inf is a class of
+    probability 0: the simplifier sees 0 in its place, and the simplified logit is -inf again.
+    :meth:`parameters` has the simplifier for the optimiser. If you leave it out, the loss equals
+    the base loss, without an error. The exported student does not have the simplifier.
 
     **A reconstruction from the public summary.** It states softening by a temperature, then a
     learnt attention, and joint training by an unchanged distillation loss. The attention's layout,
@@ -60,7 +61,8 @@ class StudentFriendlyKDLoss(LogitLoss):
 
     Raises:
         ArgumentError: if a number is out of range or ``base`` cannot be used.
-        ArgumentTypeError: if ``base`` is not a DistillLoss or ``simplifier`` not a module.
+        ArgumentTypeError: if ``base`` is not a DistillLoss, ``simplifier`` is not a module, or
+            another setting is not a number.
         ShapeError: at the call, if shapes differ.
 
     Warns:

@@ -3,7 +3,7 @@
 Functions that compute take models and return tensors; they need only torch (:func:`overlay` also
 torchvision). Functions whose names begin with ``plot_`` draw these tensors and return a
 ``matplotlib.figure.Figure`` (``figure.savefig("matches.png")``). They need matplotlib, which
-``pip install "kdlayers[viz]"`` installs. No other folder imports this one.
+the extra ``viz`` installs. No other folder imports this one.
 """
 
 from kdlayers.viz._figures import plot_matches as plot_matches

@@ -22,8 +22,8 @@ def new_figure(caller: str, width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError(
-            f"{caller}() needs matplotlib, which cannot be imported ({error}); type pip install "
-            '"kdlayers[viz]", or use the functions of kdlayers.viz that return tensors'
+            f"{caller}() needs matplotlib, which cannot be imported ({error}); run pip install "
+            "matplotlib, or use the functions of kdlayers.viz that return tensors"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

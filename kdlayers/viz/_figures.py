@@ -60,7 +60,7 @@ def plot_matches(
         The figure.
 
     Raises:
-        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which the extra ``viz`` installs.
         ShapeError: if the images are not those of the view.
         ArgumentError: if values of the images are not in 0 to 1, or ``top`` is not in 1 to 7.
 
@@ -164,7 +164,7 @@ def plot_usage(usage: TemplateUsage) -> Figure:
         The figure.
 
     Raises:
-        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which the extra ``viz`` installs.
 
     Example:
         >>> import torch

@@ -37,7 +37,7 @@ def strongest_pairs(
         top: largest number of pairs. Default 10. Entries that are 0 are left out.
 
     Returns:
-        Pairs by falling magnitude; on ties by row, then column.
+        Pairs in decreasing order of magnitude; ties by row, then column.
 
     Raises:
         ShapeError: if ``table`` is not square.

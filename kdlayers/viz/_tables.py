@@ -45,7 +45,7 @@ def plot_decisions(
         The figure.
 
     Raises:
-        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which the extra ``viz`` installs.
         NotFittedError: before ``fit``.
         ArgumentError: if the number of names is not C, or ``top`` is below 1.
 
@@ -99,7 +99,7 @@ def plot_relations(
         The figure.
 
     Raises:
-        MissingPackageError: without matplotlib, which ``kdlayers[viz]`` installs.
+        MissingPackageError: without matplotlib, which the extra ``viz`` installs.
         ShapeError: if the matrix is not square.
         ArgumentError: if the number of names is not C, ``top`` is below 1, or an entry is not
             finite.

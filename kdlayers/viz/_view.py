@@ -128,9 +128,12 @@ def best_templates(assignment: Tensor) -> Tensor:
 
 
 def norm_maps(view: LayerView) -> tuple[Tensor, Tensor]:
-    r"""The lengths of the features, and of what the layer adds to them.
+    r"""The norms of the features, and of what the layer adds to them.
 
     .. math:: \lVert x_i \rVert_2, \qquad \lVert \hat x_i - x_i \rVert_2
+
+    Args:
+        view: the layer's inputs and outputs for a batch.
 
     Returns:
         Two tensors ``[B, H, W]``, 0 or more.
@@ -153,6 +156,9 @@ def feature_colors(view: LayerView) -> tuple[Tensor, Tensor]:
     the layer, so that the two can be compared. Each side is centred separately first, so a constant
     offset that the layer adds is not shown. Each component is scaled so that all but 2 % of the
     positions at either end lie in 0 to 1; one that does not vary is 0.5.
+
+    Args:
+        view: the layer's inputs and outputs for a batch.
 
     Returns:
         Before and after, ``[B, 3, H, W]`` in 0 to 1, on the CPU.

@@ -1,4 +1,4 @@
-"""All of torchvision's classifiers and every family of timm; run with ``pytest -m zoo``."""
+"""All of torchvision's models and every family of timm; run with ``pytest -m zoo``."""
 
 import pytest
 

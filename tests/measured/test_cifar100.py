@@ -116,7 +116,7 @@ def test_what_the_weight_of_the_layers_does_on_cifar100():
         for run in found
         if run["method"] == "letKD-2" and run["recipe"]["layer_weight"] == weight
     )
-    sentence = f"letKD-2 alone has {ten:.1f} % with weight 10, with weight 1 {one:.1f} %"
+    sentence = f"letKD-2 alone has {ten:.1f} % with weight 10 and {one:.1f} % with weight 1"
     assert sentence in text
 
 
