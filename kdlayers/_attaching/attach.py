@@ -8,28 +8,27 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from kdlayers._attaching.insertion import check_layers, insert_layers
 from kdlayers._attaching.points import KDPoint
 from kdlayers._attaching.resolve import At, resolve_points
 from kdlayers._layer.layer import check_memory
 from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
 from kdlayers._models.names import match
-from kdlayers._models.outputs import main_output
-from kdlayers._models.trace import Trace, depend, fresh, run_example, to_model, trace
+from kdlayers._models.trace import Trace, trace
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import unwrap
+from kdlayers._step.call import Transform
 from kdlayers._step.handle import KDHandle
 from kdlayers._step.hooks import Capture, CloseForward, OpenForward, drop_recording, guard_hooks
 from kdlayers._step.recorded_teacher import RecordedTeacher
-from kdlayers._step.sites import hook_site, inserts, place, refuse_norm, slots, take_out
-from kdlayers._step.slot import Slot
-from kdlayers._step.tape import Forward, Tape
-from kdlayers._step.teacher import Teacher, Transform, check_mean, make_teachers
+from kdlayers._step.sites import hook_site, inserts, take_out
+from kdlayers._step.tape import Tape
+from kdlayers._step.teacher import Teacher, check_mean, make_teachers
 from kdlayers._step.term_making import example_pair, feature_term, unique_names
 from kdlayers._step.terms import Term
-from kdlayers._utils.tree import leaves
 from kdlayers._utils.warn import warn
-from kdlayers.errors import ArgumentError, ArgumentTypeError, AttachError, ShapeError
+from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from kdlayers.losses import DistillLoss, TemplateLoss
 
 
@@ -128,8 +127,8 @@ def attach_kd(
     with ExitStack() as undo, undisturbed(student):
         undo.callback(take_out, student, tape)
         _seed(student)
-        _insert_layers(student, points, traced, tape, memory)
-        _check_layers(student, traced, args, tape, [point.student for point in points])
+        insert_layers(traced, points, teachers, tape, memory)
+        check_layers(student, traced, args, tape, [point.student for point in points])
         terms = _terms(points, losses, traced, teachers)
         _record_hooks(student, terms, traced, tape, undo)
         undo.pop_all()
@@ -155,7 +154,7 @@ def _seed(student: nn.Module) -> None:
     weights = [p.detach().flatten()[:64].double().cpu() for p in student.parameters()]
     # Meta tensors have no values.
     known = [w.numpy().tobytes() for w in weights if w.device.type == "cpu"]
-    drawn = int(torch.randint(2**62, ()))
+    drawn = int(torch.randint(2**62, (), device="cpu"))
     torch.default_generator.manual_seed(drawn ^ zlib.crc32(b"".join(known)))
 
 
@@ -224,75 +223,6 @@ def _no_loss(given: object) -> ArgumentTypeError:
     return ArgumentTypeError(f"losses must be DistillLoss objects such as KDLoss(), got {found}")
 
 
-def _insert_layers(
-    student: nn.Module, points: Sequence[KDPoint], traced: Trace, tape: Tape, memory: str
-) -> None:
-    """Register a slot and its hook for every point."""
-    for point in points:
-        refuse_norm(student, point.student)
-    layouts = [traced.layout(point.student) for point in points]
-    for point, layout in zip(points, layouts, strict=True):
-        call, dim = traced.call(point.student), layout.channel_dim
-        # resolve_points has given every point its number of templates.
-        templates = point.num_templates or 0
-        slot = Slot(call.shape[dim], templates, alpha=point.alpha, channel_dim=dim, memory=memory)
-        slot.eval()  # the dry runs must not update its batch norm
-        place(student, point.student, slot.to(call.device, call.dtype), call.path, tape)
-
-
-def _check_layers(
-    student: nn.Module, traced: Trace, example: tuple[Any, ...], tape: Tape, names: Sequence[str]
-) -> None:
-    """Check in two dry runs that the layers run, change nothing at alpha 0 and reach the output.
-
-    Raises:
-        AttachError: if one of these does not hold.
-    """
-    layers = slots(student)
-    alphas = {name: layers[name].alpha for name in names}
-    example = to_model(example, student)
-    try:
-        for name in names:
-            layers[name].alpha = 0.0
-        tape.forward, tape.active = Forward((), {}), True
-        with undisturbed(student), torch.no_grad():  # from the same buffers as the first dry run
-            plain = main_output(run_example(student, fresh(example), "student"))
-        missing = [name for name in names if name not in tape.forward.scores]
-    finally:
-        tape.active = False
-        tape.consume()
-        for name, alpha in alphas.items():
-            layers[name].alpha = alpha
-    if missing:
-        raise AttachError(
-            f"the KD layer at {missing} was bypassed in a dry run: the model calls what is inside "
-            "this module rather than the module; choose a block inside it, find_points(model) "
-            "lists them"
-        )
-    if plain is None or not torch.allclose(plain, traced.logits, rtol=1e-4, atol=1e-6):
-        raise AttachError(
-            "the student's output changed although the KD layers were switched off: its eval-mode "
-            f"forward is random, or it runs all children of a parent of {list(names)}; choose "
-            "other points, find_points(model) lists them"
-        )
-    _check_reach(student, example, {name: layers[name] for name in names})
-
-
-def _check_reach(student: nn.Module, example: tuple[Any, ...], layers: dict[str, Slot]) -> None:
-    if not layers:
-        return
-    with torch.enable_grad():
-        outputs = [tensor for _, tensor in leaves(student(*fresh(example)))]
-    reached = depend(outputs, [layer.value.weight for layer in layers.values()])
-    dead = [name for name, yes in zip(layers, reached, strict=True) if not yes]
-    if dead:
-        raise AttachError(
-            f"the output of {dead} does not reach the model's output, so a KD layer there would "
-            "learn nothing from the labels and change nothing; choose an earlier point, "
-            "find_points(model) lists them"
-        )
-
-
 def _terms(
     points: Sequence[KDPoint],
     losses: Sequence[DistillLoss],
@@ -320,7 +250,8 @@ def _terms(
                 each.need_logits(term.name)
             check_mean(term.name, read)
         try:
-            term.loss.build(*example_pair(term, traced, teachers))
+            with torch.device("cpu"):  # whatever the default device: the seed is the CPU's
+                term.loss.build(*example_pair(term, traced, teachers))
         except ShapeError as error:
             raise ShapeError(f"{term.name}: {error}") from None
         term.loss.to(traced.logits.device)

@@ -13,7 +13,7 @@ from kdlayers._models.wrappers import refuse_shards, student_inside
 from kdlayers._step.hooks import is_recording
 from kdlayers._step.sites import displace, inserts
 from kdlayers._step.slot import Slot
-from kdlayers._utils.torch_internals import drop_hooks
+from kdlayers._utils.torch_internals import drop_hooks, move_later_hooks
 from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError
 
@@ -106,9 +106,10 @@ def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: 
         )
     baked = copy.deepcopy(student)
     for module, key, hook in inserts(baked):
-        layer = made(hook.slot(module))
+        point = _baked_point(module, made(hook.slot(module)), hook.path)
+        move_later_hooks(key, module, point)
         displace(module, key, hook)
-        _replace(baked, module, _baked_point(module, layer, hook.path))
+        _replace(baked, module, point)
     return _without_record_hooks(baked)
 
 

@@ -166,7 +166,8 @@ def _fitted_to(model: nn.Module, item: Place, own: dict[str, Any], state: dict[s
     dtypes: dict[torch.dtype, torch.dtype] = {}
     for key in sorted(floats, key=lambda key: not key.startswith(near)):
         dtypes.setdefault(state[key].dtype, floats[key].dtype)
-    slot = make_slot(item.layer)
+    with torch.device("cpu"):  # whatever the default device
+        slot = make_slot(item.layer)
     like = next((t for t in (*item.home.parameters(), *model.parameters(), *model.buffers())), None)
     slot.to(None if like is None else like.device)
     for key, tensor in slot.state_dict(keep_vars=True).items():

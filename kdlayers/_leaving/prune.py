@@ -111,7 +111,7 @@ def _firing_shares(
     """
     # Firing counts for each template, then the numbers of positions and of nonfinite scores.
     counts = {
-        name: torch.zeros(slot.head.num_templates + 2, dtype=torch.long)
+        name: torch.zeros(slot.head.num_templates + 2, dtype=torch.long, device="cpu")
         for name, slot in layers.items()
     }
 

@@ -34,7 +34,7 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
             f"no input can be made for {type(model).__name__}, which has no convolution; pass "
             "example= with a small batch of your images"
         )
-    return (torch.zeros(2, channels, *_stated_size(model)),)
+    return (torch.zeros(2, channels, *_stated_size(model), device="cpu"),)
 
 
 def _of_detector(model: nn.Module, example: Any) -> Tensor:
@@ -51,7 +51,7 @@ def _of_detector(model: nn.Module, example: Any) -> Tensor:
             f"takes it, got {type(example).__name__}"
         )
     size = getattr(model.transform, "fixed_size", None) or (224, 224)
-    return torch.zeros(2, _stated_channels(model) or 3, size[1], size[0])
+    return torch.zeros(2, _stated_channels(model) or 3, size[1], size[0], device="cpu")
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

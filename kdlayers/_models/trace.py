@@ -364,12 +364,11 @@ def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
     """``example`` on the model's device; floating-point tensors in its dtype."""
     device, dtype = placement(model)
 
-    def move(item: Any) -> Any:
-        if not isinstance(item, Tensor):
-            return item
-        return item.to(device, dtype if item.is_floating_point() else None)
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    return tuple(move(item) for item in example)
+    moved: tuple[Any, ...] = mapped(example, move)
+    return moved
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

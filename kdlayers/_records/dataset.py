@@ -55,7 +55,7 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
             reader.tag,
         )
         # Shared memory: persistent workers see the epoch that the main process sets.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._checks = reader.image_checks.share_memory_()
         self._reader: Reader | None = reader
 
@@ -113,7 +113,7 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
                 "set, its transform, or the library of the transform has changed since the record "
                 "was made; use the data set as it was, or call kd.record(...) into a new folder"
             )
-        return (*items, torch.tensor([self.tag, row]))
+        return (*items, torch.tensor([self.tag, row], device="cpu"))
 
 
 def open_record(path: str | PathLike[str], dataset: Any) -> RecordedDataset:

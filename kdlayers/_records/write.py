@@ -122,7 +122,9 @@ def _write_part(
         names = [field_path(path, i) for i in range(len(plan.fields))]
         names += [path / CHECKS, path / DONE]
         files = [stack.enter_context(name.open("r+b")) for name in names]
-        for rows, (images, checks) in zip(batches, shown(loader, title, progress), strict=True):
+        with torch.device("cpu"):  # whatever the default device, for the workers and their seed
+            loaded = iter(loader)
+        for rows, (images, checks) in zip(shown(batches, title, progress), loaded, strict=True):
             _write(files, plan, rows, list(_arrays(run(images), plan)), checks)
         for file in files:
             os.fsync(file.fileno())
@@ -170,7 +172,8 @@ def _write(
     arrays: Sequence[Any],
     images: Sequence[int],
 ) -> None:
-    checks = torch.tensor([images, row_checks(arrays)], dtype=torch.int32).T.contiguous().numpy()
+    both = [images, row_checks(arrays)]
+    checks = torch.tensor(both, dtype=torch.int32, device="cpu").T.contiguous().numpy()
     widths = [*(field.row_bytes for field in plan.fields), 8]
     for file, array, width in zip(files, (*arrays, checks), widths, strict=False):
         _write_at(file, rows.start * width, array.tobytes())

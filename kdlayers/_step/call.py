@@ -1,10 +1,16 @@
 """Converts the arguments of the student's call for the teacher: images are kept, labels dropped."""
 
+from collections.abc import Callable
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from kdlayers._step.tape import version_of
+from kdlayers._utils.tree import leaves
+from kdlayers.errors import ArgumentError, CaptureError
+
+Transform: TypeAlias = Callable[[Tensor], Tensor]
 _LABELS = ("labels", "targets", "target")
 """Keywords that hold labels for the student's own loss. Names that end in ``_labels`` also do."""
 
@@ -35,3 +41,33 @@ def for_teacher(
 
 def _is_label(key: str) -> bool:
     return key in _LABELS or key.endswith("_labels")
+
+
+def transformed(
+    args: tuple[Any, ...], kwargs: dict[str, Any], transform: Transform
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of a forward with the images sent through ``transform``.
+
+    The images are the first argument, or the first tensor among the keywords.
+    """
+    if args:
+        return (_converted(args[0], transform), *args[1:]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, key: _converted(value, transform)}
+    raise CaptureError(
+        "teacher_transform found no images: student(...) was called without a tensor; call "
+        "student(x) or student(name=x), or wrap the call in `with kd.batch(x):`"
+    )
+
+
+def _converted(images: Any, transform: Transform) -> Any:
+    before = [version_of(tensor) for _, tensor in leaves(images)]
+    converted = transform(images)
+    if before != [version_of(tensor) for _, tensor in leaves(images)]:
+        raise ArgumentError(
+            "teacher_transform changes the images in place, but the student and other teachers use "
+            "them too: let it return new tensors (leave out inplace=True), or pass "
+            "teacher_transform=lambda x: transform(x.clone())"
+        )
+    return converted

@@ -31,6 +31,8 @@ class KDHandle(Learning):
     It holds the teacher, the losses with their targets and train-only parameters, and the hooks
     that record the student's forwards. It is a plain object, not a module, and no part of it
     enters the student's state dict, copies or checkpoints. Recording ends when it is deleted.
+    ``copy.deepcopy((student, kd))`` copies both. The copy uses the same teacher, because it is
+    frozen. If you train the teacher too, as a mean teacher, copy ``(teacher, student, kd)``.
 
     Attributes:
         student: the model that was given, unwrapped from ``torch.compile``; of a detector, its
@@ -317,7 +319,7 @@ class KDHandle(Learning):
             self._watch.look([term.name for term, pair in weighted if pair.weight])
         if compiling:  # tensors: a compiled sum does not depend on their values
             for pair in pairs:
-                pair.weight = torch.tensor(pair.weight, dtype=torch.float64)
+                pair.weight = torch.tensor(pair.weight, dtype=torch.float64, device="cpu")
         # DDP and FSDP reduce gradients only in a backward pass through the student's output.
         unread = found if not plan.wanted.logits and connected() else None
         return plan, pairs, labels, unread

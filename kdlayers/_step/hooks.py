@@ -21,7 +21,12 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from kdlayers._models.outputs import features_of, main_output
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Forward, Tape, version_of
-from kdlayers._utils.torch_internals import current_backward, drop_hooks, reserve_hook_key
+from kdlayers._utils.torch_internals import (
+    current_backward,
+    drop_hooks,
+    has_bias,
+    reserve_hook_key,
+)
 from kdlayers._utils.tree import Path, put
 from kdlayers.errors import AttachError
 
@@ -61,11 +66,15 @@ class _FeatureHook(_Hook):
 class InsertLayer(_FeatureHook):
     """Forward hook that applies a KD layer to a module's output; the module holds the layer."""
 
-    def __init__(self, name: str, store: tuple[str, ...], path: Path, tape: Tape) -> None:
+    def __init__(
+        self, name: str, store: tuple[str, ...], path: Path, tape: Tape, biased: bool
+    ) -> None:
         self.name = name
         self.store = store
         self.path = path
         self.tape = tape
+        self.biased = biased
+        """Whether the module is a convolution or a linear layer with a bias."""
         _LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,7 +87,8 @@ class InsertLayer(_FeatureHook):
         """The KD layer of ``module``.
 
         Raises:
-            AttachError: if another tool has moved the hook to a module that has no KD layer.
+            AttachError: if another tool has moved the hook to a module that has no KD layer, or
+                has fused the module with a batch norm, which gives it a bias.
         """
         layer = descend(module, self.store)._modules.get(SLOT)  # pyright: ignore[reportPrivateUsage]
         if layer is None:
@@ -86,6 +96,12 @@ class InsertLayer(_FeatureHook):
                 f"the KD layer at {self.name!r} is missing: its module was replaced by a "
                 f"{type(module).__name__}, for example by fuse_modules; fuse before attach_kd, or "
                 "fuse bake(student), a copy whose KD layers are plain submodules"
+            )
+        if has_bias(module) != self.biased:
+            raise AttachError(
+                f"the module at {self.name!r} has been fused with a batch norm, so its KD layer "
+                "would get other features; fuse before attach_kd, or fuse bake(student), a copy "
+                "whose KD layers are plain submodules"
             )
         return layer  # type: ignore[return-value]
 

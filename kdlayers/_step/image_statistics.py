@@ -41,7 +41,7 @@ class Moments:
     def read(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, on the CPU."""
         if self._mean is None or self._square is None:
-            return torch.zeros(0), torch.zeros(0)
+            return torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu")
         mean, square = ((t / self.images).double().cpu() for t in (self._mean, self._square))
         return mean, (square - mean.square()).clamp(min=0).sqrt()
 

@@ -89,7 +89,7 @@ class Renormalize:
         """Factor and shift, ``[C, 1, 1]``; cached, because a copy to the device takes time."""
         if self._kept is None or (self._kept[0].device, self._kept[0].dtype) != (device, dtype):
             (mean, std), (other_mean, other_std) = (
-                [torch.tensor(numbers, dtype=torch.float64) for numbers in pair]
+                [torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in pair]
                 for pair in (self.student, self.teacher)
             )
             found = (std / other_std, (mean - other_mean) / other_std)

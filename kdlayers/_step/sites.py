@@ -1,11 +1,14 @@
 """Finds the modules that get a KD layer's hook and its parameters."""
 
+from collections import Counter
+from collections.abc import Collection
+
 from torch import nn
 
 from kdlayers._step.hooks import Capture, InsertLayer, descend
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
-from kdlayers._utils.torch_internals import child_table, forward_hooks, is_batch_norm
+from kdlayers._utils.torch_internals import child_table, forward_hooks, has_bias, is_batch_norm
 from kdlayers._utils.tree import Path
 from kdlayers.errors import AttachError
 
@@ -35,6 +38,17 @@ def refuse_norm(model: nn.Module, name: str) -> None:
         raise AttachError(
             f"{name!r} is a {type(module).__name__}, which convert_sync_batchnorm would replace "
             "without its KD layer; choose its parent module, or the activation after it"
+        )
+
+
+def refuse_shared(model: nn.Module, name: str, others: Collection[nn.Module]) -> None:
+    """Raise AttachError if one of the teachers' modules would get the KD layer too."""
+    site = hook_site(model, name)
+    if site in others or home_of(model, name) in others:
+        raise AttachError(
+            f"the {type(site).__name__} at the end of {name!r} belongs to the teacher too, as with "
+            "a default argument act=nn.ReLU(), so the teacher would run the KD layer; pass "
+            "copy.deepcopy(teacher)"
         )
 
 
@@ -89,7 +103,7 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
         )
     store = store_path(site)  # before add_module, which would make the slot the last child
     home.add_module(SLOT, slot)
-    hook = InsertLayer(name, store, path, tape)
+    hook = InsertLayer(name, store, path, tape, has_bias(site))
     hook.key = site.register_forward_hook(hook).id
     # An earlier handle that records this module records what the next module receives.
     for key in [key for key, other in forward_hooks(site).items() if isinstance(other, Capture)]:
@@ -110,8 +124,17 @@ def inserts(model: nn.Module) -> list[tuple[nn.Module, int, InsertLayer]]:
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
-    """The KD layers in ``model``, by the names of their points."""
-    return {hook.name: hook.slot(module) for module, _, hook in inserts(model)}
+    """The KD layers in ``model``, by the names of their points.
+
+    If ``model`` holds several students that have a point of one name, these get their full names.
+    """
+    found = inserts(model)
+    times = Counter(hook.name for _, _, hook in found)
+    whole = {module: name for name, module in model.named_modules()}
+    return {
+        hook.name if times[hook.name] == 1 else whole[module]: hook.slot(module)
+        for module, _, hook in found
+    }
 
 
 def take_out(model: nn.Module, tape: object = None) -> None:

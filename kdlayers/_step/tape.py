@@ -108,7 +108,7 @@ class Ahead:
 class Tape:
     """Whether to record, and the last forward that was recorded."""
 
-    def __init__(self, armed: bool = True) -> None:
+    def __init__(self, armed: bool = True, copies: bool = False) -> None:
         self.armed = armed
         self.manual = False
         self.active = False
@@ -116,7 +116,7 @@ class Tape:
         """Number of completed forwards that no loss has read."""
         self.generation = 0
         self.forward: Forward | None = None
-        self.copies = False
+        self.copies = copies
         """Whether the student changes its inputs in place; the teacher then gets copies."""
         self.ahead: Any = None
         """The result of ``kd.teach``."""
@@ -197,11 +197,11 @@ class Tape:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tape":
         """Copy as an empty tape: copies of the student hold no tensors and record nothing."""
-        return Tape(armed=False)
+        return Tape(False, self.copies)
 
-    def __reduce__(self) -> tuple[type["Tape"], tuple[bool]]:
+    def __reduce__(self) -> tuple[type["Tape"], tuple[bool, bool]]:
         """Pickle as an empty tape that does not record."""
-        return (Tape, (False,))
+        return (Tape, (False, self.copies))
 
 
 def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:

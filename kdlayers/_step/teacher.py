@@ -1,7 +1,7 @@
 """Runs a teacher on the student's batch, and restores its state afterwards."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
@@ -16,7 +16,7 @@ from kdlayers._models.outputs import features_of, main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, image_size, trace
 from kdlayers._models.vectors import class_key
 from kdlayers._models.wrappers import check_pair, sharded, unwrap
-from kdlayers._step.call import for_teacher
+from kdlayers._step.call import Transform, for_teacher, transformed
 from kdlayers._step.normalisation import automatic, warn_of_difference
 from kdlayers._step.recorded_teacher import RecordedTeacher, traces_of
 from kdlayers._step.sites import hook_site
@@ -26,7 +26,6 @@ from kdlayers._utils.torch_internals import buffer_table, parameter_table
 from kdlayers._utils.tree import leaves, mapped
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
-Transform: TypeAlias = Callable[[Tensor], Tensor]
 Taught: TypeAlias = tuple[Tensor | None, dict[str, Tensor]]
 """A teacher's logits, or None if no loss reads them, and its taps."""
 
@@ -267,24 +266,6 @@ def _failed(model: nn.Module, inputs: Any, error: Exception) -> CaptureError:
         f"the teacher ({type(model).__name__}) could not run on a batch of {', '.join(shapes)}: "
         f"{error}; it gets the student's images: if it needs others, convert them with "
         f"attach_kd(..., teacher_transform=...){more if len(shapes) > 1 else ''}"
-    )
-
-
-def transformed(
-    args: tuple[Any, ...], kwargs: dict[str, Any], transform: Transform
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs of a forward with the images sent through ``transform``.
-
-    The images are the first argument, or the first tensor among the keywords.
-    """
-    if args:
-        return (transform(args[0]), *args[1:]), kwargs
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return args, {**kwargs, key: transform(value)}
-    raise CaptureError(
-        "teacher_transform found no images: student(...) was called without a tensor; call "
-        "student(x) or student(name=x), or wrap the call in `with kd.batch(x):`"
     )
 
 

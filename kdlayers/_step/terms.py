@@ -307,6 +307,17 @@ def _follow(loss: nn.Module, device: torch.device, double: bool, was_double: boo
         loss.to(torch.float32)
 
 
+def _weighted(term: Term, pair: Pair, value: Tensor) -> Tensor:
+    """The value times its weight; for a weight of 0 exactly 0, even if the value is infinite."""
+    weight = pair.weight
+    if isinstance(weight, Tensor):
+        return value * weight.to(value.dtype)
+    if weight:
+        return value * weight
+    reached = (pair.student, *term.loss.parameters())  # all get a gradient of 0, as DDP expects
+    return torch.stack([tensor.flatten()[:0].sum().to(value) for tensor in reached]).sum()
+
+
 def weighted_sum(
     terms: Sequence[Term], pairs: Sequence[Pair], targets: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
@@ -321,8 +332,7 @@ def weighted_sum(
         value = term.value(pair.student, pair.teacher, targets, pair.templates)
         if not value.requires_grad:
             constant.append(term.name)
-        weight = pair.weight
-        weighted = value * (weight.to(value.dtype) if isinstance(weight, Tensor) else weight)
+        weighted = _weighted(term, pair, value)
         if weighted.dtype in NARROW:
             weighted = weighted.float()
         total = weighted if total is None else total + weighted

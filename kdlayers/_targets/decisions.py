@@ -236,7 +236,7 @@ class DecisionTargets(TemplateTargets):
         if self.ignore_index is not None and labels is not None and not is_mixed(labels):
             kept, labels = self._kept(features, labels, self.ignore_index)
             if not len(labels):
-                return student.sum() * 0.0
+                return student.flatten()[:0].sum()  # 0 times an overflow would be NaN
             student, features = student[kept], features[kept]
         return super().divergence(student, features, labels, templates=templates)
 

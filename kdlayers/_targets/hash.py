@@ -30,7 +30,7 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
 
 def derive_seed(*parts: int) -> int:
     """One seed in 0..2^63-1 from several numbers, such as the user's seed and a rank."""
-    state = torch.zeros((), dtype=torch.int64)
+    state = torch.zeros((), dtype=torch.int64, device="cpu")
     for part in parts:
         state = mix(state + _signed((part + _GOLDEN) % 2**64))
     return (int(state) % 2**64) >> 1

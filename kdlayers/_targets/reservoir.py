@@ -54,7 +54,7 @@ class Reservoir:
         self._seed = derive_seed(seed, rank())
         self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._settled = 0
-        self._counts = self._limits = torch.zeros(groups, dtype=torch.long)
+        self._counts = self._limits = torch.zeros(groups, dtype=torch.long, device="cpu")
 
     @property
     def held(self) -> int:

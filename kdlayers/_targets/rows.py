@@ -51,7 +51,7 @@ class RowFitter:
         current = self._current()
         check_features(teacher)
         rows = self._checked(teacher.detach().reshape(-1, teacher.shape[-1]))
-        labels = torch.zeros(len(rows), dtype=torch.long)
+        labels = torch.zeros(len(rows), dtype=torch.long, device="cpu")
         if current.labelled:
             if targets is None:
                 raise FitError(

@@ -66,7 +66,7 @@ def _accept(candidates: Tensor, distances: Tensor, generator: torch.Generator) -
     squares = (candidates - candidates.mean(dim=0)).square().sum(dim=1, keepdim=True)
     between = (squares - 2 * closeness(candidates, candidates)).clamp(min=0).cpu()
     start, current = distances.cpu(), distances.cpu()
-    thresholds = torch.rand(len(start), generator=generator, dtype=torch.float64) * start
+    thresholds = _uniform(len(start), generator) * start
     accepted: list[int] = []
     for i, threshold in enumerate(thresholds.tolist()):
         # Always accept the first, even if all distances are 0 (fewer distinct rows than k).
@@ -80,7 +80,12 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw indices [count] in proportion to ``weights`` [n], on the CPU for equal results."""
     totals = weights.double().cpu().cumsum(dim=0)
     if not totals[-1] > 0:
-        totals = torch.arange(1, len(weights) + 1, dtype=torch.float64)
-    points = torch.rand(count, generator=generator, dtype=torch.float64) * totals[-1]
+        totals = torch.arange(1, len(weights) + 1, dtype=torch.float64, device="cpu")
+    points = _uniform(count, generator) * totals[-1]
     index = torch.searchsorted(totals, points, right=True).clamp(max=len(weights) - 1)
     return index.to(weights.device)
+
+
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    """Numbers in 0..1 on the CPU, whatever the default device."""
+    return torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
@@ -15,6 +16,11 @@ from torch.utils.hooks import RemovableHandle
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether this is a batch or instance norm, of any number of axes, also a synchronised one."""
     return isinstance(module, _NormBase)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether this is a convolution or a linear layer with a bias."""
+    return isinstance(module, (_ConvNd, nn.Linear)) and module.bias is not None
 
 
 def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -48,6 +54,16 @@ def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def move_later_hooks(key: int, module: nn.Module, other: nn.Module) -> None:
+    """Move the forward hooks that ``module`` runs after the one at ``key`` to ``other``."""
+    keys = list(module._forward_hooks)
+    for later in keys[keys.index(key) + 1 :]:
+        other._forward_hooks[later] = module._forward_hooks.pop(later)
+        for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            if later in getattr(module, name):
+                getattr(other, name)[later] = getattr(module, name).pop(later)
 
 
 def reserve_hook_key(key: int) -> None:

@@ -34,7 +34,7 @@ class Coder(nn.Sequential):
         """Draw new weights, from ``generator`` if given, and reset the batch norms."""
         for layer in self:
             if isinstance(layer, nn.Conv2d):
-                drawn = torch.empty(layer.weight.shape, dtype=torch.float32)
+                drawn = torch.empty(layer.weight.shape, dtype=torch.float32, device="cpu")
                 drawn.normal_(0, (2 / (9 * layer.out_channels)) ** 0.5, generator=generator)
                 layer.weight.data.copy_(drawn)
             elif isinstance(layer, nn.BatchNorm2d):
@@ -121,7 +121,7 @@ class AutoEncoderFitter:
         self._epochs, self._power, self._lr, self._seed = epochs, power, lr, seed
         self._coder: AutoEncoder | None = None
         self._passes = 0
-        self._error, self._batches = torch.zeros(()), 0
+        self._error, self._batches = torch.zeros((), device="cpu"), 0
         self.stage = f"auto-encoder 1/{epochs}"
 
     def update(self, teacher: Tensor, targets: Tensor | None) -> None:  # noqa: ARG002
@@ -147,7 +147,8 @@ class AutoEncoderFitter:
         self._batches += 1
 
     def _start(self, teacher: Tensor) -> AutoEncoder:
-        with torch.random.fork_rng(devices=[]):  # `reset` draws the weights from its own generator
+        # `reset` draws the weights again, from its own generator.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             self._coder = self._make(teacher)
         self._error = self._error.to(self._coder.weight)
         generator = torch.Generator().manual_seed(self._seed)

@@ -202,9 +202,10 @@ class InheritExploreLoss(DistillLoss):
         return count
 
     def _split_channels(self, channels: int, device: torch.device) -> None:
-        order = torch.arange(channels)
+        order = torch.arange(channels, device="cpu")
         if self.split == "random":
-            order = torch.randperm(channels, generator=torch.Generator().manual_seed(self.seed))
+            draw = torch.Generator().manual_seed(self.seed)
+            order = torch.randperm(channels, generator=draw, device="cpu")
         parts = order.split([self._inherits(channels), channels - self._inherits(channels)])
         self.inherit_channels, self.explore_channels = (part.to(device) for part in parts)
 
@@ -348,7 +349,7 @@ class InheritExploreLoss(DistillLoss):
         parts = [state_dict[key] for key in keys if key in state_dict]
         if len(parts) == 2 and all(isinstance(part, Tensor) and part.dim() == 1 for part in parts):
             order = torch.cat(parts).sort().values
-            if not torch.equal(order, torch.arange(len(order)).to(order)):
+            if not torch.equal(order, torch.arange(len(order), device=order.device).to(order)):
                 raise CheckpointError(
                     "the state of InheritExploreLoss is damaged: inherit_channels and "
                     "explore_channels do not hold every channel once"

@@ -51,9 +51,9 @@ def template_colors(matches: Tensor, num_templates: int, *, top: int = len(PALET
     check.count("num_templates", num_templates)
     if not 1 <= top <= len(PALETTE):
         raise ArgumentError(f"top must be in 1..{len(PALETTE)}, the number of colours, got {top}")
-    colors = torch.tensor([OTHERS], dtype=torch.uint8).repeat(num_templates, 1)
+    colors = torch.tensor([OTHERS], dtype=torch.uint8, device="cpu").repeat(num_templates, 1)
     for color, template in zip(PALETTE, frequent(matches, num_templates)[:top], strict=False):
-        colors[template] = torch.tensor(color, dtype=torch.uint8)
+        colors[template] = torch.tensor(color, dtype=torch.uint8, device="cpu")
     return colors
 
 

@@ -76,7 +76,7 @@ def template_usage(
     student = student_inside(student)
     refuse_shards(student, "template_usage")
     name, layer = find_layer(student, at)
-    fires = torch.zeros(layer.head.num_templates, dtype=torch.int64)
+    fires = torch.zeros(layer.head.num_templates, dtype=torch.int64, device="cpu")
     best, positions = fires.clone(), 0
     layouts: dict[tuple[torch.Size, torch.Size], Layout] = {}
     for batch in loader:

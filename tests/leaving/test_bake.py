@@ -171,3 +171,20 @@ def test_special_methods_are_those_of_the_point():
     assert torch.equal(again(IMAGES), student(IMAGES))
     with pytest.raises(AttributeError, match="missing"):
         _ = model[0].missing
+
+
+@pytest.mark.parametrize("make", [bake, fold])
+def test_hooks_of_a_point_keep_their_places(make):
+    student = Net(4)
+    before = student.last[-1].register_forward_hook(lambda module, args, output: output - 0.1)
+    attach_kd(student, at=[KDPoint("last", num_templates=4)], example=IMAGES).detach()
+    student.last[-1].register_forward_hook(
+        lambda module, args, kwargs, output: output * 2, with_kwargs=True
+    )
+    student.last[-1].register_forward_hook(
+        lambda module, args, output: output.clamp(max=1.0), always_call=True
+    )
+    student.train()(IMAGES)
+    student.eval()
+    torch.testing.assert_close(make(student)(IMAGES), student(IMAGES))
+    assert before.id in student.last[-1]._forward_hooks

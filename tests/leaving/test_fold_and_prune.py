@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from torch import nn
 
 from kdlayers import KDPoint, attach_kd, fold, load_student, prune_templates, save_student
 from kdlayers._step.sites import slots
@@ -175,3 +177,31 @@ def test_pruning_refuses_weights_that_are_computed():
     torch.nn.utils.parametrizations.weight_norm(slots(student)["last"].head)
     with pytest.raises(AttachError, match="'last' has a parametrised or pruned weight"):
         prune_templates(student, [IMAGES])
+
+
+class Pair(nn.Module):
+    """Two students of one class, so that their points have the same names."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = trained(), trained()
+
+    def forward(self, x):
+        return self.left(x) + self.right(x)
+
+
+def test_two_students_in_one_model_with_points_of_one_name():
+    model = Pair()
+    expected = model(IMAGES)
+    pruned = {layer.name: layer.after for layer in prune_templates(model, [(IMAGES, LABELS)])}
+    parts = {"left": model.left, "right": model.right}
+    assert set(pruned) == {f"{n}.{m}" for n in parts for m in ("first.2", "last.1")}
+    assert all(1 <= number < 12 for number in pruned.values())
+    torch.testing.assert_close(model(IMAGES), expected)
+    torch.testing.assert_close(fold(model)(IMAGES), expected, rtol=1e-5, atol=1e-5)
+    for part in parts.values():
+        for layer in slots(part).values():
+            assert layer.head.num_templates < 12
+    torch.nn.utils.prune.identity(model.left.last[1].kd.head, "weight")
+    with pytest.raises(AttachError, match=r"'left\.last\.1' cannot be folded"):
+        fold(model)

@@ -109,3 +109,19 @@ def test_a_deep_copy_shares_the_teacher_and_a_pickle_takes_it_along():
     copied, twin_kd = copy.deepcopy((teacher, kd))
     assert twin_kd._teachers[0].model is copied  # what is copied beside the handle is used
     assert pickled((student, kd))[1]._teachers[0].model is not teacher
+
+
+class InPlace(Net):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def test_a_copy_knows_that_its_student_changes_the_images(copied):
+    student = InPlace(4).train()
+    kd = attach_kd(student, Net(6), losses=[KDLoss()], example=IMAGES)
+    found = []
+    for each, handle in ((student, kd), copied((student, kd))):
+        each(IMAGES.clone())
+        found.append(handle.loss(LABELS))
+    torch.testing.assert_close(found[0], found[1])

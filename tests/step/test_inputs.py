@@ -298,3 +298,16 @@ def test_an_empty_batch_is_refused(losses):
         kd.loss(LABELS[:0])
     student.train()(IMAGES)
     kd.loss(LABELS).backward()
+
+
+class TakesDict(Net):
+    def forward(self, inputs):
+        return super().forward(inputs["images"][0])
+
+
+def test_an_example_in_a_dict_gets_the_models_precision():
+    student, teacher = TakesDict(4).double().train(), TakesDict(6).double()
+    example = {"images": [torch.zeros(2, 3, 8, 8)]}
+    kd = attach_kd(student, teacher, losses=[KDLoss()], example=(example,))
+    student({"images": [IMAGES.double()]})
+    assert kd.loss(LABELS).dtype == torch.float64

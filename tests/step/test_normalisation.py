@@ -235,3 +235,37 @@ def test_few_images_do_not_warn_and_refit_checks_again():
         train(student, kd, normalised(pictures(48), IMAGENET))
     kd.fit([(normalised(pictures(48), IMAGENET), None)], progress=False, refit=True)
     train(student, kd, normalised(pictures(48), IMAGENET))
+
+
+IN_PLACE = v2.Normalize([0.1] * 3, [0.5] * 3, inplace=True)
+SAYS_IN_PLACE = r"in place.*inplace=True.*x\.clone\(\)"
+
+
+def test_a_transform_that_works_in_place_is_an_error():
+    # The user's batch and the next teacher would get images that were converted once more.
+    teachers = [Net(4), Net(4)]
+    with pytest.raises(ArgumentError, match=SAYS_IN_PLACE):
+        attach_kd(
+            Net(4), teachers, losses=[KDLoss()], example=pictures(), teacher_transform=IN_PLACE
+        )
+
+
+@pytest.mark.parametrize("method", ["fit", "loss"])
+def test_also_one_that_works_in_place_later(method):
+    student, images = Net(4), pictures()
+    kd = attach_kd(
+        student,
+        Net(4),
+        [KDPoint("last", targets=CodebookTargets(4))],
+        example=torch.zeros(2, 3, 32, 32),
+        teacher_transform=lambda x: IN_PLACE(x if x.any() else x.clone()),
+    )
+    zeros = torch.zeros_like(images)
+    if method == "fit":
+        with pytest.raises(ArgumentError, match=SAYS_IN_PLACE):
+            kd.fit([images], progress=False)
+        return
+    kd.fit([zeros], progress=False)
+    student(images)
+    with pytest.raises(ArgumentError, match=SAYS_IN_PLACE):
+        kd.loss(torch.arange(4))

@@ -96,3 +96,14 @@ def test_a_step_of_segmentation_with_masks():
     loss = F.cross_entropy(logits, masks, ignore_index=255) + kd.loss(masks)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_batch_without_any_label_adds_exactly_nothing(dtype):
+    features, masks, _ = data()
+    targets = DecisionTargets(2, components=2, ignore_index=255).fit([(features, masks)])
+    scores = torch.full((6, 4, 8, 6), 500.0, dtype=dtype).requires_grad_()  # their sum overflows
+    value = targets.divergence(scores, features, torch.full_like(masks, 255))
+    value.backward()
+    assert value == 0
+    assert (scores.grad == 0).all()
