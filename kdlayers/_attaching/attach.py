@@ -14,7 +14,6 @@ from kdlayers._attaching.resolve import At, resolve_points
 from kdlayers._layer.layer import check_memory
 from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
-from kdlayers._models.names import match
 from kdlayers._models.trace import Trace, trace
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import unwrap
@@ -268,14 +267,16 @@ def _loss_term(loss: DistillLoss, traced: Trace, teachers: Sequence[Teacher]) ->
     if loss.at is None:
         return Term(name, loss, teacher_index=loss.teacher_index)
     ours, theirs = loss.at if isinstance(loss.at, tuple) else (loss.at, loss.at)
-    advice = f"; if its name differs, give both: at=({ours!r}, 'its name')"
-    advice = "" if isinstance(loss.at, tuple) else advice
-    point, tap = _one(ours, traced), _one(theirs, teachers[loss.teacher_index or 0].traced, advice)
+    one = not isinstance(loss.at, tuple)
+    both = "; if its name differs, give both: at={}"
+    point = _one(ours, traced, both.format(f"('its name', {theirs!r})") if one else "")
+    teacher = teachers[loss.teacher_index or 0].traced
+    tap = _one(theirs, teacher, both.format(f"({ours!r}, 'its name')") if one else "")
     return feature_term(loss.name or f"{name}.{point}", loss, traced, teachers, point, tap)
 
 
-def _one(name: str, traced: Trace, advice: str = "") -> str:
-    found = match(name, traced.names, traced.model, traced.label, advice)
+def _one(name: str, traced: Trace, advice: str) -> str:
+    found = traced.find(name, advice)
     if len(found) > 1:
         raise ArgumentError(f"a loss reads one point, but {name!r} matches {found}; give one name")
     return found[0]

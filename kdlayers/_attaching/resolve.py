@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import nn
 
 from kdlayers._attaching.points import KDPoint
-from kdlayers._models.names import is_glob, match
+from kdlayers._models.names import is_glob
 from kdlayers._models.trace import Trace
 from kdlayers._targets import CodebookTargets, DecisionTargets, TemplateTargets
 from kdlayers.errors import ArgumentError, ArgumentTypeError
@@ -62,7 +62,7 @@ def _items(at: At) -> list[KDPoint]:
 
 def _named(point: KDPoint, student: Trace, teacher: Trace | None) -> list[KDPoint]:
     """The point with full names; one point for each name that matches a glob."""
-    found = match(point.student, student.names, student.model, "student")
+    found = student.find(point.student, _student_advice(point, teacher))
     if len(found) > 1 and (point.targets is not None or point.teacher is not None):
         raise ArgumentError(
             f"KDPoint({point.student!r}) matches {found}, but has one teacher point or one set "
@@ -79,7 +79,7 @@ def _named(point: KDPoint, student: Trace, teacher: Trace | None) -> list[KDPoin
 
 def _teacher_name(theirs: str, ours: str, point: KDPoint, teacher: Trace) -> str:
     advice = "" if point.teacher is not None else _pair_advice(ours)
-    found = match(theirs, teacher.names, teacher.model, "teacher", advice)
+    found = teacher.find(theirs, advice)
     if len(found) > 1 or (is_glob(theirs) and point.teacher is not None):
         raise ArgumentError(
             f"the teacher's point for {ours!r} must be one name, but {theirs!r} is a glob for "
@@ -87,6 +87,14 @@ def _teacher_name(theirs: str, ours: str, point: KDPoint, teacher: Trace) -> str
         )
     teacher.call(found[0])
     return found[0]
+
+
+def _student_advice(point: KDPoint, teacher: Trace | None) -> str:
+    """For a single name that only the teacher has."""
+    if teacher is None or point.teacher is not None or point.student not in teacher.names:
+        return ""
+    both = f"'name in the student': {point.student!r}"
+    return f"; the teacher has {point.student!r}: give both names, as in at={{{both}}}"
 
 
 def _pair_advice(ours: str) -> str:

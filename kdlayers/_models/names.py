@@ -62,7 +62,7 @@ def strip(name: str) -> str:
 def _no_match(pattern: str, names: Collection[str], model: nn.Module, label: str) -> str:
     """The error message for a name that does not exist."""
     # A suggestion that looks like a glob is rarely helpful.
-    near = [] if is_glob(pattern) else get_close_matches(strip(pattern), names, n=4, cutoff=0.4)
+    near = [] if is_glob(pattern) else get_close_matches(strip(pattern), names, n=4)
     hint = ", ".join(repr(name) for name in near or _stages(names)[-6:])
     unused = ""
     if _exists(pattern, model):

@@ -18,12 +18,13 @@ from kdlayers._models.layouts import (
     measured_kind,
     stated_kind,
 )
+from kdlayers._models.names import match
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
 from kdlayers._models.probe import Growth, growth
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._utils.torch_internals import child_table, is_batch_norm, runs_forward_of
 from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick, put
-from kdlayers.errors import ArgumentError, AttachError, LayoutError
+from kdlayers.errors import ArgumentError, AttachError, LayoutError, NoMatchError, RecordError
 
 
 @dataclass
@@ -69,6 +70,8 @@ class Trace:
     """Buffers that a forward in eval mode changes, such as those of quantisation observers."""
     example: tuple[Any, ...] | None = None
     """The inputs, until `release`."""
+    record: str | None = None
+    """The folder of the record that replaces the model."""
     _growth: dict[str, Growth] | None = None
     _layouts: dict[str, Layout] = field(default_factory=dict)
 
@@ -76,6 +79,24 @@ class Trace:
     def names(self) -> list[str]:
         """Names of the modules that returned features, without the model itself."""
         return [name for name in self.calls if name]
+
+    def find(self, pattern: str, advice: str = "") -> list[str]:
+        """The names that match ``pattern``, a name or a glob; ``advice`` ends the message.
+
+        Raises:
+            NoMatchError: if there is none.
+            RecordError: if there is none in a record.
+        """
+        try:
+            return match(pattern, self.names, self.model, self.label, advice)
+        except NoMatchError:
+            if self.record is None:
+                raise
+        held = ", ".join(map(repr, self.names)) or "no features, only logits"
+        raise RecordError(
+            f"the record {self.record} does not hold {pattern!r} of the teacher (it has {held}); "
+            "record again with the losses and points that you train with"
+        )
 
     def call(self, name: str) -> Call:
         """The call of module ``name``, after a check that its features can be used.

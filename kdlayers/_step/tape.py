@@ -288,10 +288,10 @@ def _is_moved(ours: Tensor, theirs: Tensor) -> bool:
 def _no_forward(student: nn.Module) -> str:
     state = "" if student.training else " (the student is in eval mode now: call student.train())"
     return (
-        "kd.loss() found no training forward of the student since the last kd.loss() or "
-        f"backward(){state}; call student(x), not student.forward(x), in train mode with "
-        "gradients, then kd.loss(y), then backward(); if you run it in another way, use `with "
-        "kd.batch(x):`"
+        "kd.loss() found no training forward of the student since the last kd.loss(), "
+        f"kd.gradient_norms() or backward(){state}; call student(x), not student.forward(x), in "
+        "train mode with gradients, then kd.loss(y), then backward(); if you run it in another "
+        "way, use `with kd.batch(x):`"
     )
 
 

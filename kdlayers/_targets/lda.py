@@ -71,9 +71,11 @@ def check_range(labels: Tensor, classes: int | None) -> int:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):
         allowed = "0 or more" if classes is None else f"0..{classes - 1} (num_classes={classes})"
+        odd = low if low < 0 else high
         raise FitError(
-            f"labels must be {allowed}, got labels from {low} to {high}; leave out positions with "
-            "an ignore label, or set DecisionTargets(num_classes=...) to the number of classes"
+            f"labels must be {allowed}, got labels from {low} to {high}; if {odd} marks positions "
+            f"without a label, pass DecisionTargets(ignore_index={odd}), otherwise "
+            "DecisionTargets(num_classes=...) with the number of classes"
         )
     return high + 1 if classes is None else classes
 

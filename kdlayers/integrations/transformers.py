@@ -23,8 +23,8 @@ class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
 
     Trainer's own loss does not change, including ``label_smoothing_factor`` and
     ``compute_loss_func``. The teacher runs in Trainer's mixed precision. Train-only parameters
-    become a group of the optimiser. Checkpoints hold ``kd.state_dict()`` as ``kd.pt``; resuming
-    loads it.
+    become a group of the optimiser. The training logs get the entries of ``kd.terms``, with the
+    prefix ``kd_``. Checkpoints hold ``kd.state_dict()`` as ``kd.pt``; resuming loads it.
 
     Args:
         args: arguments of ``transformers.Trainer``.
@@ -49,6 +49,13 @@ class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
             with self.accelerator.autocast():
                 loss = loss + self.kd.loss(labels) / self._batches_summed()
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what Trainer logs, with the terms of the last step, as ``kd_total`` and so on."""
+        if self.kd is not None and "loss" in logs:  # evaluation logs eval_loss
+            terms = {f"kd_{name}": float(value) for name, value in self.kd.terms.items()}
+            logs = {**logs, **terms}
+        super().log(logs, *args, **kwargs)
 
     def _batches_summed(self) -> int:
         """Number of batches whose losses Trainer adds up in a step without dividing them."""

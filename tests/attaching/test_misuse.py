@@ -282,3 +282,21 @@ def test_functions_take_numbers_of_numpy(name):
     given = (student, torch.randn(6, 3), *([LABELS] if name in ("dkd", "aekt") else []))
     found = function(*given, temperature=np.float32(4))
     torch.testing.assert_close(found, function(*given, temperature=4.0))
+
+
+class Extra(Net):
+    def __init__(self):
+        super().__init__(4)
+        self.extra = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+
+    def forward(self, x):
+        return super().forward(self.extra(x))
+
+
+def test_a_single_name_that_only_the_teacher_has():
+    both = r"in the student .*the teacher has 'extra'.*at=\{'name in the student': 'extra'\}"
+    with pytest.raises(NoMatchError, match=both):
+        attach_kd(Net(4), Extra(), ["extra"], example=IMAGES)
+    both = r"in the student .*give both: at=\('its name', 'extra'\)"
+    with pytest.raises(NoMatchError, match=both):
+        attach_kd(Net(4), Extra(), losses=[FitNetLoss(at="extra")], example=IMAGES)

@@ -94,6 +94,19 @@ def test_label_smoothing_stays_and_evaluation_is_plain(tmp_path):
         torch.testing.assert_close(loss, own + kd.terms["total"] if training else own)
 
 
+def test_the_terms_are_in_the_training_logs(tmp_path):
+    trainer = run(tmp_path, eval_strategy="epoch", logging_strategy="steps", logging_steps=1)
+    training = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(training) == 4
+    terms = {f"kd_{name}": float(value) for name, value in trainer.kd.terms.items()}
+    assert {"kd_total", "kd_KDLoss", f"kd_TemplateLoss.{POINT}"} <= set(terms)
+    assert terms.items() <= training[-1].items()
+    assert all(entry["loss"] > entry["kd_total"] > 0 for entry in training)
+    others = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert others
+    assert not any(key.startswith("kd_") for entry in others for key in entry)
+
+
 def test_train_only_parameters_are_a_group_of_the_optimiser(tmp_path):
     _, _, kd, trainer = attached(tmp_path, [AEKTLoss()])
     groups = trainer.create_optimizer().param_groups

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdlayers import ChannelWiseLoss, FeatureLoss, KDLoss, RecordedTeacher, attach_kd
-from kdlayers.errors import ArgumentError
+from kdlayers.errors import ArgumentError, RecordError
 from tests.records.test_training import EXAMPLE, LOSSES, Net, Tokens, setup, step
 
 
@@ -120,3 +120,15 @@ def test_what_was_applied_while_recording_is_refused_later(options, tmp_path):
             example=EXAMPLE,
             **options,
         )
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["logits only", "another point"])
+def test_a_point_that_the_record_lacks(held, tmp_path):
+    torch.manual_seed(0)
+    losses = [FeatureLoss(at="body")] if held else [ChannelWiseLoss()]
+    kd = attach_kd(Maps(4), Maps(6), losses=losses, example=EXAMPLE)
+    kd.record(data(), tmp_path / "r", views=1, progress=False)
+    has = "'body'" if held else "no features, only logits"
+    for options in ({"losses": [FeatureLoss(at="head")]}, {"at": ["head"]}):
+        with pytest.raises(RecordError, match=rf"'head' of the teacher \(it has {has}\); record"):
+            attach_kd(Maps(4), RecordedTeacher(tmp_path / "r"), example=EXAMPLE, **options)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kdlayers import CodebookTargets, DecisionTargets, KDPoint, attach_kd
-from kdlayers.errors import ArgumentTypeError, ShapeError
+from kdlayers.errors import ArgumentTypeError, FitError, ShapeError
 from tests import reference
 
 
@@ -29,6 +29,15 @@ def test_masks_are_brought_to_the_grid_by_the_nearest_pixel():
     assert torch.equal(one.soft_assignment(features, masks), two.soft_assignment(features, small))
     with pytest.raises(ShapeError, match=r"must be \[6\] or \[6, 4, 8\], got"):
         one.soft_assignment(features, masks[:3])
+
+
+@pytest.mark.parametrize("label", [-1, 255])
+def test_a_label_for_no_class_is_an_error_that_names_it(label):
+    features, masks, _ = data()
+    masks[masks == 255] = label
+    message = rf"if {label} marks positions without a label, pass .*ignore_index={label}\)"
+    with pytest.raises(FitError, match=message):
+        DecisionTargets(2, components=2, num_classes=3).fit([(features, masks)])
 
 
 @pytest.mark.parametrize("templates", [False, True])
