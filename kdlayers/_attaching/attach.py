@@ -252,7 +252,9 @@ def _terms(
             with torch.device("cpu"):  # whatever the default device: the seed is the CPU's
                 term.loss.build(*example_pair(term, traced, teachers))
         except ShapeError as error:
-            raise ShapeError(f"{term.name}: {error}") from None
+            said = str(error)
+            whose = "" if said.startswith(term.name) else f"{term.name}: "
+            raise ShapeError(f"{whose}{said}") from None
         term.loss.to(traced.logits.device)
     return terms
 
