@@ -22,9 +22,9 @@ from kdlayers._models.outputs import features_of, main_output
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import (
+    BIASED,
     current_backward,
     drop_hooks,
-    has_bias,
     reserve_hook_key,
 )
 from kdlayers._utils.tree import Path, put
@@ -264,6 +264,11 @@ def unguard_hooks() -> None:
         from torch import _dynamo
 
         _dynamo.config.skip_nnmodule_hook_guards = _FOUND.pop()
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether this is a convolution or a linear layer with a bias."""
+    return isinstance(module, BIASED) and module.bias is not None
 
 
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:

@@ -5,10 +5,10 @@ from collections.abc import Collection
 
 from torch import nn
 
-from kdlayers._step.hooks import Capture, InsertLayer, descend
+from kdlayers._step.hooks import Capture, InsertLayer, descend, has_bias
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
-from kdlayers._utils.torch_internals import child_table, forward_hooks, has_bias, is_batch_norm
+from kdlayers._utils.torch_internals import child_table, forward_hooks, is_batch_norm
 from kdlayers._utils.tree import Path
 from kdlayers.errors import AttachError
 

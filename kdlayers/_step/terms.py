@@ -307,15 +307,22 @@ def _follow(loss: nn.Module, device: torch.device, double: bool, was_double: boo
         loss.to(torch.float32)
 
 
-def _weighted(term: Term, pair: Pair, value: Tensor) -> Tensor:
-    """The value times its weight; for a weight of 0 exactly 0, even if the value is infinite."""
-    weight = pair.weight
-    if isinstance(weight, Tensor):
-        return value * weight.to(value.dtype)
-    if weight:
-        return value * weight
-    reached = (pair.student, *term.loss.parameters())  # all get a gradient of 0, as DDP expects
-    return torch.stack([tensor.flatten()[:0].sum().to(value) for tensor in reached]).sum()
+class _Nothing(torch.autograd.Function):
+    """The number 0, which depends on a tensor and gives it no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # noqa: ARG004
+        return None
+
+
+def _nothing(term: Term, pair: Pair, value: Tensor) -> Tensor:
+    """The value times a weight of 0; exactly 0, where 0 times an infinite value would be NaN."""
+    zero: Tensor = _Nothing.apply(pair.student).to(value)
+    return sum((p.flatten()[:0].sum().to(value) for p in term.loss.parameters()), zero)
 
 
 def weighted_sum(
@@ -332,7 +339,11 @@ def weighted_sum(
         value = term.value(pair.student, pair.teacher, targets, pair.templates)
         if not value.requires_grad:
             constant.append(term.name)
-        weighted = _weighted(term, pair, value)
+        weight = pair.weight
+        if isinstance(weight, Tensor):
+            weighted = value * weight.to(value.dtype)
+        else:
+            weighted = value * weight if weight else _nothing(term, pair, value)
         if weighted.dtype in NARROW:
             weighted = weighted.float()
         total = weighted if total is None else total + weighted

@@ -12,15 +12,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+BIASED = (_ConvNd, nn.Linear)
+"""Modules that can be fused with a batch norm after them, and then have a bias."""
+
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether this is a batch or instance norm, of any number of axes, also a synchronised one."""
     return isinstance(module, _NormBase)
-
-
-def has_bias(module: nn.Module) -> bool:
-    """Whether this is a convolution or a linear layer with a bias."""
-    return isinstance(module, (_ConvNd, nn.Linear)) and module.bias is not None
 
 
 def child_table(module: nn.Module) -> dict[str, nn.Module | None]:

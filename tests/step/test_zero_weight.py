@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from kdlayers import AEKTLoss, FitNetLoss, KDLoss, attach_kd
 from kdlayers.schedules import LinearWarmup
 from tests.nets import Net, batch
+from tests.two_ranks import connect, on_two_ranks
 
 IMAGES, LABELS = batch()
 
@@ -32,8 +35,7 @@ def test_an_infinite_value_does_not_reach_the_sum():
 
 @pytest.mark.parametrize("weight", [0.0, LinearWarmup(10)])
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
-def test_all_parameters_that_it_reaches_get_a_gradient_of_zero(weight, precision):
-    # A wrapper such as DistributedDataParallel waits for the gradient of every parameter.
+def test_a_step_in_which_nothing_counts(weight, precision):
     student, teacher = Net(4).to(precision).train(), Net(6).to(precision)
     kd = attach_kd(student, teacher, losses=[AEKTLoss(weight=weight)], example=IMAGES)
     student(IMAGES.to(precision))
@@ -41,5 +43,34 @@ def test_all_parameters_that_it_reaches_get_a_gradient_of_zero(weight, precision
     total.backward()
     assert total == 0
     assert total.dtype == precision
-    for parameter in (*student.parameters(), *kd.parameters()):
-        assert (parameter.grad == 0).all()
+    assert all((parameter.grad == 0).all() for parameter in kd.parameters())
+    assert all(p.grad is None or (p.grad == 0).all() for p in student.parameters())
+
+
+def warming_up(rank):
+    """Steps without labels, whose only term has a weight of 0 at first."""
+    connect(rank)
+    torch.manual_seed(0)
+    student = Net(4).train()
+    losses = [KDLoss(weight=LinearWarmup(2)), FitNetLoss(at="last", weight=LinearWarmup(2))]
+    kd = attach_kd(student, Net(6), losses=losses, example=IMAGES)
+    called = DistributedDataParallel(student)
+    optimizer = torch.optim.SGD([*student.parameters(), *kd.parameters()], 0.1)
+    before = [p.clone() for p in student.parameters()]
+    for step in range(3):
+        optimizer.zero_grad()
+        called(IMAGES[rank::2])
+        kd.loss().backward()
+        optimizer.step()
+        still = all(map(torch.equal, before, student.parameters()))
+        assert still == (step == 0)
+    values = torch.cat([p.detach().flatten() for p in student.parameters()])
+    mean = values.clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(values, mean / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_processes_stay_together_in_a_warm_up():
+    on_two_ranks(warming_up)
