@@ -315,7 +315,7 @@ class _Nothing(torch.autograd.Function):
         return tensor.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:  # noqa: ARG004
+    def backward(ctx: Any, *grad_outputs: Any) -> None:  # noqa: ARG004
         return None
 
 
