@@ -60,7 +60,7 @@ def options(about: str, epochs: int = 30) -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="DIR", help="train/CLASS/ and val/CLASS/; default: digits")
     add("--epochs", type=int, default=epochs, help="epochs of the student; default: %(default)s")
     add("--quick", action="store_true", help="few images and epochs, to check that all works")
-    add("--out", type=Path, default=out, help=f"folder for the output files; default: {out}")
+    add("--out", type=Path, default=out, help=f"output, with --data in DIR's name; default: {out}")
     return parser
 
 
@@ -68,6 +68,8 @@ def load(args: argparse.Namespace) -> Images:
     """The images that the command line asks for."""
     end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)]
     images = digits(end) if args.data is None else folder(args.data, end)
+    if args.data is not None:  # the teacher of other images stays as it is
+        args.out = args.out / args.data.resolve().name
     args.out.mkdir(parents=True, exist_ok=True)
     if args.quick:
         args.epochs, images = min(args.epochs, 2), images.first(400, 300)

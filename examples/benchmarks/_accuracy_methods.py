@@ -53,7 +53,7 @@ class Options:
     aekt_weight: float = option(0.2, "weight of AEKTLoss after its warm-up")
     aekt_clip: float = option(10.0, "ratio_clip of AEKTLoss")
     aekt_gamma: float = option(1.0, "gamma of AEKTLoss; the form ratio gets a tenth of it")
-    warmup: int = option(4, "warm-up epochs of DKDLoss and AEKTLoss")
+    warmup: int = option(4, "epochs over which the weight of DKDLoss and AEKTLoss rises to 1")
     skd_grad_scale: float = option(0.01, "simplifier_grad_scale of StudentFriendlyKDLoss")
     fitnet_weight: float = option(10.0, "weight of FitNetLoss")
     feature_weight: float = option(1.0, "weight of FeatureLoss, with its default distance")
@@ -115,7 +115,7 @@ def dkd(o: Options) -> Recipe:
         "temperature": o.kd_temperature,
         "beta": o.dkd_beta,
         "weight": o.dkd_weight,
-        "warmup": o.warmup,
+        "ramp": o.warmup,
     }
 
 
@@ -127,8 +127,8 @@ def aekt(o: Options, form: str) -> Recipe:
 
 def skd(o: Options, base: Recipe) -> Recipe:
     """The simplifier in front of another loss; weight and warm-up move from it to the whole."""
-    inner = {key: value for key, value in base.items() if key not in ("weight", "warmup")}
-    outer = {key: value for key, value in base.items() if key in ("weight", "warmup")}
+    inner = {key: value for key, value in base.items() if key not in ("weight", "ramp")}
+    outer = {key: value for key, value in base.items() if key in ("weight", "ramp")}
     scale = o.skd_grad_scale
     return {"loss": "StudentFriendlyKDLoss", "simplifier_grad_scale": scale, "base": inner} | outer
 
@@ -204,7 +204,7 @@ def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
 def completed(part: Recipe, o: Options, classes: int) -> Recipe:
     """The recipe with all settings that ``part`` does not give."""
     losses = part.get("losses", [])
-    plain_kd = any(loss["loss"] == "KDLoss" for loss in losses)
+    plain_kd = any("KDLoss" in (x["loss"], x.get("base", {}).get("loss")) for x in losses)
     layers, supervised = part.get("layers", []), part.get("supervised", True)
     recipe: Recipe = {
         "student": o.student,
@@ -299,15 +299,18 @@ def names(at: str) -> str | tuple[str, str]:
 
 
 def loss(part: Recipe, steps: int) -> DistillLoss:
-    """Create a loss from its recipe: class, arguments, and warm-up epochs of its weight."""
-    arguments = {k: v for k, v in part.items() if k not in ("loss", "warmup", "base", "weight")}
+    """Create a loss from its recipe: class, arguments, and the ramp of its weight."""
+    arguments = {k: v for k, v in part.items() if k not in ("loss", "ramp", "base", "weight")}
     if "at" in part:
         arguments["at"] = names(part["at"])
     if "base" in part:
         arguments["base"] = loss(part["base"], steps)
     weight = part.get("weight", 1.0)
-    if "warmup" in part:
-        arguments["weight"] = weight * LinearWarmup(part["warmup"], steps_per_epoch=steps)
+    if "ramp" in part:
+        # In epoch e, counted from 0, min((e + 1) / epochs, 1), as in the code of DKD's authors.
+        epochs = part["ramp"]
+        ramp = LinearWarmup(epochs - 1, start=1 / epochs, steps_per_epoch=steps)
+        arguments["weight"] = weight * ramp
     else:
         arguments["weight"] = weight
     return getattr(kdlayers, part["loss"])(**arguments)

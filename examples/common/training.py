@@ -20,6 +20,8 @@ from kdlayers import KDHandle
 Batches = Iterable[tuple[Tensor, Tensor]]
 Recipe = dict[str, Any]
 Terms = dict[str, Tensor]
+MEASURED = {"teacher.accuracy"}
+"""Entries of a recipe that may differ a little between devices; ``teacher.weights`` does not."""
 
 
 def optimise(
@@ -174,7 +176,8 @@ class Training:
     def _resume(self) -> None:
         saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         ours, theirs = flat(self.recipe), flat(saved["recipe"])
-        keys = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
+        known = (ours.keys() | theirs) - MEASURED
+        keys = sorted(key for key in known if ours.get(key) != theirs.get(key))
         if keys:
             said = ", ".join(f"{k} {theirs.get(k)!r}, now {ours.get(k)!r}" for k in keys)
             raise SystemExit(

@@ -107,7 +107,7 @@ def find_teacher(
     path = args.teacher_checkpoint
     if path is None:
         path = args.out / f"teacher-{name}.pt"
-        if args.train_teacher:
+        if args.train_teacher and not path.exists():
             train_teacher(teacher, name, recipe, images, path, args)
         elif not path.exists():
             raise SystemExit(

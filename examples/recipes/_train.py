@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from common.testing import accuracy, parameters
 from common.training import Batches, Recipe, Training, device_name, is_first, rank, say
 from torch import nn
@@ -94,6 +95,7 @@ def report(training: Training, test: Batches, every: int) -> None:
             line += f", {name} {value:.4g}"
     line += f"; lr {recipe['lr'] * factor(recipe, epoch - 1):.2g}, {training.seconds[-1]:.1f} s"
     if every and epoch % every == 0:
+        share_buffers(training.model)
         line += f"; test {accuracy(training.model, test).top1:.2f} %"
     say(line)
 
@@ -103,6 +105,13 @@ def measured(teacher: nn.Module, name: str, test: Batches) -> Recipe:
     top1 = accuracy(teacher, test).top1
     say(f"teacher {name}: {top1:.2f} % of the test images")
     return {"network": name, "weights": digest(teacher), "accuracy": round(top1, 2)}
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers, as DDP does only before a training forward."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def digest(model: nn.Module) -> str:
@@ -125,6 +134,7 @@ def finish(training: Training, test: Batches, published: Recipe, *, take_out: bo
     """
     if training.kd is not None:
         (training.kd.remove if take_out else training.kd.detach)()
+    share_buffers(training.model)
     found = accuracy(training.model, test)
     if not is_first():
         return

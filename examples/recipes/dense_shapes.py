@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=600, help="default: 600")
     parser.add_argument("--out", type=Path, help="file to append the lines to")
     args = parser.parse_args()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     run = segment if args.task == "segmentation" else detect
     test = shapes(TEST_IMAGES, seed=999)
     kinds = ("lraspp", "deeplab") if args.task == "segmentation" else ("Faster R-CNN",)

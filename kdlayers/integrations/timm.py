@@ -1,5 +1,8 @@
 """A task of timm's train script with a distillation loss added to its own."""
 
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,10 +54,21 @@ class KDTask:
         self.kd = kd
 
     def __getattr__(self, name: str) -> Any:
-        """Forward all other attributes to the task."""
+        """Forward all other attributes to the task; methods that return the task return this."""
         if name.startswith("__") or name == "task":  # copying and pickling ask before it exists
             raise AttributeError(name)
-        return getattr(self.task, name)
+        found = getattr(self.task, name)
+        return self._returning_this(found) if isinstance(found, MethodType) else found
+
+    def _returning_this(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``; where it returns the task, as ``to`` and ``train`` do, return this."""
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            returned = method(*args, **kwargs)
+            return self if returned is self.task else returned
+
+        return call
 
     def __call__(self, images: Any, target: Tensor) -> dict[str, Tensor]:
         """The task's results, with the distillation loss added to ``loss``, and as ``kd_loss``.
@@ -68,11 +82,6 @@ class KDTask:
         inner = result.get("kd_loss")  # of another handle
         whole = loss if inner is None else inner + loss
         return {**result, "loss": result["loss"] + loss, "kd_loss": whole}
-
-    def prepare_distributed(self, *args: Any, **kwargs: Any) -> "KDTask":
-        """Call the task's method, which wraps the student in DDP."""
-        self.task.prepare_distributed(*args, **kwargs)
-        return self
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the task's parameters and the train-only parameters."""

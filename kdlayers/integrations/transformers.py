@@ -71,7 +71,8 @@ class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         extra = [] if made or self.kd is None else list(self.kd.parameters())
         if extra:
-            optimizer.add_param_group({"params": extra})
+            # Without the entry, the group would have the decay that is the optimiser's own default.
+            optimizer.add_param_group({"params": extra, "weight_decay": self.args.weight_decay})
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -241,9 +241,11 @@ def test_probes_see_both_sides_of_a_layer(splits):
 
 
 def test_weights_are_those_of_the_recipe(splits):
-    warm = loss({"loss": "DKDLoss", "weight": 2.0, "warmup": 4}, 10)
-    assert warm.weight(4 * 10) == pytest.approx(2.0)
-    assert warm.weight(10) < 1.0
+    for ramp in (1, 4):  # as in the code of DKD's authors, whose epochs count from 1
+        warm = loss({"loss": "DKDLoss", "weight": 2.0, "ramp": ramp}, 10)
+        found = [warm.weight(10 * epoch + step) for epoch in range(6) for step in (0, 9)]
+        expected = [2.0 * min(epoch / ramp, 1) for epoch in range(1, 7) for _ in (0, 9)]
+        assert found == pytest.approx(expected)
     options = Options(templates=8, subclasses=1, layer_weight=3.0, layer_weight_beside=0.5)
     for method, weight in (("letKD-1", 3.0), ("letKD-1 + KD", 0.5)):
         student, (x, _) = (
