@@ -93,11 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
         for name in args.methods or methods:
             recipe = common_recipe(args) | {"teacher": regime.facts["recipe_hash"]} | methods[name]
             kept = args.cache / f"{digest(recipe)}-{seed}.run"
-            if key(name, recipe, seed) in finished(args.out):
+            if key(name, recipe, seed) in finished(args.out, args.tuning):
                 continue
             with claimed(kept.with_suffix(".lock")) as mine:
                 # Another process may have finished the run since the file was read.
-                if mine and key(name, recipe, seed) not in finished(args.out):
+                if mine and key(name, recipe, seed) not in finished(args.out, args.tuning):
                     complete(name, recipe, seed, regime, kept)
 
 
@@ -135,6 +135,7 @@ def run(name: str, recipe: Recipe, seed: int, regime: Regime, kept: Path) -> dic
         "validation_accuracy": accuracy(student, held_out.batches()).top1 if held_out else None,
         "test_accuracy": None if args.tuning else accuracy(student, splits.test.batches()).top1,
         "training_accuracy": accuracy(student, split.batches()).top1,
+        "images_hash": split.digest(),
         "parameters": parameters(student),
         "macs": macs(student, splits),
         "seconds_per_epoch": round(sum(training.seconds) / recipe["epochs"], 3),
@@ -150,6 +151,8 @@ def run(name: str, recipe: Recipe, seed: int, regime: Regime, kept: Path) -> dic
 
 def with_widths(options: Options, regime: Regime) -> Options:
     """The options, with the widths at which control students are as large as letKD-2's."""
+    if not any(name.startswith("wider") for name in regime.args.methods or ["wider"]):
+        return options
     splits, teacher = regime.splits, regime.teacher
     larger = new_model(options.student, splits, 0, width=options.width).to(device_of(teacher))
     example = splits.blank(2).to(device_of(teacher))
@@ -252,12 +255,19 @@ def key(method: str, recipe: Recipe, seed: int) -> tuple[str, str, int]:
     return method, digest(recipe), seed
 
 
-def finished(path: Path) -> set[tuple[str, str, int]]:
-    """The runs in a file. It is read each time, because other processes may write to it."""
+def finished(path: Path, tuning: bool) -> set[tuple[str, str, int]]:
+    """The runs in a file, with ``tuning`` those without a test accuracy.
+
+    The file is read each time, because other processes may write to it.
+    """
     if not path.exists():
         return set()
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return {(line["method"], line["recipe_hash"], line["seed"]) for line in lines}
+    return {
+        (line["method"], line["recipe_hash"], line["seed"])
+        for line in lines
+        if (line["test_accuracy"] is None) == tuning
+    }
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -344,6 +354,8 @@ def parse(
     trained = args.teacher_checkpoint is None and args.data == "fashion-mnist"
     if not args.validation and (args.tuning or trained):
         parser.error("--tuning and a teacher trained here need images: pass --validation N")
+    if 0 < args.images < args.batch_size:
+        parser.error(f"--images {args.images} is less than a batch of {args.batch_size}")
     unknown = set(args.methods or ()) - set(recipes(chosen(args)))
     if unknown:
         parser.error(f"no method {sorted(unknown)}; the methods are {list(recipes(chosen(args)))}")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _accuracy_earlier import earlier_table
 from _accuracy_forest import DARK, draw_forest, rows_of
+from _accuracy_lines import by_method, read
 from _accuracy_methods import Options, recipes
 from _accuracy_overview import DRAWN, Entry, overview
 from _accuracy_published import published_table
@@ -47,12 +48,6 @@ from _accuracy_words import (
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA, PAGE = ROOT / "docs" / "data" / "results", ROOT / "docs" / "results.md"
-
-# The settings that all methods of a regime share.
-COMMON = (
-    *("data", "teacher", "student", "validation", "images", "draw", "views", "padding", "flips"),
-    *("epochs", "batch_size", "lr", "weight_decay", "precision"),
-)
 
 # For each control: a method, the method it is compared with, and the question it answers.
 CONTROLS = (
@@ -242,43 +237,6 @@ def regime(path: Path, runs: dict[str, list[Line]]) -> str:
 def headed(heading: str, body: str, *more: str) -> tuple[str, ...]:
     """A section with its heading; nothing if its body is empty."""
     return (heading, body, *more) if body else ()
-
-
-# ------------------------------------------------------------------ reading
-
-
-def read(path: Path) -> list[Line]:
-    """The lines of a file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
-
-
-def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """Lines by method, sorted by seed.
-
-    Raises:
-        SystemExit: if the lines mix devices or common settings, or a method has two recipes or two
-            runs of one seed.
-    """
-    runs: dict[str, list[Line]] = {}
-    for line in lines:
-        runs.setdefault(line["method"], []).append(line)
-    if len({line.get("device") for own in runs.values() for line in own}) > 1:
-        raise SystemExit("there are runs of several devices: put them into separate files")
-    for name in COMMON:
-        found = {line.get("recipe", {}).get(name) for own in runs.values() for line in own}
-        if len(found) > 1:
-            raise SystemExit(
-                f"there are runs with {name} {' and '.join(sorted(map(str, found)))}, which cannot "
-                "be compared: put them into separate files"
-            )
-    for name, own in runs.items():
-        if len({line["recipe_hash"] for line in own}) > 1:
-            raise SystemExit(f"{name!r} has runs of several recipes: put them into separate files")
-        if len({line["seed"] for line in own}) < len(own):
-            raise SystemExit(f"{name!r} has two runs of one seed")
-    order = {name: index for index, name in enumerate(recipes(Options()))}
-    names = sorted(runs, key=lambda name: order.get(name, len(order)))
-    return {name: sorted(runs[name], key=lambda line: line["seed"]) for name in names}
 
 
 # ------------------------------------------------------------------ parts of a regime

@@ -37,6 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and write one file."""
     args = accuracy.parse(arguments, description=__doc__, out="runs/supervision.json")
     torch.set_num_threads(args.threads)
+    if not args.views:
+        raise SystemExit(
+            "the teacher's record is measured: pass --regime cifar100-10000, or --views N"
+        )
     regime = prepared(args, accuracy.teacher_recipe(args))
     _, _, replay = regime.given(accuracy.common_recipe(args), 0)
     seen = Places(replay.record, args.first, args.last)

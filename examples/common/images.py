@@ -6,6 +6,7 @@ single images in worker processes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,12 @@ class Images:
     def to(self, device: torch.device | str) -> Images:
         """These images on ``device``."""
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def digest(self) -> str:
+        """A hash of pixels and labels, in their order: twelve hexadecimal digits."""
+        found = hashlib.sha256(self.pixels.cpu().numpy().tobytes())
+        found.update(self.labels.cpu().numpy().tobytes())
+        return found.hexdigest()[:12]
 
     def batches(self, size: int = 500) -> Batches:
         """Batches of all images, in order, without augmentation."""

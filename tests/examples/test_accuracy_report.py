@@ -78,6 +78,16 @@ def test_it_says_where_the_validation_images_are_from(validation, tuned):
 def test_recipes_and_seeds_are_not_mixed():
     with pytest.raises(SystemExit, match="several recipes"):
         report.by_method(lines("KD", [1.0]) + lines("KD", [2.0, 3.0], "b")[1:])
+    tuned = [line | {"test_accuracy": None} for line in lines("KD", [1.0])]
+    with pytest.raises(SystemExit, match=r"'KD' has a run of --tuning: put it into a file \*"):
+        report.by_method(tuned)
+    noted, others = (
+        [line | {"images_hash": value} for line in lines(method, [1.0, 2.0])]
+        for method, value in (("KD", "a"), ("DKD", "b"))
+    )
+    with pytest.raises(SystemExit, match="runs of seed 0 have other images: use the same --root"):
+        report.by_method(noted + others)
+    assert set(report.by_method(noted + lines("DKD", [1.0]))) == {"KD", "DKD"}
     other = [line | {"device": "cuda"} for line in lines("DKD", [1.0])]
     with pytest.raises(SystemExit, match="several devices"):
         report.by_method(lines("KD", [1.0]) + other)
