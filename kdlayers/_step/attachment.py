@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdlayers._layer.layer import KDLayer
@@ -11,7 +12,7 @@ from kdlayers._step.state import load_state, state_of
 from kdlayers._step.summary import summarise
 from kdlayers._step.tape import Tape
 from kdlayers._step.teacher import Teacher
-from kdlayers._step.terms import Term
+from kdlayers._step.terms import Term, follow
 
 
 class Attachment:
@@ -98,6 +99,10 @@ class Attachment:
             KDLayersWarning: if a teacher's weights are not those that the state was saved with. A
                 sharded teacher, and a student of :func:`kdlayers.attach_mutual`, are not compared.
         """
+        places = {(p.device, p.dtype == torch.float64) for p in self.student.parameters()}
+        if len(places) == 1:  # as the first step would, so that the optimiser's state fits too
+            for term in self._terms:
+                follow(term.loss, *next(iter(places)), was_double=False)
         self.step = load_state(self._terms, self._teachers, slots(self.student), state)
         self._look_again()
 

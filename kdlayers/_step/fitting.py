@@ -5,6 +5,7 @@ from typing import Any
 
 from kdlayers._models.detectors import Pictures
 from kdlayers._models.undisturbed import cuda_devices
+from kdlayers._records.dataset import is_key
 from kdlayers._step.batches import as_batch, split_batch
 from kdlayers._step.grids import StudentGrids
 from kdlayers._step.image_statistics import ImageStatistics
@@ -44,6 +45,7 @@ def fit_terms(
             inputs, labels = split_batch(ready)
             if index == 0:
                 images.of_fit(inputs)
+            labels = None if is_key(labels) else labels  # a record of images without labels
             yield teacher_tensors(plan, grids, ready, inputs), labels
 
     if fitters:

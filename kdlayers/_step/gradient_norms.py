@@ -99,6 +99,9 @@ def _squares(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor |
         squares = [_square(g, scale) if isinstance(g, Tensor) else None for g in grads]
         if all(square is None or square.isfinite() for square in squares):
             break
+    if any(square for square in squares if square is not None):
+        # A compiled graph gives zeros, not None, to parameters that the value does not reach.
+        return [square if square is not None and square else None for square in squares]
     return squares
 
 

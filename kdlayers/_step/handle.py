@@ -21,7 +21,7 @@ from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Pair, Plan, Term, weighted_sum
-from kdlayers._utils.distributed import connected
+from kdlayers._utils.distributed import alone, connected
 from kdlayers.errors import CaptureError, NotFittedError
 
 
@@ -208,7 +208,7 @@ class KDHandle(Learning):
                 student; also as :meth:`loss`.
         """
         plan, pairs, labels, _ = self._read(targets, logits, recorded, compiling=False)
-        with nullcontext() if self._ranks is None else self._ranks.pause():
+        with alone(), nullcontext() if self._ranks is None else self._ranks.pause():
             return gradient_norms(self.student, plan.terms, pairs, labels, task)
 
     @contextmanager

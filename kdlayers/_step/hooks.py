@@ -113,6 +113,9 @@ class InsertLayer(_FeatureHook):
         features, scores, templates = self.slot(module)(features, insert=True)
         if tape.active and tape.forward is not None:
             tape.forward.record_scores(self.name, (scores, templates))
+        elif tape.armed and torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # A recomputation in backward needs the graph of the forward, which returns the scores.
+            tape.spare = scores, templates
         return put(output, path, features) if path else features
 
 

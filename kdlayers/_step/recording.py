@@ -232,7 +232,7 @@ def teacher_tensors(plan: Plan, student: StudentGrids, batch: Any, images: Any) 
     The teachers run on the batch's images, or a record is read where the batch has its keys.
     """
     args = images if isinstance(images, tuple) else (images,)
-    key = batch[2] if isinstance(batch, (tuple, list)) and len(batch) == 3 else None
+    key = batch[-1] if isinstance(batch, (tuple, list)) else None
     if key is not None and is_key(key):
         ours = student.of(plan.terms, args)
         reader, rows = rows_of(key)

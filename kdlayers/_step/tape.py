@@ -120,12 +120,14 @@ class Tape:
         """Whether the student changes its inputs in place; the teacher then gets copies."""
         self.ahead: Any = None
         """The result of ``kd.teach``."""
+        self.spare: Scores | None = None
+        """Scores of a recomputation, which no loss reads."""
         self.ranks: Any = None
         """Keeps train-only parameters equal on all ranks; None if there are none."""
 
     def consume(self) -> None:
         """Drop everything, including the count of forwards that no loss has read."""
-        self.forward = None
+        self.forward = self.spare = None
         self.done = 0
         self.generation += 1
 
@@ -133,7 +135,7 @@ class Tape:
         """Drop the tensors of a forward that raised, and the teacher's tensors for it."""
         self.active = False
         self.ahead = None
-        self.forward = None
+        self.forward = self.spare = None
 
     def read(self, wanted: Wanted, student: nn.Module, logits: Any) -> tuple[Forward, Tensor]:
         """Return the last forward and its logits, once: a second call raises an error.

@@ -276,7 +276,7 @@ class Plan:
             place = (student.device, student.dtype == torch.float64)
             if term.place != place:
                 was_double = term.place is not None and term.place[1]
-                _follow(term.loss, *place, was_double)
+                follow(term.loss, *place, was_double)
                 term.place = place
             pairs.append(Pair(student, templates, teacher, term.loss.weight_at(step)))
         return pairs
@@ -291,7 +291,7 @@ class Plan:
         return torch.stack(parts).sum(0)
 
 
-def _follow(loss: nn.Module, device: torch.device, double: bool, was_double: bool) -> None:
+def follow(loss: nn.Module, device: torch.device, double: bool, was_double: bool) -> None:
     """Move the loss to the student's device, and to float64 and back with a student in float64.
 
     Losses compute in float32 for all other dtypes. Parameters keep their identity for the
@@ -341,7 +341,8 @@ def weighted_sum(
             constant.append(term.name)
         weight = pair.weight
         if isinstance(weight, Tensor):
-            weighted = value * weight.to(value.dtype)
+            factor = weight.to(value)
+            weighted = torch.where(factor != 0, value * factor, 0.0)
         else:
             weighted = value * weight if weight else _nothing(term, pair, value)
         if weighted.dtype in NARROW:

@@ -74,7 +74,10 @@ class RowFitter:
         for block in self._blocks.flush():
             self._feed(current, *block)
         if not self._rows:
-            raise FitError("fit() got batches without a single row: all were empty")
+            every = "all were empty"
+            if self._ignore_index is not None:
+                every += f", or all their labels were ignore_index={self._ignore_index}"
+            raise FitError(f"fit() got batches without a single row: {every}")
 
     @torch.no_grad()
     def end_pass(self) -> bool:

@@ -1,6 +1,7 @@
 """Sums and rows combined over the ranks of ``torch.distributed``; no-ops in a single process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import distributed as dist
 from kdlayers.errors import KDLayersError, RecordError
 
 T = TypeVar("T")
+_ALONE: list[bool] = []
 
 
 def connected() -> bool:
@@ -18,8 +20,18 @@ def connected() -> bool:
 
 
 def world_size() -> int:
-    """Number of ranks; 1 outside ``torch.distributed``."""
-    return dist.get_world_size() if connected() else 1
+    """Number of ranks; 1 outside ``torch.distributed``, and inside `alone`."""
+    return dist.get_world_size() if connected() and not _ALONE else 1
+
+
+@contextmanager
+def alone() -> Generator[None, None, None]:
+    """Exchange nothing inside the block, which other ranks may not run."""
+    _ALONE.append(True)
+    try:
+        yield
+    finally:
+        _ALONE.pop()
 
 
 def rank() -> int:

@@ -5,9 +5,17 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from kdlayers import ChannelWiseLoss, FeatureLoss, KDLoss, RecordedTeacher, attach_kd
+from kdlayers import (
+    ChannelWiseLoss,
+    CodebookTargets,
+    FeatureLoss,
+    KDLoss,
+    KDPoint,
+    RecordedTeacher,
+    attach_kd,
+)
 from kdlayers.errors import ArgumentError, RecordError
 from tests.records.test_training import EXAMPLE, LOSSES, Net, Tokens, setup, step
 
@@ -132,3 +140,38 @@ def test_a_point_that_the_record_lacks(held, tmp_path):
     for options in ({"losses": [FeatureLoss(at="head")]}, {"at": ["head"]}):
         with pytest.raises(RecordError, match=rf"'head' of the teacher \(it has {has}\); record"):
             attach_kd(Maps(4), RecordedTeacher(tmp_path / "r"), example=EXAMPLE, **options)
+
+
+class Unusual(Dataset):
+    """Gives an image alone, or an image with a label and its index."""
+
+    def __init__(self, more):
+        self.more = more
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        image, label = data()[index]
+        return (image, label, index) if self.more else image
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_fit_finds_the_keys_behind_whatever_the_data_set_gives(more, tmp_path):
+    torch.manual_seed(0)
+    teacher = Net(6).eval()
+
+    def attached(which):
+        return attach_kd(
+            Net(4), which, [KDPoint("first", targets=CodebookTargets(4))], example=EXAMPLE
+        )
+
+    recorded = attached(teacher).record(
+        Unusual(more), tmp_path / "r", views=1, dtype="float32", progress=False
+    )
+    live, kd = attached(teacher), attached(RecordedTeacher(tmp_path / "r"))
+    live.fit([data()[:][0]], progress=False)
+    kd.fit(DataLoader(recorded, batch_size=8), progress=False)
+    ours, theirs = (h.state_dict()["losses"]["TemplateLoss.first"] for h in (kd, live))
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key])

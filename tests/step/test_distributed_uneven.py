@@ -105,7 +105,7 @@ def test_uneven_batches_work_only_for_losses_without_parameters(losses):
 
 def norms_on_one_rank(rank, folder):
     mine = connected(rank)
-    student, kd = build([FitNetLoss(at="first")])
+    student, kd = build([FitNetLoss(at="first"), FeatureLoss(at="last", normalize_teacher=True)])
     called = DistributedDataParallel(student)
     task = F.cross_entropy(called(IMAGES[mine]), LABELS[mine])
     if rank == 0:

@@ -10,6 +10,7 @@ from kdlayers import (
     CodebookTargets,
     DistillLoss,
     FeatureLoss,
+    FitNetLoss,
     KDLoss,
     KDPoint,
     StudentFriendlyKDLoss,
@@ -110,6 +111,17 @@ def test_float16_neither_loses_small_gradients_nor_overflows(factor):
             student(IMAGES)
             found[enabled] = kd.gradient_norms(LABELS)["mean"]
     assert found[True] == pytest.approx(found[False], rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_norms_of_a_compiled_student_are_those_of_the_eager_one():
+    found = []
+    for backend in (None, "aot_eager"):  # whose backward gives zeros to parameters out of reach
+        torch.manual_seed(0)
+        student, kd = attached(KDLoss(), FitNetLoss(at="first"))
+        run = torch.compile(student, backend=backend) if backend else student
+        found.append(kd.gradient_norms(LABELS, task=F.cross_entropy(run(IMAGES), LABELS)))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_losses_with_statistics_keep_their_state_and_give_the_norms_of_a_step():

@@ -247,3 +247,29 @@ def test_infinity_in_a_buffer_of_a_custom_loss_is_kept():
     with torch.no_grad():
         kd._terms[-1].loss.scale[0] = float("nan")
     refused(other, kd.state_dict(), "'scale' has NaN or infinite values")
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_state_loads_into_a_student_that_was_converted_after_attaching(make):
+    def started():
+        torch.manual_seed(0)
+        kd = attach_kd(Net(4), Net(6), losses=[FitNetLoss(at="first")], example=IMAGES)
+        kd.student.double()
+        parameters = [*kd.student.parameters(), *kd.parameters()]
+        return kd.student, kd, make(parameters, lr=0.01)
+
+    def train(student, kd, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            (student(IMAGES.double()).square().mean() + kd.loss(LABELS)).backward()
+            optimizer.step()
+
+    whole, stopped = started(), started()
+    train(*whole)
+    states = [copy.deepcopy(part.state_dict()) for part in whole]
+    train(*whole)
+    for part, state in zip(stopped, states, strict=True):
+        part.load_state_dict(state)
+    train(*stopped)
+    for ours, theirs in zip(whole[:2], stopped[:2], strict=True):
+        assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
