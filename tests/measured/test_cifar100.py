@@ -153,3 +153,22 @@ def test_what_the_pages_say_of_recorded_views():
     for views, before in ((4, "a live teacher"), (16, "nor with 16 views")):
         middle, low, high = (f"{number:.1f}" for number in difference(runs[views], live))
         assert f"{before} ({middle} points, {low} to {high}, three seeds)" in found
+
+
+def test_what_the_page_says_of_all_images():
+    runs, page = accuracies("cifar100-all"), text_of("results-cifar100-all.md")
+    seeds = {name: set(found) for name, found in runs.items()}
+    assert seeds == {"labels only": {0}, "KD": {0}}  # write the page anew when there are more
+    gain = runs["KD"][0] - runs["labels only"][0]
+    assert f"KD is {gain:.1f} points better than labels only** (one seed" in page
+    few = accuracies("cifar100-10000")
+    gain = difference(few["KD"], few["labels only"])[0]
+    assert f"With 10,000 images and 20 epochs, KD is {gain:.1f} points better" in page
+
+
+def test_where_dkd_starts_without_the_teacher():
+    for stem in ("cifar100-10000", "fashion-mnist-6000", "fashion-mnist-all"):
+        runs = [run for run in lines(f"results/{stem}.jsonl") if run["method"] == "DKD"]
+        assert all("warmup" in run["recipe"]["losses"][0] for run in runs)  # now it is "ramp"
+        assert all(run["curve"][0]["DKDLoss.weighted"] == 0 for run in runs if "curve" in run)
+        assert "from labels only in" in text_of(f"results-{stem}.md")
