@@ -55,12 +55,11 @@ class Pictures(Dataset):
 def options(about: str, epochs: int = 30) -> argparse.ArgumentParser:
     """The command-line options that all examples share."""
     parser = argparse.ArgumentParser(description=about.split("\n\n    ")[0].split("\n\npython ")[0])
-    add, quick = parser.add_argument, "-quick" if "--quick" in sys.argv else ""
-    out = Path("runs", Path(sys.argv[0]).stem + quick)  # a whole call trains its own teacher
+    add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="train/CLASS/ and val/CLASS/; default: digits")
     add("--epochs", type=int, default=epochs, help="epochs of the student; default: %(default)s")
     add("--quick", action="store_true", help="few images and epochs, to check that all works")
-    add("--out", type=Path, default=out, help=f"output, with --data in DIR's name; default: {out}")
+    add("--out", type=Path, help="output; default: a folder in runs/ for the script and DIR")
     return parser
 
 
@@ -68,12 +67,11 @@ def load(args: argparse.Namespace) -> Images:
     """The images that the command line asks for."""
     end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)]
     images = digits(end) if args.data is None else folder(args.data, end)
-    if args.data is not None:  # the teacher of other images stays as it is
-        args.out = args.out / args.data.resolve().name
+    name = Path(sys.argv[0]).stem + ("-quick" if args.quick else "")  # each has its own teacher
+    args.out = args.out or Path("runs", name, args.data.resolve().name if args.data else "")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.quick:
-        args.epochs, images = min(args.epochs, 2), images.first(400, 300)
-    return images
+    args.epochs = min(args.epochs, 2) if args.quick else args.epochs
+    return images.first(400, 300) if args.quick else images
 
 
 def digits(end: list[v2.Transform]) -> Images:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -121,12 +120,23 @@ def test_a_second_call_trains_from_the_record_alone(tmp_path):
     assert (tmp_path / "runs" / "recorded-quick" / "record" / "record.json").exists()
 
 
-def test_a_quick_call_leaves_nothing_to_a_whole_one(monkeypatch):
+def test_quick_calls_and_other_images_have_folders_of_their_own(monkeypatch, tmp_path):
     import data
 
-    for options, folder in (([], "recorded"), (["--quick"], "recorded-quick")):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "folder", lambda root, end: data.digits(end))
+    calls = {
+        (): "recorded",
+        ("--quick",): "recorded-quick",
+        ("--data", "pictures/pets"): "recorded/pets",
+        ("--data", "pictures/pets", "--out", "mine"): "../mine",
+    }
+    for options, folder in calls.items():
         monkeypatch.setattr(sys, "argv", ["examples/recorded.py", *options])
-        assert data.options("What it shows.").parse_args().out == Path("runs", folder)
+        args = data.options("What it shows.").parse_args()
+        data.load(args)
+        assert args.out.resolve() == (tmp_path / "runs" / folder).resolve()
+        assert args.out.is_dir()
 
 
 def scripts():
