@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from _accuracy_methods import Options, recipes
@@ -28,27 +28,14 @@ def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
         SystemExit: if the lines mix devices, common settings or images, one has no test accuracy,
             or a method has two recipes or two runs of one seed.
     """
+    every = list(lines)
+    check_shared(every)
     runs: dict[str, list[Line]] = {}
-    images: dict[int, str] = {}
-    for line in lines:
+    for line in every:
         runs.setdefault(line["method"], []).append(line)
-        if line["test_accuracy"] is None:
-            raise SystemExit(
-                f"{line['method']!r} has a run of --tuning: put it into a file *.tuning.jsonl"
-            )
-        seed, found = line["seed"], line.get("images_hash")  # the first runs did not note it
-        if found is not None and images.setdefault(seed, found) != found:
-            raise SystemExit(f"the runs of seed {seed} have other images: use the same --root")
-    if len({line.get("device") for own in runs.values() for line in own}) > 1:
-        raise SystemExit("there are runs of several devices: put them into separate files")
-    for name in COMMON:
-        found = {line.get("recipe", {}).get(name) for own in runs.values() for line in own}
-        if len(found) > 1:
-            raise SystemExit(
-                f"there are runs with {name} {' and '.join(sorted(map(str, found)))}, which cannot "
-                "be compared: put them into separate files"
-            )
     for name, own in runs.items():
+        if any(line["test_accuracy"] is None for line in own):
+            raise SystemExit(f"{name!r} has a run of --tuning: put it into a file *.tuning.jsonl")
         if len({line["recipe_hash"] for line in own}) > 1:
             raise SystemExit(f"{name!r} has runs of several recipes: put them into separate files")
         if len({line["seed"] for line in own}) < len(own):
@@ -56,3 +43,21 @@ def by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
     order = {name: index for index, name in enumerate(recipes(Options()))}
     names = sorted(runs, key=lambda name: order.get(name, len(order)))
     return {name: sorted(runs[name], key=lambda line: line["seed"]) for name in names}
+
+
+def check_shared(lines: Sequence[Line]) -> None:
+    """Exit if what all methods share differs: device, settings, and the images of a seed."""
+    if len({line.get("device") for line in lines}) > 1:
+        raise SystemExit("there are runs of several devices: put them into separate files")
+    for name in COMMON:
+        found = {line.get("recipe", {}).get(name) for line in lines}
+        if len(found) > 1:
+            raise SystemExit(
+                f"there are runs with {name} {' and '.join(sorted(map(str, found)))}, which cannot "
+                "be compared: put them into separate files"
+            )
+    images: dict[int, str] = {}
+    for line in lines:
+        seed, noted = line["seed"], line.get("images_hash")  # the first runs did not note it
+        if noted is not None and images.setdefault(seed, noted) != noted:
+            raise SystemExit(f"the runs of seed {seed} have other images: use the same --root")

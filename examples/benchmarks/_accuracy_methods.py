@@ -126,7 +126,7 @@ def aekt(o: Options, form: str) -> Recipe:
 
 
 def skd(o: Options, base: Recipe) -> Recipe:
-    """The simplifier in front of another loss; weight and warm-up move from it to the whole."""
+    """The simplifier in front of another loss; weight and ramp move from it to the whole."""
     inner = {key: value for key, value in base.items() if key not in ("weight", "ramp")}
     outer = {key: value for key, value in base.items() if key in ("weight", "ramp")}
     scale = o.skd_grad_scale

@@ -107,13 +107,13 @@ def find_teacher(
     path = args.teacher_checkpoint
     if path is None:
         path = args.out / f"teacher-{name}.pt"
-        if args.train_teacher and not path.exists():
-            train_teacher(teacher, name, recipe, images, path, args)
-        elif not path.exists():
+        if not path.exists() and not args.train_teacher:
             raise SystemExit(
                 f"no weights for the teacher {name}: pass --teacher-checkpoint FILE, or "
                 f"--train-teacher to train it with the same schedule and save it to {path}"
             )
+        if not path.exists():
+            train_teacher(teacher, name, recipe, images, path, args)
     load_teacher(teacher, name, path)
     return teacher, measured(teacher, name, images[1].batches())
 

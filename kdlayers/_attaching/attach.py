@@ -253,7 +253,7 @@ def _terms(
                 term.loss.build(*example_pair(term, traced, teachers))
         except ShapeError as error:
             said = str(error)
-            whose = "" if said.startswith(term.name) else f"{term.name}: "
+            whose = "" if said.startswith(f"{term.name} ") else f"{term.name}: "
             raise ShapeError(f"{whose}{said}") from None
         term.loss.to(traced.logits.device)
     return terms

@@ -113,7 +113,7 @@ class InsertLayer(_FeatureHook):
         features, scores, templates = self.slot(module)(features, insert=True)
         if tape.active and tape.forward is not None:
             tape.forward.record_scores(self.name, (scores, templates))
-        elif tape.armed and torch.compiler.is_compiling() and torch.is_grad_enabled():
+        elif tape.armed and module.training and _may_recompute():
             # A recomputation in backward needs the graph of the forward, which returns the scores.
             tape.spare = scores, templates
         return put(output, path, features) if path else features
@@ -279,6 +279,11 @@ def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
     for name in store:
         module = module._modules.get(name, module)  # type: ignore[assignment]
     return module
+
+
+def _may_recompute() -> bool:
+    """Whether torch.compile traces code that gradient checkpointing may run again."""
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not _is_exporting()
 
 
 def _is_exporting() -> bool:

@@ -113,9 +113,17 @@ def traces_of(reader: Reader, batch: int) -> list[Trace]:
             shape, cpu = (batch, *_shape(layouts[tap], channels)), torch.device("cpu")
             calls[tap] = Call(tap, (), shape, torch.float32, cpu, len(calls))
         zeros = torch.zeros(batch, *logits)
-        traced = Trace(model, calls, zeros, (1, 1), "recorded teacher", _layouts=layouts)
-        traced.record = str(reader.path)
-        traces.append(traced)
+        traces.append(
+            Trace(
+                model,
+                calls,
+                zeros,
+                (1, 1),
+                "recorded teacher",
+                record=str(reader.path),
+                _layouts=layouts,
+            )
+        )
     return traces
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from functools import wraps
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdlayers._step.handle import KDHandle
 
+METHODS = (MethodType, FunctionType)
+"""The types of a task's methods; those of a ``KDTask`` that wraps another are functions."""
 KEY = "kdlayers"
 """Where the handles' states are in the ``task_state`` of timm's checkpoints."""
 
@@ -58,7 +60,7 @@ class KDTask:
         if name.startswith("__") or name == "task":  # copying and pickling ask before it exists
             raise AttributeError(name)
         found = getattr(self.task, name)
-        return self._returning_this(found) if isinstance(found, MethodType) else found
+        return self._returning_this(found) if isinstance(found, METHODS) else found
 
     def _returning_this(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """``method``; where it returns the task, as ``to`` and ``train`` do, return this."""

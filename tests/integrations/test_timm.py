@@ -189,6 +189,17 @@ def test_a_task_of_two_handles_adds_and_saves_both():
         assert kd.state_dict()["checksum"] == expected["checksum"]
 
 
+@pytest.mark.parametrize("call", [("to", "cpu"), ("train",), ("float",)])
+def test_methods_that_return_the_task_keep_every_handle(call):
+    student, teacher = models()
+    kds = [attach_kd(student, teacher, losses=[KDLoss(name=name)]) for name in ("a", "b")]
+    task = task_of.ClassificationTask(student, nn.CrossEntropyLoss(), verbose=False)
+    for kd in kds:
+        task = KDTask(task, kd)
+        name, *given = call
+        assert getattr(task, name)(*given) is task
+
+
 def test_in_eval_mode_it_is_the_task():
     student, teacher = models()
     images, labels = batch()

@@ -12,6 +12,8 @@ from tests.nets import Net, batch
 
 IMAGES, LABELS = batch()
 
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 
 class Checkpointed(Net):
     def forward(self, x):
@@ -22,7 +24,6 @@ class Checkpointed(Net):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("losses", [0, 1])
 def test_a_checkpointed_block_with_a_layer_may_be_compiled(losses):
     found = []
@@ -41,3 +42,16 @@ def test_a_checkpointed_block_with_a_layer_may_be_compiled(losses):
         found.append([p.grad for p in student.parameters()])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+# Under strict export torch reports that the hooks note whether a forward is recorded.
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_export_leaves_nothing_in_the_handle(strict, training):
+    student = Net(4)
+    points = [KDPoint("last", targets=CodebookTargets(4))]
+    kd = attach_kd(student, Net(6).eval(), points, example=IMAGES)
+    torch.export.export(student.train(training), (IMAGES,), strict=strict)
+    assert kd._tape.forward is None
+    assert kd._tape.spare is None
