@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from kdlayers._attaching.points import KDPoint
+from kdlayers._models.dependence import depend
+from kdlayers._models.examples import fresh, run_example, to_model
 from kdlayers._models.outputs import main_output
-from kdlayers._models.trace import Trace, depend, fresh, run_example, to_model
+from kdlayers._models.trace import Trace
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._step.sites import place, refuse_norm, refuse_shared, slots
 from kdlayers._step.slot import Slot

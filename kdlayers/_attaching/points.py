@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from kdlayers._models.dependence import ignored
 from kdlayers._models.detectors import BACKBONE, inside, is_detector
 from kdlayers._models.examples import example_for
-from kdlayers._models.trace import Call, ignored, trace
+from kdlayers._models.trace import Call, trace
 from kdlayers._targets import TemplateTargets
 from kdlayers._utils.table import table
 from kdlayers._utils.torch_internals import is_batch_norm

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.trace import to_model
+from kdlayers._models.examples import to_model
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import is_ddp, refuse_shards, student_inside
 from kdlayers._step.batches import check_loader, split_batch

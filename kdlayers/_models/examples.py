@@ -1,11 +1,17 @@
-"""The input of a dry run: the user's example, or images for the model's configuration."""
+"""The input of a dry run, and a forward on it.
 
+The input is the user's example, or images for the model's configuration.
+"""
+
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdlayers._models.detectors import Pictures, is_detector, is_list_of_pictures
+from kdlayers._models.layouts import Size
+from kdlayers._utils.tree import leaves, mapped
 from kdlayers.errors import ArgumentError
 
 
@@ -81,3 +87,52 @@ def _stated_size(model: nn.Module) -> tuple[int, int]:
         if isinstance(stated, (tuple, list)) and len(stated) >= 2:
             return stated[-2], stated[-1]
     return 224, 224
+
+
+def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
+    """Output of ``model``, or an error that asks for ``example=``."""
+    try:
+        return model(*example)
+    except Exception as error:
+        shapes = [tuple(tensor.shape) for _, tensor in leaves(example)]
+        raise ArgumentError(
+            f"the {label} ({type(model).__name__}) could not run on an example of shape {shapes}: "
+            f"{error}; pass example= with a small batch of your images{_ADVICE.get(label, '')}"
+        ) from error
+
+
+_ADVICE = {
+    "teacher": "; the teacher gets the student's images: if it needs others, convert them with "
+    "teacher_transform="
+}
+
+
+def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
+    """``example`` on the model's device; floating-point tensors in its dtype."""
+    device, dtype = placement(model)
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    moved: tuple[Any, ...] = mapped(example, move)
+    return moved
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating dtype of the model's first parameter or buffer."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def fresh(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with copies of all tensors, for a model that may change them in place."""
+    copies: tuple[Any, ...] = mapped(example, lambda tensor: tensor.clone())
+    return copies
+
+
+def image_size(inputs: Any) -> Size | None:
+    """Height and width of the first images in ``inputs``; None if there are none."""
+    image = next((tensor for _, tensor in leaves(inputs) if tensor.dim() == 4), None)
+    return None if image is None else (image.shape[2], image.shape[3])

@@ -1,15 +1,15 @@
 """Dry runs: record what every module returns, without changing the model."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.examples import fresh, image_size, run_example, to_model
 from kdlayers._models.layouts import (
     Kind,
     Layout,
@@ -23,7 +23,7 @@ from kdlayers._models.outputs import is_detections, main_output, why_unclear
 from kdlayers._models.probe import Growth, growth
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._utils.torch_internals import child_table, is_batch_norm, runs_forward_of
-from kdlayers._utils.tree import Path, leaves, main_tensor, mapped, pick, put
+from kdlayers._utils.tree import Path, leaves, main_tensor
 from kdlayers.errors import ArgumentError, AttachError, LayoutError, NoMatchError, RecordError
 
 
@@ -316,97 +316,3 @@ class _Statements:
     def of(self, tensor: Tensor) -> Kind | None:
         kinds = self.kinds.get(id(tensor), set())
         return next(iter(kinds)) if len(kinds) == 1 else None
-
-
-def ignored(traced: Trace, example: tuple[Any, ...], names: Sequence[str]) -> set[str]:
-    """The modules among ``names`` whose features do not affect the model's output."""
-    model, features = traced.model, dict[str, Tensor]()
-
-    def keep(name: str, output: Any) -> Any:
-        # Replace the features, as a KD layer does. Parts of the output that were computed from the
-        # original features, such as pooled features, do not count.
-        path = traced.calls[name].path
-        features[name] = pick(output, path).clone()
-        return put(output, path, features[name])
-
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(torch.enable_grad())
-        for name in names:
-            module = model.get_submodule(name)
-            hook = module.register_forward_hook(lambda _m, _a, out, name=name: keep(name, out))
-            stack.callback(hook.remove)
-        args = tuple(_differentiable(arg) for arg in fresh(to_model(example, model)))
-        outputs = [tensor for _, tensor in leaves(run_example(model, args, traced.label))]
-        # Inside the context, because checkpointing runs parts again in the backward pass, which
-        # must also be in eval mode.
-        asked = [name for name, tensor in features.items() if tensor.requires_grad]
-        reached = depend(outputs, [features[name] for name in asked])
-    return {name for name, yes in zip(asked, reached, strict=True) if not yes}
-
-
-def depend(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
-    """For each of ``inputs``, whether any of ``outputs`` depends on it. Frees their graph."""
-    outputs = [output for output in outputs if output.requires_grad]
-    if not outputs or not inputs:
-        return [False] * len(inputs)
-    with torch.enable_grad():
-        total = torch.stack([output.float().sum() for output in outputs]).sum()
-    grads = torch.autograd.grad(total, inputs, allow_unused=True)
-    return [isinstance(grad, Tensor) for grad in grads]  # None where nothing depends on it
-
-
-def _differentiable(arg: Any) -> Any:
-    """A floating-point input as a non-leaf tensor with a gradient, which frozen models need."""
-    if not isinstance(arg, Tensor) or not arg.is_floating_point():
-        return arg
-    return arg.detach().requires_grad_().clone()
-
-
-def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
-    """Output of ``model``, or an error that asks for ``example=``."""
-    try:
-        return model(*example)
-    except Exception as error:
-        shapes = [tuple(tensor.shape) for _, tensor in leaves(example)]
-        raise ArgumentError(
-            f"the {label} ({type(model).__name__}) could not run on an example of shape {shapes}: "
-            f"{error}; pass example= with a small batch of your images{_ADVICE.get(label, '')}"
-        ) from error
-
-
-_ADVICE = {
-    "teacher": "; the teacher gets the student's images: if it needs others, convert them with "
-    "teacher_transform="
-}
-
-
-def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
-    """``example`` on the model's device; floating-point tensors in its dtype."""
-    device, dtype = placement(model)
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
-
-    moved: tuple[Any, ...] = mapped(example, move)
-    return moved
-
-
-def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating dtype of the model's first parameter or buffer."""
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
-
-
-def fresh(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with copies of all tensors, for a model that may change them in place."""
-    copies: tuple[Any, ...] = mapped(example, lambda tensor: tensor.clone())
-    return copies
-
-
-def image_size(inputs: Any) -> Size | None:
-    """Height and width of the first images in ``inputs``; None if there are none."""
-    image = next((tensor for _, tensor in leaves(inputs) if tensor.dim() == 4), None)
-    return None if image is None else (image.shape[2], image.shape[3])

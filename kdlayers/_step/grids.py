@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from kdlayers._models.examples import fresh, to_model
 from kdlayers._models.layouts import Size
-from kdlayers._models.trace import fresh, to_model
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import sharded
 from kdlayers._step.tape import Forward, Tape

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.detectors import inside
+from kdlayers._models.examples import image_size
 from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import features_of, main_output, why_unclear
-from kdlayers._models.trace import Call, Trace, image_size, trace
+from kdlayers._models.trace import Call, Trace, trace
 from kdlayers._models.vectors import class_key
 from kdlayers._models.wrappers import check_pair, sharded, unwrap
 from kdlayers._step.call import Transform, for_teacher, transformed

@@ -8,8 +8,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from kdlayers._models.examples import image_size
 from kdlayers._models.layouts import Layout, Size, common_size, pool
-from kdlayers._models.trace import image_size
 from kdlayers._models.vectors import Vectors
 from kdlayers._step.tape import Forward, Wanted
 from kdlayers._step.teacher import Taught, Teacher

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlayers._layer.layer import KDLayer, LayerParts
+from kdlayers._models.examples import to_model
 from kdlayers._models.layouts import Layout
 from kdlayers._models.names import readings
-from kdlayers._models.trace import to_model, trace
+from kdlayers._models.trace import trace
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._step.sites import slots
 from kdlayers.errors import (
