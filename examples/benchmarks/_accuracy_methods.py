@@ -192,6 +192,7 @@ def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
         "letKD-1 + KD": {"layers": [codebook(o)], "losses": [kd(o)]},
         "letKD-2 + DKD": {"layers": both, "losses": [dkd(o)]},
         "letKD-2 + FitNet": {"layers": both, "losses": [fitnet(o)]},
+        "FitNet + KD": {"losses": [fitnet(o), kd(o)]},
         "layers only (1)": {"layers": [codebook(o)]} | free,
         "AEKT ratio_sq": {"losses": [aekt(o, "ratio_sq")]},
         "AEKT ratio": {"losses": [aekt(o, "ratio")]},

@@ -28,6 +28,7 @@ SHOWN = (
     "wider, same parameters + KD",
     "QuEST",
     "FitNet",
+    "FitNet + KD",
     "letKD-2 + FitNet",
     "FeatureLoss",
     "AT",

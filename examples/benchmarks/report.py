@@ -78,6 +78,8 @@ CONTROLS = (
     ("letKD-2 + DKD", "DKD", "do two layers help DKD?"),
     ("letKD-2 + FitNet", "FitNet", "do two layers help FitNet?"),
     ("letKD-2", "FitNet", "two layers against FitNet"),
+    ("FitNet + KD", "FitNet", "does KD help FitNet?"),
+    ("letKD-2 + KD", "FitNet + KD", "with KD: two layers against FitNet"),
     ("SKD + KD", "KD", "does the simplifier help KD?"),
     ("SKD + DKD", "DKD", "does the simplifier help DKD?"),
     ("AEKT chi2", "DKD", "does AEKT's adaptive term, with its linear layer, help DKD?"),
