@@ -13,6 +13,8 @@ So the kept logits are exact, and the probabilities sum to one.
 import torch
 from torch import Tensor
 
+from kdlayers.losses._base import DistillLoss
+
 
 def compress(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``[B, K]`` to values ``[B, k + 2]`` and the kept classes ``[B, k]``, in int32."""
@@ -32,3 +34,10 @@ def expand(values: Tensor, kept: Tensor, classes: int) -> Tensor:
     others = torch.tensor(float(classes - k), device=values.device).log()
     logits = (rest - others).expand(-1, classes).clone()
     return logits.scatter_(1, kept.long(), top) + total
+
+
+def why_unsuited(loss: DistillLoss) -> str | None:
+    """Why ``loss`` would be far off if it read logits from :func:`expand`; None if it may."""
+    if getattr(getattr(loss, "base", loss), "standardize", False):
+        return "standardises the logits, but the standard deviation of the small ones is lost"
+    return None if loss.on_logits else "does not compare probabilities"

@@ -9,7 +9,7 @@ from kdlayers._records.dataset import is_key
 from kdlayers._step.batches import as_batch, split_batch
 from kdlayers._step.grids import StudentGrids
 from kdlayers._step.image_statistics import ImageStatistics
-from kdlayers._step.recording import teacher_tensors
+from kdlayers._step.replay import teacher_tensors
 from kdlayers._step.teacher import Teacher
 from kdlayers._step.terms import Plan, Term
 from kdlayers._targets.fitter import Fitter, pass_seed, run_passes

@@ -53,7 +53,8 @@ class StudentGrids:
             return {}
         try:
             forward = self._run(args)
-            return {_place(term): term.student_grid(forward) for term in self._terms}
+            compared = [term for term in self._terms if term.on_grid]
+            return {_place(term): term.student_grid(forward) for term in compared}
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -16,7 +16,7 @@ from kdlayers._step.image_statistics import ImageStatistics
 from kdlayers._step.learning import Learning
 from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
 from kdlayers._step.ranks import ranks_of
-from kdlayers._step.recording import read_batch
+from kdlayers._step.replay import read_batch
 from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher

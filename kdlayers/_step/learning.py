@@ -123,7 +123,7 @@ class Learning(Attachment):
             dtype: dtype of the record: ``"float16"`` (default) or ``"float32"``, which gives the
                 live teacher's numbers exactly.
             topk: number of the largest logits to store, with the total probability of the others;
-                default: all.
+                default: all. Only losses that compare probabilities can read such a record.
             seed: seed of the views; default 0.
             progress: print the size of the record and the free space before the teachers run, and
                 show a bar on a terminal if tqdm is installed; default True.
@@ -134,7 +134,8 @@ class Learning(Attachment):
         Raises:
             RecordError: if the folder holds something else, the disk is too small, or a transform
                 cannot be seeded.
-            ArgumentError: if an option cannot be used.
+            ArgumentError: if an option cannot be used, such as ``topk`` with a loss that does not
+                compare probabilities or standardises the logits.
             AttachError: if the handle has no teacher, or was detached.
         """
         self._need_teacher("record")

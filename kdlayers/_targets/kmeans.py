@@ -40,19 +40,21 @@ class Clustering(NamedTuple):
 
 
 def kmeans(rows: Tensor, k: int, seed: int) -> Clustering:
-    """Cluster rows [n, D] in random order, n >= ``k``; equal rows and seed give equal centres.
+    """Cluster rows [n, D], n >= ``k``; equal rows, order and seed give equal centres.
 
-    Many centres are seeded on the first rows. Then Lloyd iterations run on growing parts of the
-    rows, because the first iterations do not need all rows (nested mini-batches: Newling and
+    Many centres are seeded on a random part of the rows. Then Lloyd iterations run on growing
+    parts, because the first iterations do not need all rows (nested mini-batches: Newling and
     Fleuret, NIPS 2016).
     """
     generator = torch.Generator().manual_seed(seed)
     if k <= EXACT_LIMIT:
         return lloyd(rows, rows[seeds(rows, k, generator)])
-    first = rows[: SEED_ROWS * k]
+    # A sorted sample holds equal rows, such as those of dark margins, side by side.
+    order = torch.randperm(len(rows), generator=generator, device="cpu").to(rows.device)
+    first = rows[order[: SEED_ROWS * k]]
     centers = first[seeds(first, k, generator)]
     warm = _warm_narrow if rows.shape[1] > NARROW_WIDTH else _warm
-    return lloyd(rows, warm(rows, centers), tolerance=TOLERANCE)
+    return lloyd(rows, warm(rows, order, centers), tolerance=TOLERANCE)
 
 
 def lloyd(rows: Tensor, centers: Tensor, *, tolerance: float = 0.0) -> Clustering:
@@ -85,21 +87,22 @@ def principal_axes(rows: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
     return vectors.flip(1)[:, : -(-enough // 16) * 16].contiguous(), mean
 
 
-def _warm(rows: Tensor, centers: Tensor) -> Tensor:
+def _warm(rows: Tensor, order: Tensor, centers: Tensor) -> Tensor:
+    """Iterate over growing parts of the rows, taken in ``order``."""
     size = FIRST_ROWS * len(centers)
     while size < len(rows):
-        centers = _iterate(rows[:size], centers, WARM_TOLERANCE)
+        centers = _iterate(rows[order[:size]], centers, WARM_TOLERANCE)
         size *= GROWTH
     return centers
 
 
-def _warm_narrow(rows: Tensor, centers: Tensor) -> Tensor:
+def _warm_narrow(rows: Tensor, order: Tensor, centers: Tensor) -> Tensor:
     """Cluster the principal components of the rows; returns the means of these clusters."""
-    axes, mean = principal_axes(rows[: FIRST_ROWS * len(centers)], NARROW_SHARE)
+    axes, mean = principal_axes(rows[order[: FIRST_ROWS * len(centers)]], NARROW_SHARE)
     if 2 * axes.shape[1] > rows.shape[1]:
-        return _warm(rows, centers)
+        return _warm(rows, order, centers)
     narrow = torch.cat([(part - mean) @ axes for part in rows.split(SUMMED)])
-    start = _warm(narrow, (centers - mean) @ axes)
+    start = _warm(narrow, order, (centers - mean) @ axes)
     start = _iterate(narrow, start, WARM_TOLERANCE)
     index = nearest_index(narrow, start)
     counts = torch.bincount(index, minlength=len(centers))

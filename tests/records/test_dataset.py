@@ -6,9 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
+from kdlayers import KDLoss, attach_kd
 from kdlayers._records.dataset import from_reader, open_record, rows_of
 from kdlayers._records.files import Reader
 from kdlayers._records.views import seeded, view_at
@@ -103,3 +105,19 @@ def test_epochs_are_checked(epoch, tmp_path):
     dataset = write(tmp_path / "record")
     with pytest.raises(ArgumentError, match="set_epoch"):
         from_reader(Reader(tmp_path / "record"), dataset).set_epoch(epoch)
+
+
+class Stream(IterableDataset):
+    """A stream that knows its length."""
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return iter([(torch.rand(3, 12, 12), 0)] * 4)
+
+
+def test_a_stream_is_refused_even_with_a_length(tmp_path):
+    kd = attach_kd(nn.Flatten(), nn.Flatten(), losses=[KDLoss()], example=torch.rand(2, 3, 12, 12))
+    with pytest.raises(ArgumentError, match="no samples by index"):
+        kd.record(Stream(), tmp_path / "record", progress=False)

@@ -129,8 +129,16 @@ def test_fit_of_one_point_reads_the_grid_of_that_point(tmp_path):
 
 # 8 images give grids of 8, 4 and 2; 18 give 18, 9 and 5, and 9 * 2 / 4 rounds to 4.
 @pytest.mark.parametrize("absent", [False, True], ids=["live", "RecordedTeacher"])
-def test_a_grid_that_rounds_otherwise_than_the_examples_is_recorded_bitwise(absent, tmp_path):
-    pair, losses = models(), lambda: [FeatureLoss(at=("coarse", "middle"), name="features")]
+@pytest.mark.parametrize("beside", [(), ("pooled",)], ids=["alone", "beside a vector"])
+def test_a_grid_that_rounds_otherwise_than_the_examples_is_recorded_bitwise(
+    beside, absent, tmp_path
+):
+    def losses():
+        at = ("coarse", "middle")
+        vectors = [FeatureLoss(at=at, tokens=tokens, name=tokens) for tokens in beside]
+        return [FeatureLoss(at=at, name="features"), *vectors]
+
+    pair = models()
     recorded = recorded_at(tmp_path / "r", pair, losses(), data(size=18))
     x, y, key = next(iter(DataLoader(recorded, batch_size=8)))
     live = attached(pair, losses())

@@ -4,8 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
+from kdlayers import DKDLoss, FeatureLoss, KDLoss, StudentFriendlyKDLoss, attach_kd
 from kdlayers._records.topk import compress, expand
+from kdlayers.errors import ArgumentError, RecordError
+from tests.records.data import Squares
 
 
 @pytest.mark.parametrize("k", [1, 5, 19])
@@ -26,3 +31,42 @@ def test_equal_logits_keep_the_first_classes():
     values, kept = compress(torch.zeros(2, 7), 3)
     assert kept.tolist() == [[0, 1, 2]] * 2
     torch.testing.assert_close(expand(values, kept, 7), torch.zeros(2, 7), atol=1e-6, rtol=0)
+
+
+class Mean(nn.Module):
+    """Six logits of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 6)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (lambda: KDLoss(standardize=True), "KDLoss standardises"),
+        (lambda: StudentFriendlyKDLoss(base=DKDLoss(standardize=True)), "KDLoss standardises"),
+        (lambda: FeatureLoss(projector=None), "FeatureLoss does not compare probabilities"),
+    ],
+    ids=["KD", "student-friendly", "features"],
+)
+def test_losses_that_need_all_logits_are_refused(loss, why, tmp_path):
+    data, student, teacher = Squares(8), Mean(), Mean()
+
+    def attached(loss):
+        return attach_kd(student, teacher, losses=[loss], example=torch.zeros(2, 3, 12, 12))
+
+    kd = attached(KDLoss())
+    recorded = kd.record(data, tmp_path / "record", views=1, topk=2, progress=False)
+    kd.remove()
+    kd = attached(loss())
+    with pytest.raises(ArgumentError, match=f"topk=2 .*{why}.*; leave topk out"):
+        kd.record(data, tmp_path / "refused", views=1, topk=2, progress=False)
+    assert not (tmp_path / "refused").exists()
+    x, y, key = next(iter(DataLoader(recorded, batch_size=4)))
+    student(x)
+    with pytest.raises(RecordError, match=f"only the 2 largest logits, but .*{why}"):
+        kd.loss(y, recorded=key)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kdlayers._step import recording
+from kdlayers._step import replay
 from tests.reliability import ways
 
 pytestmark = pytest.mark.filterwarnings("ignore::kdlayers.errors.KDLayersWarning")
@@ -45,6 +45,6 @@ def test_a_wrong_form_of_the_student_is_noticed(monkeypatch, name):
 
 
 def test_a_wrong_record_is_noticed(monkeypatch):
-    read = recording.read
-    monkeypatch.setattr(recording, "read", lambda *args: [1.01 * t for t in read(*args)])
+    read = replay.read
+    monkeypatch.setattr(replay, "read", lambda *args: [1.01 * t for t in read(*args)])
     assert differences() == ["record", "RecordedTeacher"]

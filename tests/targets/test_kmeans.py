@@ -153,6 +153,17 @@ def test_stages_reach_the_inertia_of_scikit_learn(width, rank):
     assert torch.equal(ours.counts, torch.bincount(index, minlength=80))
 
 
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("first", [True, False])
+def test_many_equal_rows_side_by_side_do_not_matter(width, first):
+    """Dark margins give equal rows, which a sample that is sorted by content holds together."""
+    equal = torch.zeros(8000, width)
+    others = mixed(12_000, width, 8)
+    rows = torch.cat([equal, others] if first else [others, equal])
+    theirs = KMeans(100, n_init=1, random_state=0, max_iter=100).fit(rows.numpy())
+    assert kmeans(rows, 100, seed=0).inertia < 1.03 * theirs.inertia_ / len(rows)
+
+
 def test_principal_axes_hold_their_share():
     rows = mixed(3000, 160, 6)
     axes, mean = principal_axes(rows, 0.9)
