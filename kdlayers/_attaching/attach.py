@@ -11,6 +11,7 @@ from torch import nn
 from kdlayers._attaching.insertion import check_layers, insert_layers
 from kdlayers._attaching.points import KDPoint
 from kdlayers._attaching.resolve import At, resolve_points
+from kdlayers._attaching.shared_losses import warn_of_shared_losses
 from kdlayers._layer.layer import check_memory
 from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
@@ -139,6 +140,7 @@ def attach_kd(
         each.release()
     _warn_of_earlier(student, tape)
     _warn_of_other_teachers(terms, teachers)
+    warn_of_shared_losses(terms, tape)
     _warn_of_buffers(teachers)
     pictures = Pictures(whole) if student is not whole else None
     return KDHandle(student, teachers, terms, tape, pictures)

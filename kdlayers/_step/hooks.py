@@ -25,6 +25,7 @@ from kdlayers._utils.torch_internals import (
     BIASED,
     current_backward,
     drop_hooks,
+    missing_in_ddp,
     reserve_hook_key,
 )
 from kdlayers._utils.tree import Path, put
@@ -152,6 +153,8 @@ class Capture(_FeatureHook):
 class OpenForward(_Hook):
     """Forward pre-hook of the whole student: decides whether this forward is recorded."""
 
+    wrapper_checked = False
+
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
@@ -166,6 +169,9 @@ class OpenForward(_Hook):
             # Reentrant checkpointing and checkpoint(student) run the forward again inside backward.
             # Versions of torch that do not report this count such forwards, and loss() raises.
             recording = current_backward() == -1 and not is_tracing()
+            if recording and not self.wrapper_checked:
+                _check_wrapper(module)
+                self.wrapper_checked = True
         # Set in every forward, so that a forward that raised cannot leave it on.
         tape.active = recording
         if recording:
@@ -207,6 +213,17 @@ class CloseForward(_Hook):
             watch_backward(tape, forward, logits)
             if forward.on_all_ranks and tape.ranks is not None:
                 tape.ranks.average_after(logits)
+
+
+def _check_wrapper(student: nn.Module) -> None:
+    """Raise AttachError if DistributedDataParallel wrapped the student before attach_kd."""
+    layers = (module for module in student.modules() if isinstance(module, Slot))
+    if missing_in_ddp(parameter for layer in layers for parameter in layer.parameters()):
+        raise AttachError(
+            "DistributedDataParallel does not hold the parameters of the student's KD layers, so "
+            "it would not synchronise them: call attach_kd(student, ...) first, then wrap the "
+            "student"
+        )
 
 
 def watch_backward(tape: Tape, forward: Forward, logits: Tensor) -> None:

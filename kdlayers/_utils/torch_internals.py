@@ -2,7 +2,7 @@
 
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -85,6 +85,13 @@ def joined() -> bool:
     """Whether this runs in a DistributedDataParallel inside its ``join()``."""
     config = getattr(_active_ddp(), "_join_config", None)
     return bool(getattr(config, "enable", False))
+
+
+def missing_in_ddp(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether this runs in a DistributedDataParallel that does not hold all these parameters."""
+    held = getattr(_active_ddp(), "_module_parameters", None)
+    known = None if held is None else {id(parameter) for parameter in held}
+    return known is not None and any(p.requires_grad and id(p) not in known for p in parameters)
 
 
 def _active_ddp() -> nn.Module | None:
