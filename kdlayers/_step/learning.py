@@ -121,7 +121,7 @@ class Learning(Attachment):
             batch_size: images in a forward of the teachers; default 256.
             num_workers: processes that load images; default 0, none.
             dtype: dtype of the record: ``"float16"`` (default) or ``"float32"``, which gives the
-                live teacher's numbers exactly.
+                live teacher's numbers up to rounding.
             topk: number of the largest logits to store, with the total probability of the others;
                 default: all. Only losses that compare probabilities can read such a record.
             seed: seed of the views; default 0.

@@ -36,7 +36,8 @@ def tckd(
             Or probabilities ``[B, K]`` (mixup, CutMix, label smoothing): the value of a sample is
             then the mean of the values for each class that holds weight, weighted by the labels.
             One-hot rows give exactly the value for class indices. The uniform part that label
-            smoothing adds is left out. Finding the classes waits for the device once.
+            smoothing adds is left out where more than half of the classes have no other weight.
+            Finding the classes waits for the device once.
         temperature: above 0. Default 4.
         reduction: over samples: ``"mean"`` (default), ``"sum"`` or ``"none"``.
 

@@ -18,7 +18,8 @@ class DKDLoss(LogitLoss):
     :class:`kdlayers.schedules.LinearWarmup` does. It needs the labels: class
     indices ``[B]``, or probabilities ``[B, K]`` from mixup, CutMix or label smoothing. For
     probabilities it is the label-weighted mean over the classes with non-zero weight; one-hot rows
-    give exactly the loss for class indices.
+    give exactly the loss for class indices. Time and memory grow with the number of these classes:
+    two after mixup, all classes for soft labels.
 
     Args:
         alpha: weight of the target-class term, 0 or more. Default 1, as in the authors' code.

@@ -19,7 +19,8 @@ class KDLoss(LogitLoss):
 
     The loss is summed over classes and averaged over samples; see :func:`kdlayers.functional.kd`.
     Class maps ``[B, K, H, W]`` of segmentation models are compared at every pixel and averaged over
-    the pixels. The teacher's map is interpolated to the size of the student's. If labels are given,
+    the pixels. The teacher's map is interpolated to the size of the student's; with ``at``, both
+    are averaged to the smaller grid before, as the maps of every named point. If labels are given,
     pixels with the label ``ignore_index`` are ignored. The loss does not detach the teacher, so
     that a trainable teacher side gets its gradient, as in
     :class:`~kdlayers.losses.StudentFriendlyKDLoss`; :func:`kdlayers.attach_kd` runs the teacher

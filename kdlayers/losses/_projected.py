@@ -45,7 +45,8 @@ class ProjectedLoss(DistillLoss):
         """Make the projector for these widths, or try the user's own."""
         student, teacher = self._ready(student, teacher)
         if self.projector_kind is None:
-            self.to(student.device)
+            # As the first step would: a float64 student trains a float64 projector.
+            self.to(student.device, torch.float64 if student.dtype == torch.float64 else None)
             with undisturbed(self), torch.no_grad():
                 self._projected(student, teacher)
 

@@ -237,3 +237,9 @@ def test_one_loss_belongs_to_one_point():
     loss(torch.rand(2, 3, 2, 2), torch.rand(2, 5, 2, 2))
     with pytest.raises(ShapeError, match=r"this FeatureLoss maps 3 to 5 channels, got \[2, 4, 2"):
         loss(torch.rand(2, 4, 2, 2), torch.rand(2, 5, 2, 2))
+
+
+def test_a_projector_of_the_users_follows_a_float64_student():
+    loss = FeatureLoss(projector=nn.Conv2d(4, 6, 1))
+    loss.build(torch.zeros(2, 4, 5, 5, dtype=torch.float64), torch.zeros(2, 6, 5, 5))
+    assert next(loss.parameters()).dtype == torch.float64
