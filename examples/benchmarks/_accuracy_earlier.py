@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from _accuracy_words import Line, bold, by_recipe, changed, difference, plus_minus, table
 
 NOTE = """\
-These runs were made before the recipe was chosen anew, on the validation images. They stay here,
-because nothing else shows what the choice changed on the test images. Differences are paired by
-seed."""
+These runs were made before the recipe was changed: chosen anew on the validation images, or
+corrected, as the text above says. They stay here, because nothing else shows what the change did on
+the test images. Differences are paired by seed."""
 
 
 def earlier_table(lines: Sequence[Line], runs: Mapping[str, Sequence[Line]]) -> str:

@@ -14,12 +14,13 @@ class DKDLoss(LogitLoss):
     .. math:: L = T^2 \big( \alpha \, \mathrm{TCKD} + \beta \, \mathrm{NCKD} \big)
 
     See :func:`kdlayers.functional.dkd` for the two terms. The authors add the loss to the
-    cross-entropy and ramp its weight up over the first 20 epochs of CIFAR-100, as a
-    :class:`kdlayers.schedules.LinearWarmup` does. It needs the labels: class
-    indices ``[B]``, or probabilities ``[B, K]`` from mixup, CutMix or label smoothing. For
-    probabilities it is the label-weighted mean over the classes with non-zero weight; one-hot rows
-    give exactly the loss for class indices. Time and memory grow with the number of these classes:
-    two after mixup, all classes for soft labels.
+    cross-entropy. On CIFAR-100 they raise its weight from 1/20 in the first epoch to 1 in the
+    20th, as ``LinearWarmup(19, start=1 / 20, steps_per_epoch=len(loader))`` of
+    :mod:`kdlayers.schedules` does. The loss needs the labels: class indices ``[B]``, or
+    probabilities ``[B, K]`` from mixup, CutMix or label smoothing. For probabilities it is the
+    label-weighted mean over the classes with non-zero weight; one-hot rows give exactly the loss
+    for class indices. Time and memory grow with the number of these classes: two after mixup, all
+    classes for soft labels.
 
     Args:
         alpha: weight of the target-class term, 0 or more. Default 1, as in the authors' code.
