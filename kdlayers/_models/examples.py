@@ -119,11 +119,36 @@ def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating dtype of the model's first parameter or buffer."""
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
+    """Device and floating dtype of the model's inputs: those of its first parameter or buffer.
+
+    Weights that are offloaded are on the meta device between forwards. They are loaded by hooks,
+    which state the device on which they run the model.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    if first is None:
+        return torch.device("cpu"), torch.get_default_dtype()
+    if not first.is_meta and not is_hooked(model):
+        return first.device, first.dtype
+    stated = (_execution_device(vars(module).get(_HOOK)) for module in model.modules())
+    real = (tensor.device for tensor in tensors if not tensor.is_meta)
+    found = next((device for device in chain(stated, real) if device is not None), first.device)
+    return torch.device(found), first.dtype
+
+
+_HOOK = "_hf_hook"
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether a hook that loads weights, as Hugging Face's libraries set it, wraps the forward."""
+    return _HOOK in vars(model)
+
+
+def _execution_device(hook: Any) -> torch.device | str | int | None:
+    """The device that such a hook, or the first that has one of a chain of hooks, states."""
+    chained = map(_execution_device, getattr(hook, "hooks", ()))
+    stated = chain([getattr(hook, "execution_device", None)], chained)
+    return next((device for device in stated if device is not None), None)
 
 
 def fresh(example: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
-"""Restores a model after a dry run: flags, buffers, attributes and random state."""
+"""Restores a model after a dry run: flags, buffers, attributes, hooks and random state."""
 
+import operator
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._utils.torch_internals import buffer_table
+from kdlayers._utils.torch_internals import buffer_table, drop_hooks, hook_keys
 
 
 @contextmanager
@@ -18,6 +19,7 @@ def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Generator[list[st
 
     Each module gets back its own training flag, its buffers and its attributes. An observer for
     quantisation, for instance, keeps the range that it had. Only buffers that changed are written.
+    Hooks that the model registers meanwhile are removed; those of this library stay.
     With ``evaluate=False`` the modules keep their modes meanwhile.
 
     Yields:
@@ -29,8 +31,10 @@ def undisturbed(model: nn.Module, *, evaluate: bool = True) -> Generator[list[st
     changed: list[str] = []
     with torch.random.fork_rng(devices=cuda_devices(model)), _uncompiled():
         try:
-            if evaluate:
-                model.eval()
+            # Not eval(): models may override it, for instance to merge weights into others.
+            for module in model.modules() if evaluate else ():
+                if module.training:
+                    module.training = False
             yield changed
         finally:
             for module, flag in flags:
@@ -81,7 +85,7 @@ def _buffers(model: nn.Module) -> list[_Buffer]:
 def _equal(a: Tensor | None, b: Tensor) -> bool:
     if a is None or a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.device.type == "meta":
+    if a.is_meta or b.is_meta:  # offloaded weights are real only while a module runs
         return True
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
@@ -91,18 +95,24 @@ _INTERNAL = frozenset((*vars(nn.Module()), "__module__"))
 
 
 class _Attributes:
-    """The plain attributes of a module, such as a counter or a cache by image size."""
+    """The plain attributes of a module, such as a counter or a cache by image size, and its hooks.
+
+    A model may register hooks in its first forward and set an attribute that says so. Both must go
+    back together: without the attribute, the next forward would register the hooks once more.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.kind = type(module)
         self.values = self._own()
+        self.held = [(value, value.copy()) for value in self.values.values() if _is_held(value)]
+        self.hooks = hook_keys(module)
 
     def _own(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self.module).items() if key not in _INTERNAL}
 
     def restore(self) -> None:
-        """Restore assigned attributes and delete added ones."""
+        """Restore assigned attributes, and delete added ones and added hooks."""
         if type(self.module) is not self.kind:
             return  # a lazy module has been initialised, which changes its class
         own = vars(self.module)
@@ -113,6 +123,27 @@ class _Attributes:
                 own[key] = self.values[key]
         for key, value in self.values.items():
             own.setdefault(key, value)
+        for value, before in self.held:
+            _refill(value, before)
+        drop_hooks(self.module, _is_foreign, kept=self.hooks)
+
+
+def _is_held(value: Any) -> bool:
+    """Whether this is a plain dict or list, whose items a forward may change."""
+    return type(value) in (dict, list)
+
+
+def _refill(held: Any, before: Any) -> None:
+    """Give a dict or list back the items that it had, if they are no longer the same objects."""
+    now, then = ([*v, *v.values()] if isinstance(v, dict) else v for v in (held, before))
+    if len(now) != len(then) or not all(map(operator.is_, now, then)):
+        held.clear()
+        (held.update if isinstance(held, dict) else held.extend)(before)
+
+
+def _is_foreign(hook: object) -> bool:
+    """Whether a hook is not one of this library's, which remove their own, or are to stay."""
+    return str(getattr(hook, "__module__", "")).split(".")[0] != __name__.split(".")[0]
 
 
 def _uncompiled() -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.detectors import inside
-from kdlayers._models.examples import image_size
+from kdlayers._models.examples import image_size, is_hooked, placement
 from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import features_of, main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, trace
@@ -97,10 +97,10 @@ class Teacher:
             args, kwargs = for_teacher(self.model, args, kwargs)
         if self.transform is not None:
             args, kwargs = transformed(args, kwargs, self.transform)
-        like = self._like()
-        args = tuple(_moved(value, like) for value in args)
-        kwargs = {key: _moved(value, like) for key, value in kwargs.items()}
-        device = like.device.type
+        place = self._placement()
+        args = tuple(_moved(value, *place) for value in args)
+        kwargs = {key: _moved(value, *place) for key, value in kwargs.items()}
+        device = place[0].type
         outside = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if outside else autocast
         # Autocast reuses the weights that it has cast. On older versions of torch, such as 2.9,
@@ -127,8 +127,15 @@ class Teacher:
             found = _ordinary(found)
         return found, features
 
-    def _like(self) -> Tensor:
-        """The first floating-point parameter or buffer, for the model's device and dtype."""
+    def _placement(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the inputs; the whole model is searched only if it is offloaded."""
+        first = self._first()
+        if first is None or first.is_meta or is_hooked(self.model):
+            return placement(self.model)
+        return first.device, first.dtype
+
+    def _first(self) -> Tensor | None:
+        """The first floating-point parameter or buffer."""
         if self._place is not None:
             table, key = self._place  # without get(): the tables of TorchScript modules lack it
             tensor = table[key] if key in table else None  # noqa: SIM401
@@ -140,7 +147,7 @@ class Teacher:
                     if tensor is not None and tensor.is_floating_point():
                         self._place = (tables, key)
                         return tensor
-        return torch.empty(0)
+        return None
 
     def _forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], logits: bool
@@ -250,11 +257,11 @@ def _ordinary(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-def _moved(value: Any, like: Tensor) -> Any:
-    """Tensors in ``value`` on the device of ``like``; floating-point ones in its dtype."""
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Tensors in ``value`` on this device; floating-point ones in this dtype."""
     if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype if value.is_floating_point() else None)
-    return mapped(value, lambda tensor: _moved(tensor, like))
+        return value.to(device, dtype if value.is_floating_point() else None)
+    return mapped(value, lambda tensor: _moved(tensor, device, dtype))
 
 
 def _failed(model: nn.Module, inputs: Any, error: Exception) -> CaptureError:

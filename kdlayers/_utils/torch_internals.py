@@ -2,7 +2,7 @@
 
 # pyright: reportPrivateUsage=false
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -41,15 +41,26 @@ def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and "forward" not in vars(module)
 
 
-def drop_hooks(module: nn.Module, unwanted: Callable[[object], bool]) -> None:
-    """Remove the forward hooks and pre-hooks for which ``unwanted`` is true."""
+def hook_keys(module: nn.Module) -> set[int]:
+    """The keys of the forward hooks and pre-hooks. No two hooks of a process have the same."""
+    return {*module._forward_hooks, *module._forward_pre_hooks}
+
+
+def drop_hooks(
+    module: nn.Module, unwanted: Callable[[object], bool], kept: Collection[int] = ()
+) -> None:
+    """Remove the forward hooks and pre-hooks for which ``unwanted`` is true.
+
+    Those with one of the keys ``kept`` stay. The others keep their order.
+    """
     tables: tuple[dict[int, Callable[..., Any]], ...] = (
         module._forward_hooks,
         module._forward_pre_hooks,
     )
     for hooks in tables:
-        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
+        for key in [key for key, hook in hooks.items() if key not in kept and unwanted(hook)]:
             del hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
