@@ -11,6 +11,7 @@ from kdlayers._models.dependence import ignored
 from kdlayers._models.detectors import BACKBONE, inside, is_detector
 from kdlayers._models.examples import example_for
 from kdlayers._models.trace import Call, trace
+from kdlayers._models.wrappers import innermost
 from kdlayers._targets import TemplateTargets
 from kdlayers._utils.table import table
 from kdlayers._utils.torch_internals import is_batch_norm
@@ -195,7 +196,8 @@ def _remark(call: Call, unread: bool) -> str:
 
 
 def _stages_and_blocks(model: nn.Module, prefix: str = "") -> Iterator[str]:
-    for name, child in model.named_children():
+    for name, child in innermost(model).named_children():
+        child = innermost(child)
         bare = not any(True for _ in child.parameters()) or _depth(child) == 0
         if bare or is_batch_norm(child):
             continue

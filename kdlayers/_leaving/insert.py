@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._leaving.student_file import LayerDescription, SavedStudent
+from kdlayers._models.wrappers import plain_name, plainly_named
 from kdlayers._step.sites import home_of, place
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
@@ -65,7 +66,7 @@ def find_places(model: nn.Module, saved: SavedStudent) -> list[Place]:
     Raises:
         CheckpointError: if the file's layers or weights do not fit the model.
     """
-    names = dict(model.named_modules())
+    names = dict(plainly_named(model))
     places = [_place(model, names, layer, saved.state) for layer in saved.layers]
     if len({place.prefix for place in places}) < len(places):
         raise CheckpointError("the file is damaged: two of its KD layers are at the same module")
@@ -83,7 +84,8 @@ def _place(
         )
     home = home_of(model, layer.name)
     every = model.named_modules(remove_duplicate=False)
-    prefix, *others = (f"{at}.{SLOT}." if at else f"{SLOT}." for at, m in every if m is home)
+    plain = [plain_name(at) for at, module in every if module is home]
+    prefix, *others = (f"{at}.{SLOT}." if at else f"{SLOT}." for at in plain)
     weight = state.get(f"{prefix}head.weight")
     sizes = (layer.num_templates, layer.in_channels)
     # Check before allocating memory: a wrong size must not exhaust it.

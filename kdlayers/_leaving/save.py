@@ -8,9 +8,9 @@ from torch import nn
 from kdlayers._leaving.insert import find_places, insert, slot_keys
 from kdlayers._leaving.student_file import LayerDescription, pack, unpack
 from kdlayers._leaving.wrapped import is_first_process, refuse_wrapped
-from kdlayers._models.wrappers import student_inside
-from kdlayers._step.hooks import InsertLayer, guard_hooks
-from kdlayers._step.sites import hook_site, inserts
+from kdlayers._models.wrappers import innermost, plainly_named, student_inside
+from kdlayers._step.hooks import InsertLayer, descend, guard_hooks
+from kdlayers._step.sites import home_of, inserts
 from kdlayers._utils.archives import read_archive, write_archive
 from kdlayers._utils.undo import all_or_nothing
 from kdlayers.errors import AttachError, CheckpointError
@@ -67,7 +67,7 @@ def save_student(student: nn.Module, path: str | PathLike[str] | BinaryIO) -> No
 def _describe(student: nn.Module, module: nn.Module, hook: InsertLayer) -> LayerDescription:
     slot = hook.slot(module)
     layer = LayerDescription(
-        _full_name(student, module, hook.name),
+        _full_name(student, module, hook),
         hook.path,
         slot.head.in_channels,
         slot.head.num_templates,
@@ -85,14 +85,17 @@ def _describe(student: nn.Module, module: nn.Module, hook: InsertLayer) -> Layer
     return layer
 
 
-def _full_name(model: nn.Module, module: nn.Module, name: str) -> str:
-    """The name in ``model`` of the point that was called ``name`` in the student inside it."""
-    names = dict(model.named_modules())
-    own: str = next(found for found, child in names.items() if child is module)
+def _full_name(model: nn.Module, module: nn.Module, hook: InsertLayer) -> str:
+    """The name in ``model`` of the point of ``hook``, which has its name in the student inside it.
+
+    Homes are compared, because the hook itself is inside or outside of a checkpoint_wrapper.
+    """
+    names, home = dict(plainly_named(model)), descend(module, hook.store)
+    own = next(name for name, child in names.items() if innermost(child) is innermost(module))
     parts = own.split(".")
     for length in range(len(parts) + 1):
-        candidate = ".".join([*parts[:length], name])
-        if candidate in names and hook_site(model, candidate) is module:
+        candidate = ".".join([*parts[:length], hook.name])
+        if candidate in names and home_of(model, candidate) is home:
             return candidate
     return own
 

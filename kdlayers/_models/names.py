@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from kdlayers._models.detectors import BACKBONE
+from kdlayers._models.wrappers import plain_name
 from kdlayers.errors import NoMatchError
 
 WRAPPERS = ("module.", "_orig_mod.")
@@ -44,11 +45,11 @@ def _glob(name: str, pattern: str) -> bool:
 
 
 def readings(name: str) -> list[str]:
-    """``name``, then without the prefixes that DDP and torch.compile put before it.
+    """``name``, then without what checkpoint_wrapper, DDP and torch.compile put into it.
 
     A model may have a submodule called ``module``, so that the shortest form is not always meant.
     """
-    found = [name]
+    found = [*dict.fromkeys((name, plain_name(name)))]
     while (prefix := next((w for w in WRAPPERS if found[-1].startswith(w)), None)) is not None:
         found.append(found[-1].removeprefix(prefix))
     return found

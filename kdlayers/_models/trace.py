@@ -22,6 +22,7 @@ from kdlayers._models.names import match
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
 from kdlayers._models.probe import Growth, growth
 from kdlayers._models.undisturbed import undisturbed
+from kdlayers._models.wrappers import innermost, plainly_named
 from kdlayers._utils.torch_internals import child_table, is_batch_norm, runs_forward_of
 from kdlayers._utils.tree import Path, leaves, main_tensor
 from kdlayers.errors import ArgumentError, AttachError, LayoutError, NoMatchError, RecordError
@@ -145,7 +146,7 @@ class Trace:
                 f"{self.logits.shape[0]} images: its first axis is not the batch; "
                 "find_points(model) lists usable points"
             )
-        module = self.model.get_submodule(name)
+        module = innermost(self.model.get_submodule(name))
         found = self._grown().get(name) if len(call.shape) in (3, 4) else None
         if found is not None and 0 in (found.height, found.width):
             raise LayoutError(
@@ -218,7 +219,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[module] += 1
         found = main_tensor(output, batch)
-        statements.note(module, args, output)
+        statements.note(innermost(module), args, output)
         if name in calls:
             calls[name].calls += 1
         elif found is not None:
@@ -233,7 +234,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
     with ExitStack() as stack:
         changed_buffers = stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
-        for name, module in model.named_modules():
+        for name, module in plainly_named(model):
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # has no hooks, and calls its children outside Python
             hook = module.register_forward_hook(lambda m, a, out, name=name: note(name, m, a, out))
@@ -282,7 +283,7 @@ def _iterated(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Call]:
     last child is the output that the Sequential would have returned.
     """
     found: dict[str, Call] = {}
-    for name, module in model.named_modules():
+    for name, module in plainly_named(model):
         last = _last_child(module, name)
         if name and name not in calls and last in calls:
             found[name] = replace(calls[last], name=name)

@@ -1,9 +1,12 @@
 """Finds the models inside the wrappers of a training loop, and checks that they are distinct."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from kdlayers._utils.torch_internals import child_table
 from kdlayers.errors import ArgumentTypeError, AttachError
 
 # Recognised by class name, so that their packages need not be imported.
@@ -17,6 +20,29 @@ _WRAPPERS = {
     ("lightning", "_FabricModule"): "_original_module",
     ("lightning_fabric", "_FabricModule"): "_original_module",
 }
+
+# The child of torch's checkpoint_wrapper and offload_wrapper. A module in them keeps the names of
+# its tensors in state dicts, and attributes of the wrapper are those of the module.
+CHECKPOINTED = "_checkpoint_wrapped_module"
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """``module``, or what torch's checkpoint_wrapper and offload_wrapper around it wrap."""
+    while CHECKPOINTED in child_table(module):
+        module = getattr(module, CHECKPOINTED)
+    return module
+
+
+def plain_name(name: str) -> str:
+    """``name`` without checkpoint_wrapper, which keys of state dicts do not name either."""
+    return ".".join(part for part in name.split(".") if part != CHECKPOINTED)
+
+
+def plainly_named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by their `plain_name`; a checkpoint_wrapper stands for the module in it."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] != CHECKPOINTED:
+            yield plain_name(name), module
 
 
 def unwrap(model: nn.Module, label: str) -> tuple[nn.Module, nn.Module]:

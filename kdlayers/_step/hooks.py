@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._models.outputs import features_of, main_output
+from kdlayers._models.wrappers import CHECKPOINTED, innermost
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import (
@@ -292,9 +293,14 @@ def has_bias(module: nn.Module) -> bool:
 
 
 def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
-    """The descendant of ``module`` at a path of child names."""
+    """The descendant of ``module`` at a path of child names.
+
+    Modules on the path may be in a checkpoint_wrapper, before or after attach_kd.
+    """
+    module = innermost(module) if CHECKPOINTED in module._modules else module
     for name in store:
         module = module._modules.get(name, module)  # type: ignore[assignment]
+        module = innermost(module) if CHECKPOINTED in module._modules else module
     return module
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from kdlayers._models.wrappers import innermost, plainly_named
 from kdlayers._step.hooks import Capture, InsertLayer, descend, has_bias
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
@@ -60,17 +61,18 @@ def store_path(hooked: nn.Module) -> tuple[str, ...]:
     """Child names from ``hooked`` to the module that gets the layer as its child ``kd``.
 
     The layer never becomes a child of a container, because other code counts and runs the children
-    of containers.
+    of containers. It becomes a child of the module in a checkpoint_wrapper, where torch expects all
+    tensors, and `descend` goes there too.
     """
     path: list[str] = []
-    module = hooked
+    module = innermost(hooked)
     while isinstance(module, _CONTAINERS) and child_table(module):
         key = next(reversed(child_table(module)))
         child = child_table(module)[key]
         if child is None:
             break
         path.append(key)
-        module = child
+        module = innermost(child)
     return tuple(path)
 
 
@@ -130,9 +132,9 @@ def slots(model: nn.Module) -> dict[str, Slot]:
     """
     found = inserts(model)
     times = Counter(hook.name for _, _, hook in found)
-    whole = {module: name for name, module in model.named_modules()}
+    whole = {innermost(module): name for name, module in plainly_named(model)}
     return {
-        hook.name if times[hook.name] == 1 else whole[module]: hook.slot(module)
+        hook.name if times[hook.name] == 1 else whole[innermost(module)]: hook.slot(module)
         for module, _, hook in found
     }
 

@@ -12,6 +12,7 @@ from kdlayers._models.layouts import Layout
 from kdlayers._models.names import readings
 from kdlayers._models.trace import trace
 from kdlayers._models.undisturbed import undisturbed
+from kdlayers._models.wrappers import plainly_named
 from kdlayers._step.sites import slots
 from kdlayers.errors import (
     ArgumentError,
@@ -106,7 +107,7 @@ def layout_of(
         )
     if dim == 1:
         return Layout("vector")
-    own = next(key for key, module in student.named_modules() if module is layer)
+    own = next(key for key, module in plainly_named(student) if module is layer)
     # A dry run, as in attach_kd: the number of tokens alone does not tell the grid.
     return trace(student, (images[:2],), "student").layout(own)
 
