@@ -46,12 +46,13 @@ def attach_kd(
     """Add KD layers, supervised by ``teacher``, to ``student`` with hooks; its code is unchanged.
 
     The student keeps its type, its forward, its names and its state-dict keys; the layers' keys are
-    additional (``<point>...kd.*``). Both models are run on an example to find shapes; their flags,
-    buffers and the random state are restored. New layers are drawn from the random state and the
-    student's weights: the same seed and weights give the same layers, and students with other
-    weights get other layers. To give copies of one student different layers, call
-    ``torch.manual_seed`` before each call. Call it before ``torch.compile``, DDP or FSDP wrap the
-    student. Every parameter exists on return, so make the optimiser after this call, as
+    additional (``<point>...kd.*``). A layer acts on its module's own output: other hooks of the
+    module run after it, and get what the next module gets. Both models are run on an example to
+    find shapes; their flags, buffers and the random state are restored. New layers are drawn from
+    the random state and the student's weights: the same seed and weights give the same layers, and
+    students with other weights get other layers. To give copies of one student different layers,
+    call ``torch.manual_seed`` before each call. Call it before ``torch.compile``, DDP or FSDP wrap
+    the student. Every parameter exists on return, so make the optimiser after this call, as
     ``Optimizer([*student.parameters(), *kd.parameters()])``.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from torch import nn
 
 from kdlayers._models.wrappers import innermost, plainly_named
-from kdlayers._step.hooks import Capture, InsertLayer, descend, has_bias
+from kdlayers._step.hooks import InsertLayer, descend, has_bias
 from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Tape
 from kdlayers._utils.torch_internals import child_table, forward_hooks, is_batch_norm
@@ -106,10 +106,9 @@ def place(model: nn.Module, name: str, slot: Slot, path: Path, tape: Tape) -> No
     store = store_path(site)  # before add_module, which would make the slot the last child
     home.add_module(SLOT, slot)
     hook = InsertLayer(name, store, path, tape, has_bias(site))
-    hook.key = site.register_forward_hook(hook).id
-    # An earlier handle that records this module records what the next module receives.
-    for key in [key for key, other in forward_hooks(site).items() if isinstance(other, Capture)]:
-        forward_hooks(site)[key] = forward_hooks(site).pop(key)
+    # Other hooks, such as those of an earlier handle, get what the next module receives, in
+    # whatever order they and the layer came: a tool may add its hooks in the first forward.
+    hook.key = site.register_forward_hook(hook, prepend=True).id
     # torch.fx treats modules of torch.nn as leaves without hooks, and quantisation replaces them.
     # With another __module__, this one is traced.
     site.__module__ = __name__

@@ -176,13 +176,16 @@ def test_special_methods_are_those_of_the_point():
 @pytest.mark.parametrize("make", [bake, fold])
 def test_hooks_of_a_point_keep_their_places(make):
     student = Net(4)
-    before = student.last[-1].register_forward_hook(lambda module, args, output: output - 0.1)
+    student.last[-1].register_forward_hook(lambda module, args, output: output - 0.1)
     attach_kd(student, at=[KDPoint("last", num_templates=4)], example=IMAGES).detach()
     student.last[-1].register_forward_hook(
         lambda module, args, kwargs, output: output * 2, with_kwargs=True
     )
     student.last[-1].register_forward_hook(
         lambda module, args, output: output.clamp(max=1.0), always_call=True
+    )
+    before = student.last[-1].register_forward_hook(
+        lambda module, args, output: output.relu() + 0.2, prepend=True
     )
     student.train()(IMAGES)
     student.eval()
