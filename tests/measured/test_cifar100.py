@@ -1,5 +1,7 @@
 """What the pages say of CIFAR-100."""
 
+import pytest
+
 from tests.measured.committed import (
     accuracies,
     check_pairs,
@@ -55,7 +57,10 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("letKD-1", "labels only"): (1,),
         ("letKD-2", "labels only"): (1,),
         ("KD", "labels only"): (1,),
-        ("DKD", "KD"): (0,),
+        ("DKD", "KD"): (1, "README.md"),
+        ("letKD-2 + KD", "DKD"): (0,),
+        ("letKD-1", "DKD"): (0,),
+        ("FitNet", "DKD"): (1,),
         ("AT", "KD"): (0,),
         ("DKD", "labels only"): (1,),
         ("AT", "labels only"): (1,),
@@ -166,9 +171,39 @@ def test_what_the_page_says_of_all_images():
     assert f"With 10,000 images and 20 epochs, KD is {gain:.1f} points better" in page
 
 
-def test_where_dkd_starts_without_the_teacher():
-    for stem in ("cifar100-10000", "fashion-mnist-6000", "fashion-mnist-all"):
-        runs = [run for run in lines(f"results/{stem}.jsonl") if run["method"] == "DKD"]
-        assert all("warmup" in run["recipe"]["losses"][0] for run in runs)  # now it is "ramp"
-        assert all(run["curve"][0]["DKDLoss.weighted"] == 0 for run in runs if "curve" in run)
-        assert "from labels only in" in text_of(f"results-{stem}.md")
+@pytest.mark.parametrize(
+    ("stem", "name", "expected", "sentence"),
+    [
+        ("cifar100-10000", "DKD", 1, "{0} points ({1} to {2}) worse (see earlier recipes)"),
+        ("cifar100-10000", "AEKT chi2", 0, "forms are not separated ({0} points, {1} to {2})"),
+        ("fashion-mnist-6000-resnet20", "DKD", 0, "the two kinds of runs are not separated"),
+        ("fashion-mnist-all-8", "DKD", 0, "and are not separated from the new ones"),
+        ("fashion-mnist-all", "DKD", 0, "rose from 0 in the first of the three epochs"),
+    ],
+)
+def test_what_a_weight_that_began_with_0_changed(stem, name, expected, sentence):
+    now, before = accuracies(stem)[name], {}
+    gamma = {"AEKT chi2": 0.1}.get(name)  # another gamma is an earlier recipe too
+    for run in lines(f"results/{stem}.earlier.jsonl"):
+        if run["method"] == name and run["recipe"]["losses"][0].get("gamma") == gamma:
+            before[run["seed"]] = run["test_accuracy"]
+            loss = run["recipe"]["losses"][0]
+            assert "warmup" in loss  # the name of the ramp that begins with 0
+            first = run.get("curve", [None])[0]
+            assert not first or loss["warmup"] == 1 or first[f"{loss['loss']}.weighted"] == 0
+    assert before.keys() == now.keys() == {0, 1, 2}
+    assert verdict(now, before) == expected
+    numbers = (f"{number:.1f}" for number in difference(now, before))
+    page = text_of(f"results-{stem}.md").replace("](#earlier-recipes)", "").replace("[", "")
+    assert sentence.format(*numbers) in page
+
+
+def test_what_the_pages_of_fashion_mnist_say_of_dkd():
+    for stem in ("fashion-mnist-6000-resnet20", "fashion-mnist-all-8", "fashion-mnist-all"):
+        runs = accuracies(stem)
+        assert verdict(runs["DKD"], runs["KD"]) == 0
+        middle, low, high = (f"{x:.1f}" for x in difference(runs["DKD"], runs["KD"]))
+        assert f"({middle} points, {low} to {high}" in text_of(f"results-{stem}.md")
+    earlier = {run["seed"]: run for run in lines("results/fashion-mnist-all.earlier.jsonl")}
+    before = {seed: run["test_accuracy"] for seed, run in earlier.items()}
+    assert verdict(before, accuracies("fashion-mnist-all")["KD"]) == -1
