@@ -127,6 +127,7 @@ NEEDS = {
     "export.md": ["onnx", "onnxscript"],
     "label-free.md": ["timm"],
     "own-loop.md": ["timm"],
+    "peft.md": ["peft"],
     "points.md": ["timm"],
 }
 

@@ -17,7 +17,7 @@ from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
 from kdlayers._models.trace import Trace, trace
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._models.wrappers import unwrap
+from kdlayers._models.wrappers import peft_part, unwrap
 from kdlayers._step.call import Transform
 from kdlayers._step.handle import KDHandle
 from kdlayers._step.hooks import Capture, CloseForward, OpenForward, drop_recording, guard_hooks
@@ -85,8 +85,8 @@ def attach_kd(
         The :class:`KDHandle`, with ``fit``, ``loss``, ``detach`` and ``remove``.
 
     Warns:
-        KDLayersWarning: if student and teacher state different normalisations, and no
-            ``teacher_transform`` is given.
+        KDLayersWarning: if student and teacher state different normalisations and no
+            ``teacher_transform`` is given, or if peft has wrapped the student before.
 
     Raises:
         NoMatchError: if a name matches no module that runs; the message lists the nearest names.
@@ -140,6 +140,8 @@ def attach_kd(
     for each in (traced, *(teacher.traced for teacher in teachers)):
         each.release()
     _warn_of_earlier(student, tape)
+    if points:
+        _warn_of_adapters(whole)
     _warn_of_other_teachers(terms, teachers)
     warn_of_shared_losses(terms, tape)
     _warn_of_buffers(teachers)
@@ -167,6 +169,17 @@ def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
         warn(
             f"the student still contains the KD layers at {earlier} of an earlier attach_kd: call "
             "kd.remove() on the earlier handle first to remove them, or kd.detach() to keep them",
+        )
+
+
+def _warn_of_adapters(student: nn.Module) -> None:
+    """Warn of a student that peft has wrapped, because peft does not save layers added later."""
+    part = peft_part(student)
+    if part is not None:
+        warn(
+            f"the student already has adapters of peft (a {part}): peft will save them without the "
+            "KD layers, so that a resumed run starts with new KD layers; call attach_kd first, and "
+            'then get_peft_model(student, LoraConfig(..., modules_to_save=["kd"]))'
         )
 
 

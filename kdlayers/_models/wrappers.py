@@ -96,6 +96,16 @@ def _refuse_sharded(student: nn.Module) -> None:
         )
 
 
+def peft_part(model: nn.Module) -> str | None:
+    """The class of the first module in ``model`` that the library peft made; None without one."""
+    kinds = (type(module) for module in model.modules())
+    return next((kind.__name__ for kind in kinds if _is_from(kind, "peft")), None)
+
+
+def _is_from(kind: type, package: str) -> bool:
+    return any(base.__module__.split(".")[0] == package for base in kind.__mro__)
+
+
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Check that student and teacher are two models.
 

@@ -11,6 +11,9 @@ from kdlayers._step.terms import Term
 from kdlayers._utils.warn import warn
 from kdlayers.functional._checks import NARROW
 
+_PARTS = ("head", "norm", "value")
+"""The parts of a KD layer that have parameters."""
+
 
 class OptimiserWatch:
     """Compares some values of the student's own and of the added parameters between steps.
@@ -47,6 +50,7 @@ class OptimiserWatch:
         """
         if self.all_own:
             self._tell_frozen()
+            self._tell_partly_frozen()
         if not self.unjudged:
             return
         own = self._probe(self.own, every=False)
@@ -88,6 +92,22 @@ class OptimiserWatch:
                 "learn. Before you create the optimiser, set requires_grad_(True) on their "
                 "parameters (the names with '.kd.'), or pass modules_to_save=[\"kd\"] to peft",
             )
+
+    def _tell_partly_frozen(self) -> None:
+        """Warn at the first step of KD layers of which only some parts are trainable."""
+        layers = {} if self.student is None else slots(self.student)
+        for name, slot in layers.items():
+            parts = {part: list(getattr(slot, part).parameters()) for part in _PARTS}
+            learns = {part: any(p.requires_grad for p in group) for part, group in parts.items()}
+            frozen = [part for part, group in parts.items() if group and not learns[part]]
+            if frozen and any(learns.values()):
+                warn(
+                    f"the KD layer at {name!r} is frozen in part: {', '.join(frozen)} cannot be "
+                    "trained, the rest can. peft does this if a name in modules_to_save, such as "
+                    '"head", is also the end of a name in a KD layer, such as "kd.head": pass '
+                    'modules_to_save=["kd"] instead. Otherwise call requires_grad_(True) on these '
+                    "parameters before you create the optimiser"
+                )
 
     def _probe(self, parameters: Iterable[nn.Parameter], *, every: bool = True) -> Tensor:
         """The first values; with ``every``, all of those in half precision.
