@@ -1,26 +1,20 @@
 """The KD layer of letKD and its first half, the template head."""
 
 from math import sqrt
-from typing import Any
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from kdlayers._layer.batch_norm import as_affine, update_statistics, why_plain
+from kdlayers._layer.graphs import enhanced
 from kdlayers._layer.recognise import recognise, recognise_frozen
 from kdlayers._utils import chunks
-from kdlayers._utils.norms import inverse_norm
-from kdlayers._utils.torch_internals import has_hooks, runs_forward_of
+from kdlayers._utils.norms import cosines, inverse_norm
+from kdlayers._utils.torch_internals import has_hooks, in_transform, runs_forward_of
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
-
-# Single nodes in graphs of torch.fx. Tools for quantisation leave them in float: eight bits are too
-# few for the norms.
-torch.fx.wrap("inverse_norm")
-torch.fx.wrap("enhanced")
 
 MEMORY = ("normal", "low")
 CHEAP_CHANNELS = 128
@@ -58,7 +52,7 @@ class CosineProjection(nn.Module):
 
     def project(self, vectors: Tensor) -> Tensor:
         """Cosines of ``vectors`` [..., in_features] with the rows: [..., out_features]."""
-        return _cosines(vectors, self.weight, self.scale)
+        return cosines(vectors, self.weight, self.scale)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -219,17 +213,8 @@ class LayerParts(nn.Module):
     @torch.jit.unused
     def _as_node(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `enhance`, for a symbol of torch.fx; no loss reads the scores of a traced student."""
-        head, norm, value = self.head, self.norm, self.value
-        batch_norm = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        training = norm.training or norm.running_mean is None
-        new = enhanced(
-            x,
-            (head.weight, head.scale),
-            (*batch_norm, training, norm.momentum or 0.0, norm.eps),
-            (value.weight, value.scale),
-            self.alpha,
-            self.channel_dim,
-        )
+        head, value = (self.head.weight, self.head.scale), (self.value.weight, self.value.scale)
+        new: Tensor = enhanced(x, head, self.norm, value, self.alpha, self.channel_dim)
         return new, new, None
 
     @torch.jit.unused
@@ -266,10 +251,15 @@ class LayerParts(nn.Module):
 
     @torch.jit.unused
     def frozen(self, device: torch.device) -> bool:
-        """Whether a forward now is inference, outside `torch.compile`, which does this itself."""
+        """Whether a forward now can run in chunks: inference, outside `torch.compile`.
+
+        Compilers fuse the plain operations themselves, and derivatives and batches of `torch.func`
+        have no rules for products that are written into a part of a tensor.
+        """
         evaluating = not (self.training or self.norm.training or torch.is_grad_enabled())
         ready = evaluating and self.why_plain(device) is None
-        return ready and not is_tracing() and not torch.compiler.is_compiling()
+        traced = is_tracing() or torch.compiler.is_compiling()
+        return ready and not traced and not in_transform()
 
     @torch.jit.unused
     def fuses(self, device: torch.device, rows: int) -> bool:
@@ -363,30 +353,6 @@ class KDLayer(LayerParts):
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
         return self.enhance(x)[0]
-
-
-def enhanced(
-    x: Tensor,
-    head: tuple[Tensor, Tensor],
-    norm: tuple[Any, ...],
-    value: tuple[Tensor, Tensor],
-    alpha: float,
-    channel_dim: int,
-) -> Tensor:
-    """The new features, by plain operations, from ``(weight, scale)`` and batch norm's arguments.
-
-    This is what a graph of torch.fx calls.
-    """
-    scores = _cosines(x.movedim(channel_dim, -1), *head)
-    assignment = F.relu(F.batch_norm(scores.flatten(0, -2), *norm)).view_as(scores)
-    added = _cosines(assignment, *value).movedim(-1, channel_dim)
-    return x + (alpha * added).to(x.dtype)
-
-
-def _cosines(vectors: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    unit = (weight * inverse_norm(weight)).to(weight.dtype)
-    product = F.linear(vectors, unit)
-    return (product * (inverse_norm(vectors) * scale)).to(product.dtype)
 
 
 def check_memory(memory: str) -> str:

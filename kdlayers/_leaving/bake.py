@@ -82,7 +82,7 @@ def bake(student: nn.Module) -> nn.Module:
         >>> torch.equal(bake(student)(images), student(images))
         True
     """
-    return replace_layers(student, Slot.as_layer, "bake")
+    return replace_layers(student, Slot.as_plain_layer, "bake")
 
 
 def replace_layers(student: nn.Module, made: Callable[[Slot], nn.Module], call: str) -> nn.Module:

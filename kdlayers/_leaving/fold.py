@@ -14,6 +14,7 @@ from kdlayers._models.wrappers import student_inside
 from kdlayers._step.sites import slots
 from kdlayers._utils.chunks import DEVICES
 from kdlayers._utils.norms import inverse_norm
+from kdlayers._utils.torch_internals import in_transform
 from kdlayers.errors import AttachError
 
 # A single node in graphs of torch.fx, which tools for quantisation leave in float.
@@ -54,9 +55,9 @@ class FoldedKDLayer(nn.Module):
 
     @torch.jit.unused
     def chunked(self, device: torch.device) -> bool:
-        """Whether to compute in chunks that stay in the cache; compilers do better without."""
+        """Whether to compute in chunks that stay in the cache; see `LayerParts.frozen`."""
         quiet = not (torch.is_grad_enabled() or is_tracing() or torch.compiler.is_compiling())
-        return quiet and device.type in DEVICES
+        return quiet and device.type in DEVICES and not in_transform()
 
     @torch.jit.unused
     def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:

@@ -24,11 +24,21 @@ class Slot(LayerParts):
 
     def as_layer(self) -> KDLayer:
         """A KD layer that shares the parts, ``alpha`` and ``memory`` of this slot."""
+        layer = self._with_parts(_LayerOfSlot)
+        layer.__dict__["slot"] = self  # not as a submodule, which would register the parts twice
+        return layer
+
+    def as_plain_layer(self) -> KDLayer:
+        """As `as_layer`, for a model without the slot: the layer has its own options."""
+        layer = self._with_parts(KDLayer)
+        layer.alpha, layer.memory = self.alpha, self.memory
+        return layer
+
+    def _with_parts(self, kind: type[KDLayer]) -> KDLayer:
         with torch.random.fork_rng(devices=[]):
-            layer = _LayerOfSlot(1, 1, channel_dim=self.channel_dim)
+            layer = kind(1, 1, channel_dim=self.channel_dim)
         layer.head, layer.norm, layer.value = self.head, self.norm, self.value
         layer.training = self.training
-        layer.__dict__["slot"] = self  # not as a submodule, which would register the parts twice
         return layer
 
     def extra_repr(self) -> str:
@@ -55,20 +65,37 @@ class Slot(LayerParts):
 
 
 class _LayerOfSlot(KDLayer):
-    """A KD layer with the parts of a slot; its options are those of the slot."""
+    """A KD layer with the parts of a slot; its options are those of the slot.
 
-    def __getattribute__(self, name: str) -> Any:
-        slot = object.__getattribute__(self, "__dict__").get("slot")
-        if slot is not None and name in ("alpha", "memory"):
-            return getattr(slot, name)
-        return super().__getattribute__(name)
+    They are properties, which `torch.compile` can follow, and have no values in ``__dict__``, which
+    it would find first. TorchScript cannot follow them, and takes their values as constants.
+    """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    __jit_unused_properties__ = ("alpha", "memory")
+    __constants__ = ("alpha", "memory")
+
+    @property
+    def alpha(self) -> Any:
+        """The slot's value ratio."""
+        return self.slot.alpha  # type: ignore[union-attr]
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._set("alpha", value)
+
+    @property
+    def memory(self) -> Any:
+        """The slot's memory mode."""
+        return self.slot.memory  # type: ignore[union-attr]
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        self._set("memory", value)
+
+    def _set(self, name: str, value: Any) -> None:
         slot = self.__dict__.get("slot")
-        if slot is not None and name in ("alpha", "memory"):
+        if slot is not None:  # the constructor sets options before there is one
             setattr(slot, name, value)
-        else:
-            super().__setattr__(name, value)
 
 
 class _Loading(threading.local):

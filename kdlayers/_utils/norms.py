@@ -1,8 +1,15 @@
-"""Safe norms: a zero vector maps to zero and gets no gradient."""
+"""Safe norms and cosines: a zero vector maps to zero and gets no gradient."""
 
 import torch
+import torch.fx
+import torch.nn.functional as F
 from torch import Tensor
-from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
+
+from kdlayers._utils.torch_internals import in_transform
+
+# A single node in graphs of torch.fx: it asks for the dtype and whether gradients are on.
+torch.fx.wrap("inverse_norm")
 
 EPS = 1e-12  # TorchScript, which compiles the functions below, needs the number itself
 
@@ -20,6 +27,16 @@ def inverse_norm(vectors: Tensor) -> Tensor:
     if vectors.dtype != torch.float64:
         vectors = vectors.float()
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    if torch.is_grad_enabled() or is_tracing():  # one graph for both modes
+    derived = torch.is_grad_enabled() or is_tracing()  # one graph for both modes
+    if not is_scripting():
+        derived = derived or in_transform()  # forward-mode AD does not need gradients to be on
+    if derived:
         return inverse(norms)
     return norms.clamp_min_(1e-12).reciprocal_()  # no gradient to keep at 0: half the operations
+
+
+def cosines(vectors: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Cosines of ``vectors`` ``[..., C]`` with the rows of ``weight``, times ``scale``."""
+    unit = (weight * inverse_norm(weight)).to(weight.dtype)
+    product = F.linear(vectors, unit)
+    return (product * (inverse_norm(vectors) * scale)).to(product.dtype)

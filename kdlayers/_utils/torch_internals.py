@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
@@ -116,6 +117,17 @@ is_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # Whether torch.func has wrapped a tensor, whose numbers then cannot be read, as under vmap.
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # no stub names it
 is_functional: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+
+
+def in_transform() -> bool:
+    """Whether a call runs inside a transform of torch.func, such as vmap, or in forward-mode AD.
+
+    Any tensor may be one of the transform then: the input, or any parameter or buffer. Graphs of
+    torch.compile do not ask.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:

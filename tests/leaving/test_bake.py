@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from kdlayers import KDPoint, attach_kd, bake, fold
+from kdlayers import KDLayer, KDPoint, attach_kd, bake, fold
 from tests.nets import Net
 
 IMAGES = torch.randn(2, 3, 16, 16)
@@ -191,3 +191,27 @@ def test_hooks_of_a_point_keep_their_places(make):
     student.eval()
     torch.testing.assert_close(make(student)(IMAGES), student(IMAGES))
     assert before.id in student.last[-1]._forward_hooks
+
+
+def test_a_baked_layer_is_a_plain_one_with_the_state_of_the_students():
+    student = Net(4).to(torch.bfloat16)
+    kd = attach_kd(student, at=[KDPoint("last", num_templates=4)])
+    layer = kd.layers["last"]
+    layer.alpha, layer.memory, layer.norm.eps = 0.25, "low", 1e-3
+    layer.head.weight.requires_grad_(False)
+    layer.norm.eval()
+    found = bake(student).last[1][1]
+    assert type(found) is KDLayer
+    assert (found.alpha, found.memory, found.norm.eps) == (0.25, "low", 1e-3)
+    assert found.training
+    assert not found.norm.training
+    assert not found.head.weight.requires_grad
+    assert found.value.weight.requires_grad
+    for (name, mine), theirs in zip(
+        found.state_dict().items(), layer.state_dict().values(), strict=True
+    ):
+        assert mine.dtype == theirs.dtype, name
+        assert torch.equal(mine, theirs), name
+    found.alpha = 0.5
+    assert layer.alpha == 0.25
+    assert not bake(student.eval()).last[1][1].training

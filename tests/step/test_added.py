@@ -30,6 +30,27 @@ def test_layers_are_those_in_the_student_in_forward_order():
     assert kd.layers["first"].alpha == inside[0].alpha == 0.25
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")
+def test_layers_compile_and_follow_the_options_of_the_student():
+    torch._dynamo.reset()
+    _, kd, *_ = attached()
+    layer, x = kd.layers["first"], torch.randn(2, 4, 6, 6)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for alpha in (0.25, 0.5):
+        kd.layers["first"].alpha = alpha
+        for training in (True, False):
+            layer.train(training)
+            torch.testing.assert_close(compiled(x), layer(x))
+        program = torch.export.export(layer, (x,), strict=True).module()
+        for other in (program, torch.jit.script(layer), copy.deepcopy(layer)):
+            torch.testing.assert_close(other(x), layer(x))
+    plain = KDLayer(4, 4, alpha=alpha).eval()
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), plain(x))
+
+
 def test_layers_survive_detach_but_not_remove():
     _, kd, *_ = attached()
     kd.detach()
