@@ -128,20 +128,16 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if first is None:
         return torch.device("cpu"), torch.get_default_dtype()
-    if not first.is_meta and not is_hooked(model):
+    if not first.is_meta and OFFLOAD_HOOK not in vars(model):
         return first.device, first.dtype
-    stated = (_execution_device(vars(module).get(_HOOK)) for module in model.modules())
+    stated = (_execution_device(vars(module).get(OFFLOAD_HOOK)) for module in model.modules())
     real = (tensor.device for tensor in tensors if not tensor.is_meta)
     found = next((device for device in chain(stated, real) if device is not None), first.device)
     return torch.device(found), first.dtype
 
 
-_HOOK = "_hf_hook"
-
-
-def is_hooked(model: nn.Module) -> bool:
-    """Whether a hook that loads weights, as Hugging Face's libraries set it, wraps the forward."""
-    return _HOOK in vars(model)
+OFFLOAD_HOOK = "_hf_hook"
+"""Attribute with the hook that loads weights, as Hugging Face's libraries set it."""
 
 
 def _execution_device(hook: Any) -> torch.device | str | int | None:

@@ -24,7 +24,6 @@ from kdlayers._step.slot import SLOT, Slot
 from kdlayers._step.tape import Forward, Tape, version_of
 from kdlayers._utils.torch_internals import (
     BIASED,
-    child_table,
     current_backward,
     drop_hooks,
     missing_in_ddp,
@@ -298,10 +297,11 @@ def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
 
     Modules on the path may be in a checkpoint_wrapper, before or after attach_kd.
     """
-    module = innermost(module) if CHECKPOINTED in child_table(module) else module
-    for name in store:
-        module = module._modules.get(name, module)  # type: ignore[assignment]
-        module = innermost(module) if CHECKPOINTED in child_table(module) else module
+    for name in ("", *store):
+        child = module._modules.get(name)  # pyright: ignore[reportPrivateUsage]
+        module = module if child is None else child
+        if CHECKPOINTED in module._modules:  # pyright: ignore[reportPrivateUsage]
+            module = innermost(module)
     return module
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.detectors import inside
-from kdlayers._models.examples import image_size, is_hooked, placement
+from kdlayers._models.examples import OFFLOAD_HOOK, image_size, placement
 from kdlayers._models.layouts import Layout
 from kdlayers._models.outputs import features_of, main_output, why_unclear
 from kdlayers._models.trace import Call, Trace, trace
@@ -97,7 +97,12 @@ class Teacher:
             args, kwargs = for_teacher(self.model, args, kwargs)
         if self.transform is not None:
             args, kwargs = transformed(args, kwargs, self.transform)
-        place = self._placement()
+        first = self._first()
+        # The whole model is searched only if its weights are loaded by hooks.
+        if first is None or first.is_meta or OFFLOAD_HOOK in vars(self.model):
+            place = placement(self.model)
+        else:
+            place = first.device, first.dtype
         args = tuple(_moved(value, *place) for value in args)
         kwargs = {key: _moved(value, *place) for key, value in kwargs.items()}
         device = place[0].type
@@ -126,13 +131,6 @@ class Teacher:
         if found is not None and found.is_inference():
             found = _ordinary(found)
         return found, features
-
-    def _placement(self) -> tuple[torch.device, torch.dtype]:
-        """Device and dtype of the inputs; the whole model is searched only if it is offloaded."""
-        first = self._first()
-        if first is None or first.is_meta or is_hooked(self.model):
-            return placement(self.model)
-        return first.device, first.dtype
 
     def _first(self) -> Tensor | None:
         """The first floating-point parameter or buffer."""

@@ -49,7 +49,7 @@ def test_norms_equal_those_of_separate_backwards():
     }
 
     for loss in (0, 1):
-        other, handle = attached(losses[loss])
+        other, handle = attached(copy.deepcopy(losses[loss]))
         other.load_state_dict(student.state_dict())
         handle._terms[0].loss.load_state_dict(losses[loss].state_dict())
         handle._teachers[0].model.load_state_dict(kd._teachers[0].model.state_dict())
