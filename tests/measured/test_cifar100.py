@@ -163,7 +163,14 @@ def test_what_the_pages_say_of_recorded_views():
 def test_what_the_page_says_of_all_images():
     runs, page = accuracies("cifar100-all"), text_of("results-cifar100-all.md")
     seeds = {name: set(found) for name, found in runs.items()}
-    assert seeds == {"labels only": {0}, "KD": {0}}  # write the page anew when there are more
+    # Write the page anew when there are more.
+    assert seeds == {"labels only": {0}, "KD": {0}, "letKD-2": {0}}
+    for other, sentence in (
+        ("KD", "is {} points above KD"),
+        ("labels only", "and {} points above"),
+    ):
+        gain = runs["letKD-2"][0] - runs[other][0]
+        assert sentence.format(f"{gain:.1f}") in page
     gain = runs["KD"][0] - runs["labels only"][0]
     assert f"KD is {gain:.1f} points better than labels only** (one seed" in page
     few = accuracies("cifar100-10000")
@@ -204,6 +211,15 @@ def test_what_the_pages_of_fashion_mnist_say_of_dkd():
         assert verdict(runs["DKD"], runs["KD"]) == 0
         middle, low, high = (f"{x:.1f}" for x in difference(runs["DKD"], runs["KD"]))
         assert f"({middle} points, {low} to {high}" in text_of(f"results-{stem}.md")
+    runs, page = accuracies("fashion-mnist-6000"), text_of("results-fashion-mnist-6000.md")
+    assert verdict(runs["DKD"], runs["KD"]) == 1
+    middle, low, high = (f"{x:.1f}" for x in difference(runs["DKD"], runs["KD"]))
+    assert f"better than KD**, by {middle} points ({low} to {high}, five seeds)" in page
+    earlier = {}
+    for run in lines("results/fashion-mnist-6000.earlier.jsonl"):
+        earlier.setdefault(run["method"], {})[run["seed"]] = run["test_accuracy"]
+    assert earlier.keys() == {"DKD", "AEKT chi2", "letKD-2 + DKD"}
+    assert all(verdict(runs[name], before) == 0 for name, before in earlier.items())
     earlier = {run["seed"]: run for run in lines("results/fashion-mnist-all.earlier.jsonl")}
     before = {seed: run["test_accuracy"] for seed, run in earlier.items()}
     assert verdict(before, accuracies("fashion-mnist-all")["KD"]) == -1
