@@ -74,9 +74,10 @@ def worker(rank, folder, find_unused, accumulate, late):
     with pytest.raises(AttachError, match="call attach_kd"):
         attach_kd(DistributedDataParallel(Net(4)), Net(6), "last", example=images[:2])
     wrapped = DistributedDataParallel(Net(4))
-    attach_kd(wrapped.module, Net(6), "last", example=images[:2])
+    late_kd = attach_kd(wrapped.module, Net(6), "last", example=images[:2])
     with pytest.raises(AttachError, match="does not hold the parameters of the student's KD"):
         wrapped(images[mine])
+    late_kd.remove()
     called = DistributedDataParallel(student, find_unused_parameters=find_unused)
     grads = one_step(called, student, kd, images[mine], labels[mine], accumulate)
     states = kd.state_dict()["losses"]
