@@ -86,7 +86,8 @@ def attach_kd(
 
     Warns:
         KDLayersWarning: if student and teacher state different normalisations and no
-            ``teacher_transform`` is given, or if peft has wrapped the student before.
+            ``teacher_transform`` is given, if peft has wrapped the student before, or if a loss
+            with parameters or buffers belongs to another handle that is in use.
 
     Raises:
         NoMatchError: if a name matches no module that runs; the message lists the nearest names.

@@ -300,6 +300,7 @@ def descend(module: nn.Module, store: tuple[str, ...]) -> nn.Module:
     for name in ("", *store):
         child = module._modules.get(name)  # pyright: ignore[reportPrivateUsage]
         module = module if child is None else child
+        # Looked up here, because every forward comes this way and wrappers are rare.
         if CHECKPOINTED in module._modules:  # pyright: ignore[reportPrivateUsage]
             module = innermost(module)
     return module

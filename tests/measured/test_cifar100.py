@@ -203,23 +203,3 @@ def test_what_a_weight_that_began_with_0_changed(stem, name, expected, sentence)
     numbers = (f"{number:.1f}" for number in difference(now, before))
     page = text_of(f"results-{stem}.md").replace("](#earlier-recipes)", "").replace("[", "")
     assert sentence.format(*numbers) in page
-
-
-def test_what_the_pages_of_fashion_mnist_say_of_dkd():
-    for stem in ("fashion-mnist-6000-resnet20", "fashion-mnist-all-8", "fashion-mnist-all"):
-        runs = accuracies(stem)
-        assert verdict(runs["DKD"], runs["KD"]) == 0
-        middle, low, high = (f"{x:.1f}" for x in difference(runs["DKD"], runs["KD"]))
-        assert f"({middle} points, {low} to {high}" in text_of(f"results-{stem}.md")
-    runs, page = accuracies("fashion-mnist-6000"), text_of("results-fashion-mnist-6000.md")
-    assert verdict(runs["DKD"], runs["KD"]) == 1
-    middle, low, high = (f"{x:.1f}" for x in difference(runs["DKD"], runs["KD"]))
-    assert f"better than KD**, by {middle} points ({low} to {high}, five seeds)" in page
-    earlier = {}
-    for run in lines("results/fashion-mnist-6000.earlier.jsonl"):
-        earlier.setdefault(run["method"], {})[run["seed"]] = run["test_accuracy"]
-    assert earlier.keys() == {"DKD", "AEKT chi2", "letKD-2 + DKD"}
-    assert all(verdict(runs[name], before) == 0 for name, before in earlier.items())
-    earlier = {run["seed"]: run for run in lines("results/fashion-mnist-all.earlier.jsonl")}
-    before = {seed: run["test_accuracy"] for seed, run in earlier.items()}
-    assert verdict(before, accuracies("fashion-mnist-all")["KD"]) == -1

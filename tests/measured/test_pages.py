@@ -5,7 +5,16 @@ import re
 
 import pytest
 
-from tests.measured.committed import DOCS, accuracies, cells, lines, shown, text_of, verdict
+from tests.measured.committed import (
+    DOCS,
+    accuracies,
+    cells,
+    difference,
+    lines,
+    shown,
+    text_of,
+    verdict,
+)
 
 RECIPES = DOCS / "data" / "recipes"
 
@@ -79,6 +88,26 @@ def test_what_the_front_page_says_of_fashion_mnist():
     assert better == {("fashion-mnist-6000", "DKD")}
     text = text_of("README.md")
     assert "no method beats KD with the same student, except DKD with one of two" in text
+
+
+def test_what_the_pages_of_fashion_mnist_say_of_dkd():
+    for stem in ("fashion-mnist-6000-resnet20", "fashion-mnist-all-8", "fashion-mnist-all"):
+        runs = accuracies(stem)
+        assert verdict(runs["DKD"], runs["KD"]) == 0
+        middle, low, high = (f"{x:.1f}" for x in difference(runs["DKD"], runs["KD"]))
+        assert f"({middle} points, {low} to {high}" in text_of(f"results-{stem}.md")
+    runs, page = accuracies("fashion-mnist-6000"), text_of("results-fashion-mnist-6000.md")
+    assert verdict(runs["DKD"], runs["KD"]) == 1
+    middle, low, high = (f"{x:.1f}" for x in difference(runs["DKD"], runs["KD"]))
+    assert f"better than KD**, by {middle} points ({low} to {high}, five seeds)" in page
+    earlier = {}
+    for run in lines("results/fashion-mnist-6000.earlier.jsonl"):
+        earlier.setdefault(run["method"], {})[run["seed"]] = run["test_accuracy"]
+    assert earlier.keys() == {"DKD", "AEKT chi2", "letKD-2 + DKD"}
+    assert all(verdict(runs[name], before) == 0 for name, before in earlier.items())
+    earlier = {run["seed"]: run for run in lines("results/fashion-mnist-all.earlier.jsonl")}
+    before = {seed: run["test_accuracy"] for seed, run in earlier.items()}
+    assert verdict(before, accuracies("fashion-mnist-all")["KD"]) == -1
 
 
 def test_what_a_recorded_step_takes():
