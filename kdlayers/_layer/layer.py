@@ -12,7 +12,7 @@ from kdlayers._layer.graphs import enhanced
 from kdlayers._layer.recognise import recognise, recognise_frozen
 from kdlayers._utils import chunks
 from kdlayers._utils.norms import cosines, inverse_norm
-from kdlayers._utils.torch_internals import has_hooks, in_transform, runs_forward_of
+from kdlayers._utils.torch_internals import has_hooks, in_transform, plain, runs_forward_of
 from kdlayers.errors import ArgumentError, ShapeError
 from kdlayers.functional import _checks as check
 
@@ -174,7 +174,7 @@ class LayerParts(nn.Module):
                 if self.wrapped() is None:
                     return self._as_node(x)
             elif self._may_fuse(x) and self.why_plain(x.device) is None:
-                features = self.head.channels_last(x)
+                features = self.head.channels_last(x if type(x) is Tensor else plain(x))
                 self._need_positions(features)
                 if self.fuses(x.device, features[..., 0].numel()):
                     return self._fused(x, features)

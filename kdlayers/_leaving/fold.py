@@ -14,7 +14,7 @@ from kdlayers._models.wrappers import student_inside
 from kdlayers._step.sites import slots
 from kdlayers._utils.chunks import DEVICES
 from kdlayers._utils.norms import inverse_norm
-from kdlayers._utils.torch_internals import in_transform
+from kdlayers._utils.torch_internals import in_transform, plain
 from kdlayers.errors import AttachError
 
 # A single node in graphs of torch.fx, which tools for quantisation leave in float.
@@ -48,9 +48,9 @@ class FoldedKDLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features with the recognised knowledge added: same shape, same dtype."""
-        plain = is_scripting() or not isinstance(x, Tensor)  # torch.fx traces with symbols
-        if not plain and self.chunked(x.device):
-            return x + self._in_chunks(x, x.movedim(self.channel_dim, -1))
+        simple = is_scripting() or not isinstance(x, Tensor)  # torch.fx traces with symbols
+        if not simple and self.chunked(x.device):
+            return x + self._in_chunks(x, plain(x).movedim(self.channel_dim, -1))
         return folded(x, self.matching, self.threshold, self.values, self.channel_dim)
 
     @torch.jit.unused

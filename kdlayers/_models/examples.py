@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdlayers._models.detectors import Pictures, is_detector, is_list_of_pictures
 from kdlayers._models.layouts import Size
+from kdlayers._utils.torch_internals import plain
 from kdlayers._utils.tree import leaves, mapped
 from kdlayers.errors import ArgumentError
 
@@ -108,11 +109,11 @@ _ADVICE = {
 
 
 def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
-    """``example`` on the model's device; floating-point tensors in its dtype."""
+    """``example`` as plain tensors on the model's device; floating-point ones in its dtype."""
     device, dtype = placement(model)
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return plain(tensor).to(device, dtype if tensor.is_floating_point() else None)
 
     moved: tuple[Any, ...] = mapped(example, move)
     return moved

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdlayers._models.detectors import Pictures, is_list_of_pictures
+from kdlayers._utils.torch_internals import plain
 from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.functional._checks import is_iterable
 
@@ -63,7 +64,7 @@ def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
             images = tuple(images) if all(isinstance(i, Tensor) for i in images) else None
         given = isinstance(images, (Tensor, tuple))
         if given and isinstance(labels, (Tensor, NoneType)) and not (sample or second):
-            return images, labels
+            return images, None if labels is None else plain(labels)
         kinds = ", ".join(type(item).__name__ for item in batch)
         found = f"a {type(batch).__name__} ({kinds})"
         if sample:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlayers._models.outputs import main_output, why_unclear
+from kdlayers._utils.torch_internals import plain
 from kdlayers._utils.tree import leaves, mapped
 from kdlayers.errors import (
     ArgumentTypeError,
@@ -250,7 +251,7 @@ def check_labels(targets: Tensor | None, logits: Tensor) -> Tensor | None:
             "images: they belong to another batch; call kd.loss(y) with the labels of the last "
             "student(x)"
         )
-    return targets.to(logits.device)
+    return (targets if type(targets) is Tensor else plain(targets)).to(logits.device)
 
 
 def check_taught(forward: Forward, ahead: Any) -> None:

@@ -23,7 +23,7 @@ from kdlayers._step.recorded_teacher import RecordedTeacher, traces_of
 from kdlayers._step.sites import hook_site
 from kdlayers._step.tape import version_of
 from kdlayers._utils.locks import lock_of
-from kdlayers._utils.torch_internals import buffer_table, parameter_table
+from kdlayers._utils.torch_internals import buffer_table, parameter_table, plain
 from kdlayers._utils.tree import leaves, mapped
 from kdlayers.errors import ArgumentError, CaptureError, KDLayersError
 
@@ -256,8 +256,9 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Tensors in ``value`` on this device; floating-point ones in this dtype."""
+    """Tensors in ``value``, as plain ones, on this device; floating-point ones in this dtype."""
     if isinstance(value, Tensor):
+        value = value if type(value) is Tensor else plain(value)
         return value.to(device, dtype if value.is_floating_point() else None)
     return mapped(value, lambda tensor: _moved(tensor, device, dtype))
 

@@ -13,6 +13,7 @@ from kdlayers._models.layouts import Layout, Size, common_size, pool
 from kdlayers._models.vectors import Vectors
 from kdlayers._step.tape import Forward, Wanted
 from kdlayers._step.teacher import Taught, Teacher
+from kdlayers._utils.torch_internals import plain
 from kdlayers._utils.tree import leaves
 from kdlayers.errors import ArgumentError, ArgumentTypeError
 from kdlayers.functional._checks import NARROW, work_dtype
@@ -273,6 +274,8 @@ class Plan:
             elif term.student_layout is not None and term.student_layout.kind == "tokens":
                 image = image_size((forward.args, forward.kwargs))
                 student = term.student_layout.on_grid(student, image)
+            if type(student) is not Tensor:
+                student = plain(student)
             place = (student.device, student.dtype == torch.float64)
             if term.place != place:
                 was_double = term.place is not None and term.place[1]

@@ -119,6 +119,19 @@ _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # no stub names
 is_functional: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """``tensor`` without a class of its own that adds, for instance, an image's metadata.
+
+    Such a class need not support all that tensors do. Fake and distributed tensors dispatch on
+    their own, and are returned as they are.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
+
+
 def in_transform() -> bool:
     """Whether a call runs inside a transform of torch.func, such as vmap, or in forward-mode AD.
 
