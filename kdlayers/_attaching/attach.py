@@ -15,6 +15,7 @@ from kdlayers._attaching.shared_losses import warn_of_shared_losses
 from kdlayers._layer.layer import check_memory
 from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
+from kdlayers._models.outputs import are_probabilities
 from kdlayers._models.trace import Trace, trace
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import peft_part, unwrap
@@ -29,7 +30,7 @@ from kdlayers._step.term_making import example_pair, feature_term, unique_names
 from kdlayers._step.terms import Term
 from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
-from kdlayers.losses import DistillLoss, TemplateLoss
+from kdlayers.losses import ChannelWiseLoss, DistillLoss, TemplateLoss
 
 
 def attach_kd(
@@ -86,8 +87,9 @@ def attach_kd(
 
     Warns:
         KDLayersWarning: if student and teacher state different normalisations and no
-            ``teacher_transform`` is given, if peft has wrapped the student before, or if a loss
-            with parameters or buffers belongs to another handle that is in use.
+            ``teacher_transform`` is given, if peft has wrapped the student before, if the teacher
+            returns probabilities where a loss reads logits, or if a loss with parameters or buffers
+            belongs to another handle that is in use.
 
     Raises:
         NoMatchError: if a name matches no module that runs; the message lists the nearest names.
@@ -146,6 +148,7 @@ def attach_kd(
     _warn_of_other_teachers(terms, teachers)
     warn_of_shared_losses(terms, tape)
     _warn_of_buffers(teachers)
+    _warn_of_probabilities(terms, teachers)
     pictures = Pictures(whole) if student is not whole else None
     return KDHandle(student, teachers, terms, tape, pictures)
 
@@ -207,6 +210,21 @@ def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
             "buffers will change in training: switch the observers off before, for instance with "
             "teacher.apply(torch.ao.quantization.disable_observer)"
         )
+
+
+def _warn_of_probabilities(terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
+    """Warn of losses on logits whose teacher has applied a softmax already."""
+    for term in terms:
+        softens = term.loss.on_logits or isinstance(term.loss, ChannelWiseLoss)
+        index = term.teacher_index
+        for each in teachers if index is None else [teachers[index]]:
+            if softens and term.point is None and are_probabilities(each.traced.logits):
+                warn(
+                    f"{term.name} reads the logits of the teacher ({type(each.model).__name__}), "
+                    "but its output on the example sums to 1 over the classes, as after a softmax, "
+                    "which the loss would apply once more: let the teacher return its logits, or "
+                    "give the loss the module that makes them, at=(student's name, teacher's name)"
+                )
 
 
 def check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:

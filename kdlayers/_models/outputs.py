@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdlayers._utils.tree import Path, first_tensor, leaves
@@ -17,9 +18,14 @@ def main_output(output: Any) -> Tensor | None:
     return _found(output) if why_unclear(output) is None else first_tensor(output)
 
 
-def why_unclear(output: Any) -> str | None:
-    """Why it is unclear which tensor of ``output`` has the logits; None if it is clear."""
-    if first_tensor(output) is None or _found(output) is not None:
+def why_unclear(output: Any, image: tuple[int, int] | None = None) -> str | None:
+    """Why it is unclear which tensor of ``output`` has the logits; None if it is clear.
+
+    With the height and width of the images, ``image``, a map of this size that comes before a
+    vector makes it unclear: the map may have a class for each pixel, the vector for each image.
+    """
+    found = _found(output)
+    if first_tensor(output) is None or (found is not None and not _after_map(output, found, image)):
         return None
     if is_detections(output):
         return "it returns detections, one dict of boxes per image, so there are no logits"
@@ -29,8 +35,18 @@ def why_unclear(output: Any) -> str | None:
     )
     return (
         f"it returns several tensors ({parts}), and neither a name nor a shape shows which of them "
-        "are the logits; return the logits alone, or a dict or named tuple with the key 'logits'"
+        "are the logits; return the logits alone, or a dict or named tuple with the key 'logits', "
+        "or give the loss the name of the module that makes them, at=(student's, teacher's)"
     )
+
+
+def _after_map(output: Any, found: Tensor, image: tuple[int, int] | None) -> bool:
+    """Whether the vector ``found`` comes after a map of the size of the images."""
+    if image is None or found.dim() != 2 or _named(output) is found:
+        return False
+    maps = [tensor.dim() == 4 and tuple(tensor.shape[2:]) == image for _, tensor in leaves(output)]
+    where = next(i for i, (_, tensor) in enumerate(leaves(output)) if tensor is found)
+    return any(maps[:where])
 
 
 def features_of(output: Any, path: Path, name: str) -> Any:
@@ -72,11 +88,29 @@ def _found(output: Any) -> Tensor | None:
     candidates = [t for _, t in leaves(output) if t.is_floating_point() and t.dim() > 1]
     if len(candidates) < 2:
         return candidates[0] if candidates else first_tensor(output)
-    # Equal shapes are a main and auxiliary classifiers, the main one first, as in torchvision.
+    # Equal shapes are a main and auxiliary classifiers, the main one first, as in torchvision, or
+    # probabilities before their logits.
     if not isinstance(output, Mapping) and len({tuple(t.shape) for t in candidates}) == 1:
-        return candidates[0]
+        main, *others = candidates
+        return next((t for t in others if _is_softmax(main, t)), main)
     vectors = [t for t in candidates if t.dim() == 2]
     return vectors[0] if len(vectors) == 1 else None
+
+
+def _is_softmax(shares: Tensor, logits: Tensor) -> bool:
+    """Whether ``shares`` are the probabilities of ``logits``; the first image shows it."""
+    shares, logits = (t[:1].detach() for t in (shares, logits))
+    same = shares.device == logits.device and not shares.is_meta and shares.numel()
+    return bool(same) and torch.allclose(shares, logits.to(shares).softmax(1), rtol=0, atol=1e-5)
+
+
+def are_probabilities(output: Tensor) -> bool:
+    """Whether the numbers of all classes are 0 or more and sum to 1, as after a softmax."""
+    if output.dim() < 2 or output.shape[1] < 2 or output.is_meta or not output.numel():
+        return False
+    output = output.detach().float()
+    one = torch.ones((), device=output.device)
+    return bool((output >= 0).all()) and torch.allclose(output.sum(1), one, rtol=0, atol=1e-2)
 
 
 def _named(output: Any) -> Tensor | None:

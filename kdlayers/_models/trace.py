@@ -263,7 +263,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
         logits,
         image_size(example) or (1, 1),
         label,
-        unclear=why_unclear(output),
+        unclear=why_unclear(output, image_size(example)),
         detections=is_detections(output),
         changes_input=versions != [_version(tensor) for _, tensor in leaves(given)],
         changed_buffers=changed_buffers,

@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from kdlayers import CodebookTargets, DecisionTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
+from kdlayers import (
+    ChannelWiseLoss,
+    CodebookTargets,
+    DecisionTargets,
+    FitNetLoss,
+    KDLoss,
+    KDPoint,
+    attach_kd,
+)
 from kdlayers._models.outputs import main_output, why_unclear
-from kdlayers.errors import ArgumentError, CaptureError, LayoutError
+from kdlayers.errors import ArgumentError, CaptureError, KDLayersWarning, LayoutError
 from kdlayers.functional import kd as kd_formula
 from tests.nets import Net, batch
 
@@ -60,8 +68,8 @@ def test_ambiguous_outputs(output, sentence):
 class Talkative(Net):
     """Returns more than its logits; ``form`` builds the output from features and logits."""
 
-    def __init__(self, form, channels=4):
-        super().__init__(channels)
+    def __init__(self, form, channels=4, classes=3):
+        super().__init__(channels, classes)
         self.form = form
 
     def forward(self, x):
@@ -84,6 +92,55 @@ def test_the_loss_compares_logits(form):
     loss, plain = (student(IMAGES), kd.loss(LABELS))[1], Net.forward
     expected = kd_formula(plain(student, IMAGES), plain(teacher.eval(), IMAGES))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probabilities_before_their_logits_as_in_eval_mode_only(classes):
+    student, teacher = Net(4, classes), Talkative(lambda f, z: (z.softmax(1), z), 6, classes)
+    kd = attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
+    loss = (student(IMAGES), kd.loss(LABELS))[1]
+    expected = kd_formula(student(IMAGES), Net.forward(teacher.eval(), IMAGES))
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("loss", [KDLoss(), ChannelWiseLoss()])
+def test_a_teacher_with_a_softmax_gives_a_warning(loss):
+    maps = isinstance(loss, ChannelWiseLoss)
+    form = (lambda f, z: f[:, :, None, None].expand(-1, -1, 2, 2)) if maps else (lambda f, z: z)
+    student, plain = Talkative(form), Talkative(form)
+    teacher = Talkative(lambda f, z: form(f, z).softmax(1))
+    with pytest.warns(KDLayersWarning, match=f"{type(loss).__name__} reads .* after a softmax"):
+        attach_kd(student, teacher, losses=[loss], example=IMAGES).remove()
+    attach_kd(student, plain, losses=[loss], example=IMAGES).remove()
+    features = FitNetLoss(at="last")
+    attach_kd(Net(4), Talkative(lambda f, z: z.softmax(1)), losses=[features], example=IMAGES)
+
+
+class MapsAndClasses(Net):
+    """Class maps of the images' size, and the classes of the images from another head."""
+
+    def forward(self, x):
+        x = self.last(self.first(self.stem(x)))
+        maps = self.pixels(x)
+        return maps, self.head(x.mean((2, 3)))
+
+    def __init__(self, channels=4):
+        super().__init__(channels)
+        self.pixels = nn.Sequential(nn.Conv2d(channels + 1, 5, 1), nn.Upsample(scale_factor=2))
+
+
+def test_class_maps_of_pixels_beside_classes_of_images_are_ambiguous():
+    student, teacher = MapsAndClasses(), MapsAndClasses(6)
+    with pytest.raises(ArgumentError, match=r"0 \[6, 5, 8, 8\], 1 \[6, 3\].*at=\(student's, "):
+        attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
+    kd = attach_kd(student, teacher, losses=[KDLoss(at="pixels")], example=IMAGES)
+    loss = (student(IMAGES), kd.loss())[1]
+    expected = kd_formula(student(IMAGES)[0], teacher.eval()(IMAGES)[0])
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ArgumentError, match="number of classes"):
+        attach_kd(MapsAndClasses(), teacher, ["first", "last"], example=IMAGES)
+    # A reconstruction after the logits leaves no doubt.
+    assert why_unclear((LOGITS, MAPS), (2, 2)) is None
 
 
 def test_the_loss_asks_for_logits_if_they_are_ambiguous():
