@@ -38,8 +38,8 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     channels = _stated_channels(model)
     if channels is None:
         raise ArgumentError(
-            f"no input can be made for {type(model).__name__}, which has no convolution; pass "
-            "example= with a small batch of your images"
+            f"no input can be made for {type(model).__name__}, which has no convolution of images; "
+            "pass example= with a small batch of your images"
         )
     return (torch.zeros(2, channels, *_stated_size(model), device="cpu"),)
 
@@ -152,6 +152,11 @@ def fresh(example: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with copies of all tensors, for a model that may change them in place."""
     copies: tuple[Any, ...] = mapped(example, lambda tensor: tensor.clone())
     return copies
+
+
+def has_volumes(inputs: Any) -> bool:
+    """Whether ``inputs`` are volumes or videos, of five axes, with no image among them."""
+    return image_size(inputs) is None and any(t.dim() == 5 for _, t in leaves(inputs))
 
 
 def image_size(inputs: Any) -> Size | None:

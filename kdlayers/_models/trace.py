@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.examples import fresh, image_size, run_example, to_model
+from kdlayers._models.examples import fresh, has_volumes, image_size, run_example, to_model
 from kdlayers._models.layouts import (
     Kind,
     Layout,
@@ -65,6 +65,8 @@ class Trace:
     """Why the choice of the logits among the outputs is ambiguous; None if it is not."""
     detections: bool = False
     """Whether the model returns boxes rather than logits."""
+    volumes: bool = False
+    """Whether the inputs are volumes or videos rather than images."""
     changes_input: bool = False
     """Whether the forward changes its inputs in place."""
     changed_buffers: list[str] = field(default_factory=list)
@@ -140,6 +142,12 @@ class Trace:
         call = self.call(name)
         if self.detections:
             raise LayoutError(self.detector_advice)
+        if self.volumes and len(call.shape) > 2:
+            raise LayoutError(
+                f"the output of {name!r} has shape {call.shape}, and the {self.label} takes inputs "
+                "of five axes, such as volumes: kdlayers compares the positions of images only; "
+                "use losses on logits [B, K], or on vectors [B, C] such as those of a pooling layer"
+            )
         if call.shape[0] != self.logits.shape[0]:
             raise LayoutError(
                 f"the output of {name!r} has shape {call.shape}, but the batch has "
@@ -218,7 +226,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[module] += 1
-        found = main_tensor(output, batch)
+        found = main_tensor(output, batch, args)
         statements.note(innermost(module), args, output)
         if name in calls:
             calls[name].calls += 1
@@ -265,6 +273,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
         label,
         unclear=why_unclear(output, image_size(example)),
         detections=is_detections(output),
+        volumes=has_volumes(example),
         changes_input=versions != [_version(tensor) for _, tensor in leaves(given)],
         changed_buffers=changed_buffers,
         example=example,

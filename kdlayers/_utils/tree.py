@@ -53,15 +53,18 @@ def first_tensor(tree: Any) -> Tensor | None:
     return found[0][1] if found else None
 
 
-def main_tensor(tree: Any, batch: int | None = None) -> tuple[Path, Tensor] | None:
+def main_tensor(tree: Any, batch: int | None = None, given: Any = ()) -> tuple[Path, Tensor] | None:
     """The features in a module's output, which are floating-point.
 
     The first of several values, such as features and attention weights; the largest value of a
     dict, such as the maps of a backbone by name. Vectors count only if there is nothing else.
     With the number of images, ``batch``, values of other numbers of samples count only if there is
     nothing else: blocks of TNT return the pixels of each patch before the patches of each image.
+    Likewise empty values and the module's inputs, ``given``: encoders may return the images first.
     """
     found = [(path, t) for path, t in leaves(tree) if t.is_floating_point() and t.dim() > 1]
+    inputs = {id(tensor) for _, tensor in leaves(given)}
+    found = [item for item in found if item[1].numel() and id(item[1]) not in inputs] or found
     found = [item for item in found if item[1].dim() > 2] or found
     if not found:
         return None

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from kdlayers import FeatureLoss, KDPoint, attach_kd, find_points
+from kdlayers import CodebookTargets, FeatureLoss, KDPoint, attach_kd, find_points
 from kdlayers.errors import ArgumentError, AttachError, LayoutError
 from tests.nets import Awkward, Net
 
@@ -153,6 +153,51 @@ def test_features_with_attention_weights_are_the_features():
     assert (point.shape, point.layout) == ((2, 64, 16), "tokens")
     kd = attach_kd(Attending(), at=[KDPoint("block", num_templates=5)], example=IMAGES)
     assert kd.layers["block"].head.weight.shape == (5, 16)
+
+
+class Encoder(nn.Module):
+    """Returns its images, an empty tensor and two maps, from fine to coarse."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 3, 2, 1)
+
+    def forward(self, x):
+        fine = self.fine(x)
+        return [x, x[:, :0], fine, self.coarse(fine)]
+
+
+class Segmenter(nn.Module):
+    """Class maps from all features of an encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Conv2d(9, 3, 1)
+
+    def forward(self, x):
+        *_, fine, coarse = self.encoder(x)
+        return self.head(torch.cat([fine, nn.functional.interpolate(coarse, fine.shape[2:])], 1))
+
+
+def test_features_are_not_the_images_that_an_encoder_returns_first():
+    student, teacher, images = Segmenter(), Segmenter(), torch.randn(2, 3, 8, 8)
+    found = {point.name: point.shape for point in find_points(student, images)}
+    assert found["encoder"] == (2, 4, 4, 4)
+    kd = attach_kd(
+        student,
+        teacher,
+        [KDPoint("encoder", targets=CodebookTargets(4))],
+        losses=[FeatureLoss(at=("encoder.coarse", "encoder"), projector=nn.Conv2d(5, 4, 1))],
+        example=images,
+    )
+    kd.fit([images], progress=False)
+    student(images)
+    kd.loss().backward()
+    loss = kd._terms[1].loss
+    ours, theirs = student.encoder(images)[3], teacher.encoder(images)[2]
+    theirs = nn.functional.adaptive_avg_pool2d(theirs, 2)
+    value = 1 - nn.functional.cosine_similarity(loss.projector(ours), theirs, dim=1).mean()
+    torch.testing.assert_close(kd.terms["FeatureLoss.encoder.coarse"], value.detach())
 
 
 class SharedEnd(nn.Module):

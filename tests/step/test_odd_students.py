@@ -8,13 +8,18 @@ from torch import nn
 from kdlayers import (
     AttentionTransferLoss,
     CodebookTargets,
+    DecisionTargets,
+    FeatureLoss,
     FitNetLoss,
     KDLoss,
     KDPoint,
+    RKDLoss,
     attach_kd,
     attach_mutual,
+    find_points,
 )
-from kdlayers.errors import AttachError, CaptureError, NoMatchError, StaleCaptureError
+from kdlayers import functional as kdf
+from kdlayers.errors import AttachError, CaptureError, LayoutError, NoMatchError, StaleCaptureError
 from tests.nets import Net, batch
 
 IMAGES, LABELS = batch()
@@ -147,3 +152,39 @@ def test_another_name_of_a_module_leads_to_its_usual_name():
     student.tail = student.last
     with pytest.raises(NoMatchError, match=r"'tail' of the student is another name .* use 'last'"):
         attach_kd(student, Net(6), {"tail": "last"}, example=IMAGES)
+
+
+class OfVolumes(nn.Module):
+    """A classifier of volumes, by tokens of which there are 4 x 2 x 1."""
+
+    def __init__(self, channels=5):
+        super().__init__()
+        self.maps = nn.Conv3d(1, channels, 4, 4)
+        self.tokens = nn.Sequential(nn.Linear(channels, channels), nn.ReLU())
+        self.mean = nn.Linear(channels, channels)
+        self.head = nn.Linear(channels, 3)
+
+    def forward(self, x):
+        tokens = self.tokens(self.maps(x).flatten(2).transpose(1, 2))
+        return self.head(self.mean(tokens.mean(1)))
+
+
+def test_volumes_have_vectors_and_logits_but_no_grid():
+    student, teacher = OfVolumes(), OfVolumes(7)
+    volumes, labels = torch.randn(4, 1, 16, 8, 4), torch.arange(4) % 3
+    points = find_points(student, volumes)
+    assert not points
+    assert "takes inputs of five axes, such as volumes" in points.left_out["tokens"]
+    for name in ("maps", "tokens"):
+        with pytest.raises(LayoutError, match=f"output of '{name}' .* five axes.* on vectors"):
+            attach_kd(student, teacher, losses=[FeatureLoss(at=name)], example=volumes)
+        with pytest.raises(LayoutError, match=f"output of '{name}' .* five axes.* on vectors"):
+            attach_kd(student, at=[KDPoint(name, num_templates=4)], example=volumes)
+    decisions = [KDPoint("mean", targets=DecisionTargets(1))]
+    losses = [KDLoss(), RKDLoss(at="mean"), FeatureLoss(at="mean")]
+    kd = attach_kd(student, teacher, decisions, losses=losses, example=volumes)
+    kd.fit([(volumes, labels)], progress=False)
+    logits = student(volumes)
+    kd.loss(labels).backward()
+    expected = kdf.kd(logits, teacher(volumes)).detach()
+    torch.testing.assert_close(kd.terms["KDLoss"], expected)
