@@ -77,7 +77,9 @@ def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
             )
         elif second:
             found += f", of which the second has shape {shape}, like images: for a "
-            found += "model with two inputs pass batches ((first, second), labels)"
+            found += "model with two inputs pass batches ((first, second), labels), and masks of "
+            found += "classes as integers: kd.fit(loader, prepare=lambda batch: (batch[0], "
+            found += "batch[1].long()))"
     elif isinstance(batch, Mapping):
         found = (
             f"a {type(batch).__name__} with the keys {list(batch)}; {_pairs_of(batch, function)}"
@@ -92,10 +94,14 @@ def _pairs_of(batch: Mapping[Any, Any], function: str) -> str:
     """What makes pairs of such batches."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     images = next((key for key, value in tensors.items() if value.dim() >= 3), "images")
-    labels = next((key for key, value in tensors.items() if value.dim() == 1), "labels")
     if function != FIT:
         return f"pass the images alone: [batch[{images!r}] for batch in loader]"
+    count = next((len(value) for key, value in tensors.items() if key == images), 0)
+    # A detector's batch has one label for each box, and no label for each image.
+    each = [key for key, v in tensors.items() if key != images and v.dim() and len(v) == count]
+    labels = next((key for key in each if not tensors[key].is_floating_point()), None)
+    second = "None" if labels is None else f"batch[{labels!r}]"
     return (
         "pass a function that returns a pair: kd.fit(loader, prepare=lambda batch: "
-        f"(batch[{images!r}], batch[{labels!r}]))"
+        f"(batch[{images!r}], {second}))"
     )

@@ -299,8 +299,8 @@ class KDHandle(Learning):
         tape = self._tape
         ahead, tape.ahead = tape.ahead, None
         forward, found = tape.read(self._plan.wanted, self.student, logits)
-        # A student that returns its own loss has one number for all images.
-        images = found if found.dim() else forward.any_recorded()
+        # A student may return its own loss, one number, or a vector of its parts.
+        images = found if self._plan.wanted.logits else forward.any_recorded()
         labels = check_labels(targets, images)
         if not self._images.done:
             self._images.of_training((forward.args, forward.kwargs))

@@ -60,6 +60,8 @@ def soft_labels(features: Tensor, labels: object, classes: int) -> tuple[Tensor,
 def _spread(features: Tensor, labels: object) -> Tensor:
     labels = _checked(labels)
     where = list(features.shape[:-1])
+    if labels.dim() == 4 and len(where) == 3 and labels.shape[1] == 1:
+        labels = labels[:, 0]  # masks with an axis of channels, as KDLoss takes them too
     if labels.dim() == len(where) == 3 and len(labels) == where[0]:
         labels = _resized(labels, (where[1], where[2]))
     if not _per_image_or_position(labels.shape, where):

@@ -18,6 +18,14 @@ Reduction: TypeAlias = Literal["mean", "sum", "none"]
 NARROW = (torch.float16, torch.bfloat16)
 """The dtypes in which nothing is summed."""
 _DISPATCH = "__torch_dispatch__"
+_FIVE = (
+    ": class maps of volumes are not compared; of stacked maps of images, as of deep supervision, "
+    "pass the main one to kd.loss(y, logits=maps[:, 0])"
+)
+_ONE_CLASS = (
+    "the softmax of one class is always 1: compare one logit by FeatureLoss(distance='mse', "
+    "projector=None)"
+)
 
 
 def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -152,11 +160,11 @@ def logits(student: Tensor, teacher: Tensor) -> None:
     if student.dim() != 2 or student.shape != teacher.shape:
         raise ShapeError(
             "student and teacher must be logits of one shape [batch, classes], got "
-            f"{shape(student)} and {shape(teacher)}"
+            f"{shape(student)} and {shape(teacher)}" + (_FIVE if student.dim() == 5 else "")
         )
     filled("logits", student)
     if student.shape[1] < 2:
-        raise ShapeError(f"logits need at least 2 classes, got {shape(student)}")
+        raise ShapeError(f"logits need at least 2 classes, got {shape(student)}; {_ONE_CLASS}")
 
 
 def is_iterable(value: object) -> bool:
@@ -192,6 +200,7 @@ def class_maps(student: Tensor, teacher: Tensor, *, sized: bool = True) -> None:
         raise ShapeError(
             "class maps need a batch of at least 1, a pixel and at least 2 classes, got "
             f"{shape(student)} and {shape(teacher)}"
+            + (f"; {_ONE_CLASS}" if student.shape[1] == 1 else "")
         )
 
 

@@ -19,7 +19,14 @@ from kdlayers import (
     find_points,
 )
 from kdlayers import functional as kdf
-from kdlayers.errors import AttachError, CaptureError, LayoutError, NoMatchError, StaleCaptureError
+from kdlayers.errors import (
+    AttachError,
+    CaptureError,
+    LayoutError,
+    NoMatchError,
+    ShapeError,
+    StaleCaptureError,
+)
 from tests.nets import Net, batch
 
 IMAGES, LABELS = batch()
@@ -188,3 +195,49 @@ def test_volumes_have_vectors_and_logits_but_no_grid():
     kd.loss(labels).backward()
     expected = kdf.kd(logits, teacher(volumes)).detach()
     torch.testing.assert_close(kd.terms["KDLoss"], expected)
+
+
+class PartsOfLoss(Net):
+    """In training it takes a batch with labels, and returns the parts of its loss, not logits."""
+
+    def forward(self, batch):
+        if not isinstance(batch, dict):
+            return super().forward(batch)
+        value = F.cross_entropy(super().forward(batch["img"]), batch["cls"])
+        return torch.stack([value, value, value]), {"ce": value.detach()}
+
+
+def test_a_vector_of_losses_is_not_one_loss_for_each_image():
+    student, teacher = PartsOfLoss(4), PartsOfLoss(6)
+    decisions = [KDPoint("last", targets=DecisionTargets(2))]
+    losses = [FitNetLoss(at="first")]
+    kd = attach_kd(student, teacher, decisions, losses=losses, example=IMAGES)
+    kd.fit([(IMAGES, LABELS)], progress=False)
+    parts, _ = student({"img": IMAGES, "cls": LABELS})
+    (parts.sum() + kd.loss(LABELS)).backward()
+    in_dict = kd.terms
+    student(IMAGES)
+    kd.loss(LABELS)
+    assert kd.terms == in_dict
+    student({"img": IMAGES, "cls": LABELS})
+    with pytest.raises(StaleCaptureError, match=f"for a forward of {len(IMAGES)} images"):
+        kd.loss(LABELS[:3])
+
+
+class Stacked(Net):
+    """Class maps; in training stacked with those of deeper features."""
+
+    def forward(self, x):
+        maps = self.last(self.first(self.stem(x)))
+        return torch.stack([maps, -maps], 1) if self.training else maps
+
+
+def test_stacked_maps_are_refused_and_one_of_them_is_compared():
+    student, teacher = Stacked(4), Stacked(4)
+    kd = attach_kd(student, teacher, losses=[KDLoss()], example=IMAGES)
+    student(IMAGES)
+    with pytest.raises(ShapeError, match=r"deep supervision.* kd\.loss\(y, logits=maps\[:, 0\]\)"):
+        kd.loss()
+    maps = student(IMAGES)
+    loss = kd.loss(logits=maps[:, 0])
+    torch.testing.assert_close(loss, kdf.kd(maps[:, 0], teacher.eval()(IMAGES)))

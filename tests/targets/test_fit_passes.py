@@ -190,8 +190,24 @@ def test_models_of_two_inputs_are_fitted(kind):
 
 def test_a_second_input_is_not_taken_for_the_labels():
     kd = attach_kd(Net(4), Net(4), [KDPoint("last", targets=CodebookTargets(8))], example=IMAGES)
-    with pytest.raises(ArgumentError, match=r"like images: .* \(\(first, second\), labels\)"):
+    with pytest.raises(
+        ArgumentError, match=r"like images: .* \(\(first, second\), labels\).* masks"
+    ):
         kd.fit([(IMAGES, IMAGES, LABELS)], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        ({"label": LABELS}, r"\(batch\['image'\], batch\['label'\]\)"),
+        ({"seg": IMAGES[:, :1].long()}, r"\(batch\['image'\], batch\['seg'\]\)"),
+        ({"box_of": LABELS.repeat(2), "boxes": IMAGES[:, 0, 0]}, r"\(batch\['image'\], None\)"),
+    ],
+)
+def test_the_advice_for_dicts_names_labels_of_the_images(labels, wanted):
+    kd = attach_kd(Net(4), Net(4), [KDPoint("last", targets=CodebookTargets(8))], example=IMAGES)
+    with pytest.raises(ArgumentError, match=wanted):
+        kd.fit([{"image": IMAGES, **labels}], progress=False)
 
 
 def test_fit_under_inference_mode_learns_for_training():

@@ -27,6 +27,10 @@ def test_masks_are_brought_to_the_grid_by_the_nearest_pixel():
     two = DecisionTargets(2, components=2).fit([(features, small)])
     assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
     assert torch.equal(one.soft_assignment(features, masks), two.soft_assignment(features, small))
+    channel = DecisionTargets(2, components=2).fit([(features, masks[:, None])])
+    assert all(torch.equal(v, channel.state_dict()[k]) for k, v in one.state_dict().items())
+    both = (one.soft_assignment(features, given) for given in (masks, masks[:, None]))
+    assert torch.equal(*both)
     with pytest.raises(ShapeError, match=r"must be \[6\] or \[6, 4, 8\], got"):
         one.soft_assignment(features, masks[:3])
 
