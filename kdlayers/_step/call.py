@@ -1,6 +1,6 @@
 """Converts the arguments of the student's call for the teacher: images are kept, labels dropped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import Any, TypeAlias
 
@@ -50,6 +50,12 @@ def transformed(
 
     The images are the first argument, or the first tensor among the keywords.
     """
+    if args and isinstance(args[0], Mapping):
+        raise CaptureError(
+            "teacher_transform converts images, but the student was called with a "
+            f"{type(args[0]).__name__} with the keys {list(args[0])}: pass the images as in "
+            "`with kd.batch(images):` around the call, and the teacher gets these"
+        )
     if args:
         return (_converted(args[0], transform), *args[1:]), kwargs
     for key, value in kwargs.items():

@@ -9,6 +9,7 @@ from torch import nn
 
 from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd, attach_mutual
 from kdlayers.errors import CaptureError, StaleCaptureError
+from kdlayers.functional import kd as kd_formula
 from tests.nets import Net, batch
 
 # torch.compile itself reads .grad of the tensors in a frame, with the warning hidden from users.
@@ -311,3 +312,22 @@ def test_an_example_in_a_dict_gets_the_models_precision():
     kd = attach_kd(student, teacher, losses=[KDLoss()], example=(example,))
     student({"images": [IMAGES.double()]})
     assert kd.loss(LABELS).dtype == torch.float64
+
+
+class OfDicts(Net):
+    """Takes images, or a batch in a dict as its first argument."""
+
+    def forward(self, x):
+        return super().forward(x["images"] if isinstance(x, dict) else x)
+
+
+def test_a_teacher_transform_gets_the_images_of_a_dict_by_kd_batch():
+    student, teacher, kd = attached(OfDicts(4), Net(6), teacher_transform=lambda images: images / 2)
+    student({"images": IMAGES, "boxes": LABELS})
+    with pytest.raises(CaptureError, match=r"with the keys \['images', 'boxes'\]: .*kd\.batch"):
+        kd.loss(LABELS)
+    with kd.batch(IMAGES):
+        logits = student({"images": IMAGES, "boxes": LABELS})
+    kd.loss(LABELS, logits=logits)
+    expected = kd_formula(logits, teacher.eval()(IMAGES / 2)).detach()
+    torch.testing.assert_close(kd.terms["KDLoss"], expected)
