@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdlayers._utils.torch_internals import is_functional, plain
 from kdlayers._utils.tree import Path, first_tensor, leaves
 from kdlayers.errors import AttachError
 
@@ -99,16 +100,23 @@ def _found(output: Any) -> Tensor | None:
 
 def _is_softmax(shares: Tensor, logits: Tensor) -> bool:
     """Whether ``shares`` are the probabilities of ``logits``; the first image shows it."""
-    shares, logits = (t[:1].detach() for t in (shares, logits))
-    same = shares.device == logits.device and not shares.is_meta and shares.numel()
-    return bool(same) and torch.allclose(shares, logits.to(shares).softmax(1), rtol=0, atol=1e-5)
+    shares, logits = (plain(t)[:1].detach() for t in (shares, logits))
+    if shares.device != logits.device or not _has_numbers(shares):
+        return False
+    return torch.allclose(shares, logits.to(shares).softmax(1), rtol=0, atol=1e-5)
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether a test on the values can be made: not of meta, fake and functional tensors."""
+    real = type(tensor) is Tensor and not tensor.is_meta and not is_functional(tensor)
+    return real and bool(tensor.numel())
 
 
 def are_probabilities(output: Tensor) -> bool:
     """Whether the numbers of all classes are 0 or more and sum to 1, as after a softmax."""
-    if output.dim() < 2 or output.shape[1] < 2 or output.is_meta or not output.numel():
+    output = plain(output).detach().float()
+    if output.dim() < 2 or output.shape[1] < 2 or not _has_numbers(output):
         return False
-    output = output.detach().float()
     one = torch.ones((), device=output.device)
     return bool((output >= 0).all()) and torch.allclose(output.sum(1), one, rtol=0, atol=1e-2)
 

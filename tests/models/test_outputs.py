@@ -2,10 +2,12 @@
 
 import re
 from collections import OrderedDict, namedtuple
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdlayers import (
     ChannelWiseLoss,
@@ -101,6 +103,15 @@ def test_probabilities_before_their_logits_as_in_eval_mode_only(classes):
     loss = (student(IMAGES), kd.loss(LABELS))[1]
     expected = kd_formula(student(IMAGES), Net.forward(teacher.eval(), IMAGES))
     torch.testing.assert_close(loss, expected)
+
+
+def test_tensors_without_numbers_are_read_by_their_order():
+    for device in ("meta", "cpu"):
+        with FakeTensorMode() if device == "cpu" else nullcontext():
+            first, second = (torch.zeros(2, 3, device=device) for _ in range(2))
+            assert main_output((first, second)) is first
+    read = torch.func.vmap(lambda first, second: main_output((first, second)) - first)
+    assert not read(LOGITS[:, None], AUXILIARY[:, None]).any()
 
 
 @pytest.mark.parametrize("loss", [KDLoss(), ChannelWiseLoss()])
