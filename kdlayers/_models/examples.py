@@ -37,8 +37,8 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     channels = _stated_channels(model)
     if channels is None:
         raise ArgumentError(
-            f"no input can be made for {type(model).__name__}, which has no convolution; pass "
-            "example= with a small batch of your images"
+            f"no input can be made for {type(model).__name__}, which has no convolution of images "
+            "(nn.Conv2d); pass example= with a small batch of your images"
         )
     return (torch.zeros(2, channels, *_stated_size(model), device="cpu"),)
 
@@ -157,3 +157,9 @@ def image_size(inputs: Any) -> Size | None:
     """Height and width of the first images in ``inputs``; None if there are none."""
     image = next((tensor for _, tensor in leaves(inputs) if tensor.dim() == 4), None)
     return None if image is None else (image.shape[2], image.shape[3])
+
+
+def is_video(inputs: Any) -> bool:
+    """Whether ``inputs`` have five axes, as videos, and no images."""
+    axes = {tensor.dim() for _, tensor in leaves(inputs)}
+    return 5 in axes and 4 not in axes

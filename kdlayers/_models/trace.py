@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlayers._models.examples import fresh, image_size, run_example, to_model
+from kdlayers._models.examples import fresh, image_size, is_video, run_example, to_model
 from kdlayers._models.layouts import (
+    FOR_VIDEOS,
     Kind,
     Layout,
     Size,
@@ -65,6 +66,8 @@ class Trace:
     """Why the choice of the logits among the outputs is ambiguous; None if it is not."""
     detections: bool = False
     """Whether the model returns boxes rather than logits."""
+    video: bool = False
+    """Whether the model was run on videos, whose tokens have positions in time too."""
     changes_input: bool = False
     """Whether the forward changes its inputs in place."""
     changed_buffers: list[str] = field(default_factory=list)
@@ -145,6 +148,11 @@ class Trace:
                 f"the output of {name!r} has shape {call.shape}, but the batch has "
                 f"{self.logits.shape[0]} images: its first axis is not the batch; "
                 "find_points(model) lists usable points"
+            )
+        if self.video and len(call.shape) == 3:
+            raise LayoutError(
+                f"the output of {name!r} has shape {call.shape}, for videos: its tokens have "
+                f"positions in time too, and kdlayers reads tokens of images; {FOR_VIDEOS}"
             )
         module = innermost(self.model.get_submodule(name))
         found = self._grown().get(name) if len(call.shape) in (3, 4) else None
@@ -265,6 +273,7 @@ def trace(model: nn.Module, example: tuple[Any, ...], label: str) -> Trace:
         label,
         unclear=why_unclear(output),
         detections=is_detections(output),
+        video=is_video(example),
         changes_input=versions != [_version(tensor) for _, tensor in leaves(given)],
         changed_buffers=changed_buffers,
         example=example,
