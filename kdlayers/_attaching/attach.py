@@ -15,6 +15,8 @@ from kdlayers._attaching.shared_losses import warn_of_shared_losses
 from kdlayers._layer.layer import check_memory
 from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
+from kdlayers._models.outputs import has_unit_rows
+from kdlayers._models.randomness import is_random
 from kdlayers._models.trace import Trace, trace
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import peft_part, unwrap
@@ -86,8 +88,9 @@ def attach_kd(
 
     Warns:
         KDLayersWarning: if student and teacher state different normalisations and no
-            ``teacher_transform`` is given, if peft has wrapped the student before, or if a loss
-            with parameters or buffers belongs to another handle that is in use.
+            ``teacher_transform`` is given, if a teacher is random in eval mode, if a loss on logits
+            reads unit vectors, if peft has wrapped the student before, or if a loss with parameters
+            or buffers belongs to another handle that is in use.
 
     Raises:
         NoMatchError: if a name matches no module that runs; the message lists the nearest names.
@@ -138,6 +141,7 @@ def attach_kd(
         if hook.tape is tape:
             hook.slot(module).train(module.training)
     guard_hooks(reset=True)
+    _warn_of_random(teachers)
     for each in (traced, *(teacher.traced for teacher in teachers)):
         each.release()
     _warn_of_earlier(student, tape)
@@ -209,6 +213,33 @@ def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
         )
 
 
+def _warn_of_random(teachers: Sequence[Teacher]) -> None:
+    """Warn of teachers that say something else about the same images each time."""
+    for teacher in teachers:
+        model, example = teacher.model, teacher.traced.example
+        with teacher.lock:
+            random = example is not None and is_random(model, example, teacher.traced.logits)
+        if random:
+            warn(
+                f"two forwards of the teacher ({type(model).__name__}) in eval mode on the same "
+                "images differ, as of a masked auto-encoder that draws the patches it reads, so "
+                "its features do not belong to the student's positions; pass a teacher that is not "
+                "random, such as a ViTModel with the weights of a ViTMAE"
+            )
+
+
+def _warn_of_embeddings(name: str, models: Sequence[Trace]) -> None:
+    """Warn if a loss on logits reads unit vectors, as CLIP returns them."""
+    traced = next((traced for traced in models if has_unit_rows(traced.logits)), None)
+    if traced is not None:
+        warn(
+            f"{name} reads the output of the {traced.label} ({type(traced.model).__name__}) as "
+            "logits, but its rows are vectors of length 1, as CLIP's embeddings are: compare "
+            "embeddings with FeatureLoss() or RKDLoss(), or return logits, which are products of "
+            "embeddings times the logit scale"
+        )
+
+
 def check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
     """The losses as a list, also of a single one.
 
@@ -265,6 +296,8 @@ def _terms(
             for each in (traced, *(teacher.traced for teacher in read)):
                 each.need_logits(term.name)
             check_mean(term.name, read)
+            if term.loss.on_logits:
+                _warn_of_embeddings(term.name, [traced, *(teacher.traced for teacher in read)])
         try:
             with torch.device("cpu"):  # whatever the default device: the seed is the CPU's
                 term.loss.build(*example_pair(term, traced, teachers))

@@ -97,14 +97,20 @@ def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
         shapes = [tuple(tensor.shape) for _, tensor in leaves(example)]
         raise ArgumentError(
             f"the {label} ({type(model).__name__}) could not run on an example of shape {shapes}: "
-            f"{error}; pass example= with a small batch of your images{_ADVICE.get(label, '')}"
+            f"{error}; pass example= with a small batch of your images"
+            f"{_OF_TEACHERS if label == 'teacher' else ''}"
+            f"{_OF_PARTS if label == 'teacher' and len(shapes) > 1 else ''}"
         ) from error
 
 
-_ADVICE = {
-    "teacher": "; the teacher gets the student's images: if it needs others, convert them with "
+_OF_TEACHERS = (
+    "; the teacher gets the student's images: if it needs others, convert them with "
     "teacher_transform="
-}
+)
+_OF_PARTS = (
+    "; if only the student takes more than the images, such as a text, attach to its part that "
+    "takes images, such as student.visual, and train the student as a whole"
+)
 
 
 def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdlayers._utils.tree import Path, first_tensor, leaves
@@ -29,7 +30,8 @@ def why_unclear(output: Any) -> str | None:
     )
     return (
         f"it returns several tensors ({parts}), and neither a name nor a shape shows which of them "
-        "are the logits; return the logits alone, or a dict or named tuple with the key 'logits'"
+        "are the logits; return the logits alone, or a dict or named tuple with the key 'logits'; "
+        "a loss can also read a module that returns what it compares: at=(student's, teacher's)"
     )
 
 
@@ -41,7 +43,7 @@ def features_of(output: Any, path: Path, name: str) -> Any:
     """
     found = output
     for key in path:
-        if isinstance(found, Tensor):  # the key would take one image of it
+        if not _holds(found, key):
             raise AttachError(_other_form(output, name))
         found = found[key]
     if isinstance(found, (tuple, list, dict)):
@@ -49,11 +51,19 @@ def features_of(output: Any, path: Path, name: str) -> Any:
     return found
 
 
+def _holds(tree: Any, key: int | str) -> bool:
+    """Whether a container has this key; a tensor is none, whose key would take one image."""
+    if isinstance(tree, dict):
+        return key in tree
+    return isinstance(tree, (tuple, list)) and isinstance(key, int) and key < len(tree)
+
+
 def _other_form(output: Any, name: str) -> str:
     return (
         f"the module at {name!r} returned a {type(output).__name__} in this forward, which it did "
-        "not in the dry run of attach_kd, in eval mode; choose a point whose output has one form "
-        "in training and in eval mode; find_points(model) lists points"
+        "not in the dry run of attach_kd, in eval mode; call the model without options that change "
+        "its output (return_dict=False), or choose a point whose output has one form in training "
+        "and in eval mode; find_points(model) lists points"
     )
 
 
@@ -63,13 +73,22 @@ def is_detections(output: Any) -> bool:
     return listed and all(isinstance(item, Mapping) and "boxes" in item for item in output)
 
 
+def has_unit_rows(output: Tensor) -> bool:
+    """Whether these are vectors of length 1 up to rounding, as CLIP returns, rather than logits."""
+    if output.dim() != 2 or not output.numel() or not output.is_floating_point():
+        return False
+    off = output.double().norm(dim=1).sub(1).abs().max()
+    return bool(off < 4 * torch.finfo(output.dtype).eps)
+
+
 def _found(output: Any) -> Tensor | None:
     named = _named(output)
     if named is not None:
         return named
     if is_detections(output):
         return None
-    candidates = [t for _, t in leaves(output) if t.is_floating_point() and t.dim() > 1]
+    floats = [item for item in leaves(output) if item[1].is_floating_point() and item[1].dim() > 1]
+    candidates = [tensor for path, tensor in floats if not _is_mask(path)]
     if len(candidates) < 2:
         return candidates[0] if candidates else first_tensor(output)
     # Equal shapes are a main and auxiliary classifiers, the main one first, as in torchvision.
@@ -77,6 +96,11 @@ def _found(output: Any) -> Tensor | None:
         return candidates[0]
     vectors = [t for t in candidates if t.dim() == 2]
     return vectors[0] if len(vectors) == 1 else None
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether a name says that the tensor is a mask, as of the patches that ViTMAE left out."""
+    return any(isinstance(key, str) and key.endswith("mask") for key in path)
 
 
 def _named(output: Any) -> Tensor | None:
