@@ -24,6 +24,8 @@ FOR_VIDEOS = (
 """What to do with a model of videos."""
 _ANOTHER = "; choose another point, find_points(model) lists them"
 
+MOST_PREFIXES = 5
+"""The largest number of prefix tokens that is tried without being stated."""
 # Parameters that are put before the tokens of an image, by their usual names.
 _PREFIXES = (
     *("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token"),
@@ -184,7 +186,7 @@ def _token_layout(
         )
     # A class token, also with a distillation token; four registers, with or without a class token.
     stated = _stated_prefixes(root, name)
-    prefixes = list(dict.fromkeys((*stated, 0, 1, 2, 4, 5)))
+    prefixes = list(dict.fromkeys((*stated, 0, 1, 2, 4, MOST_PREFIXES)))
     found = _token_grids(shape[1], prefixes, image, grids)
     if not found:
         raise LayoutError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdlayers._models.examples import fresh, image_size, is_video, run_example, to_model
 from kdlayers._models.layouts import (
     FOR_VIDEOS,
+    MOST_PREFIXES,
     Kind,
     Layout,
     Size,
@@ -21,7 +22,7 @@ from kdlayers._models.layouts import (
 )
 from kdlayers._models.names import match
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
-from kdlayers._models.probe import Growth, growth
+from kdlayers._models.probe import Growth, Shape, growth
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import innermost, plainly_named
 from kdlayers._utils.torch_internals import child_table, is_batch_norm, runs_forward_of
@@ -162,9 +163,30 @@ class Trace:
                 "images: it holds positions, not the batch, as in nn.TransformerEncoder without "
                 "batch_first=True; find_points(model) lists usable points"
             )
+        if found is not None and self._is_fixed(call.shape, found):
+            raise LayoutError(
+                f"the output of {name!r} has shape {call.shape}, and larger images give as many "
+                "tokens: these are no positions of the image, but for instance the queries of a "
+                "detector, which student and teacher order differently; choose a point before, "
+                "such as in the backbone or the encoder, find_points(model) lists them"
+            )
         evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
         evidence["grids"] = self._grids() if len(call.shape) in (3, 4) else ()
         return find_layout(name, module, self.model, call.shape, self.image, **evidence)
+
+    def _is_fixed(self, shape: Shape, found: Growth) -> bool:
+        """Whether there are as many tokens for larger images, although the model's maps grow.
+
+        Tokens of a map that was pooled to a fixed size have a grid, and a single token needs none.
+        """
+        if len(shape) != 3 or shape[1] == 1 or {found.tall[1:], found.wide[1:]} != {shape[1:]}:
+            return False
+        maps = [(c.shape[1:], self._grown().get(n)) for n, c in self.calls.items()]
+        maps = [(s, g) for s, g in maps if len(s) == 3 and g is not None]
+        grows = any(g.height is not None and g.width is not None for _, g in maps)
+        pooled = [s for s, g in maps if g.tall[1:] == g.wide[1:] == s]
+        sizes = {size for s in pooled for size in (s[0] * s[1], s[1] * s[2])}
+        return grows and sizes.isdisjoint(range(shape[1] - MOST_PREFIXES, shape[1] + 1))
 
     def _grids(self) -> list[Size]:
         """Rows and columns of all maps whose layout is certain, in forward order."""
