@@ -181,8 +181,8 @@ class Trace:
         """
         if len(shape) != 3 or shape[1] == 1 or {found.tall[1:], found.wide[1:]} != {shape[1:]}:
             return False
-        maps = [(c.shape[1:], self._grown().get(n)) for n, c in self.calls.items()]
-        maps = [(s, g) for s, g in maps if len(s) == 3 and g is not None]
+        known, names = self._grown(), [n for n, c in self.calls.items() if len(c.shape) == 4]
+        maps = [(self.calls[name].shape[1:], known[name]) for name in names if name in known]
         grows = any(g.height is not None and g.width is not None for _, g in maps)
         pooled = [s for s, g in maps if g.tall[1:] == g.wide[1:] == s]
         sizes = {size for s in pooled for size in (s[0] * s[1], s[1] * s[2])}
