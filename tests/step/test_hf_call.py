@@ -85,6 +85,9 @@ def test_what_a_teacher_is_called_with():
     assert args == ()
     assert kwargs["images"] is IMAGES
     assert kwargs["mask"] is mask
+    args, kwargs = for_teacher(Named(), (), {"input_ids": LABELS, "pixel_values": IMAGES})
+    assert args[0] is IMAGES
+    assert kwargs == {"input_ids": LABELS}  # the teacher's error names it
     args, kwargs = for_teacher(Open(), (), {"pixel_values": IMAGES, **switches})
     assert args == ()
     assert set(kwargs) == {"pixel_values", "output_hidden_states"}
