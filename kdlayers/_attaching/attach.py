@@ -8,6 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from kdlayers._attaching.attach_warnings import (
+    warn_of_adapters,
+    warn_of_buffers,
+    warn_of_earlier,
+    warn_of_other_teachers,
+    warn_of_random,
+    warn_of_values,
+)
 from kdlayers._attaching.insertion import check_layers, insert_layers
 from kdlayers._attaching.points import KDPoint
 from kdlayers._attaching.resolve import At, resolve_points
@@ -15,10 +23,9 @@ from kdlayers._attaching.shared_losses import warn_of_shared_losses
 from kdlayers._layer.layer import check_memory
 from kdlayers._models.detectors import NO_LOGITS, Pictures, inside
 from kdlayers._models.examples import example_for
-from kdlayers._models.outputs import are_probabilities
 from kdlayers._models.trace import Trace, trace
 from kdlayers._models.undisturbed import undisturbed
-from kdlayers._models.wrappers import peft_part, unwrap
+from kdlayers._models.wrappers import unwrap
 from kdlayers._step.call import Transform
 from kdlayers._step.handle import KDHandle
 from kdlayers._step.hooks import Capture, CloseForward, OpenForward, drop_recording, guard_hooks
@@ -28,9 +35,8 @@ from kdlayers._step.tape import Tape
 from kdlayers._step.teacher import Teacher, check_mean, make_teachers
 from kdlayers._step.term_making import example_pair, feature_term, unique_names
 from kdlayers._step.terms import Term
-from kdlayers._utils.warn import warn
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
-from kdlayers.losses import ChannelWiseLoss, DistillLoss, TemplateLoss
+from kdlayers.losses import DistillLoss, TemplateLoss
 
 
 def attach_kd(
@@ -87,9 +93,9 @@ def attach_kd(
 
     Warns:
         KDLayersWarning: if student and teacher state different normalisations and no
-            ``teacher_transform`` is given, if peft has wrapped the student before, if the teacher
-            returns probabilities where a loss reads logits, or if a loss with parameters or buffers
-            belongs to another handle that is in use.
+            ``teacher_transform`` is given, if a teacher is random in eval mode, if a loss on logits
+            reads probabilities or vectors of length 1, if peft has wrapped the student before, or
+            if a loss with parameters or buffers belongs to another handle that is in use.
 
     Raises:
         NoMatchError: if a name matches no module that runs; the message lists the nearest names.
@@ -140,15 +146,16 @@ def attach_kd(
         if hook.tape is tape:
             hook.slot(module).train(module.training)
     guard_hooks(reset=True)
+    warn_of_random(teachers)
     for each in (traced, *(teacher.traced for teacher in teachers)):
         each.release()
-    _warn_of_earlier(student, tape)
+    warn_of_earlier(student, tape)
     if points:
-        _warn_of_adapters(whole)
-    _warn_of_other_teachers(terms, teachers)
+        warn_of_adapters(whole)
+    warn_of_other_teachers(terms, teachers)
     warn_of_shared_losses(terms, tape)
-    _warn_of_buffers(teachers)
-    _warn_of_probabilities(terms, teachers)
+    warn_of_buffers(teachers)
+    warn_of_values(terms, traced, teachers)
     pictures = Pictures(whole) if student is not whole else None
     return KDHandle(student, teachers, terms, tape, pictures)
 
@@ -164,67 +171,6 @@ def _seed(student: nn.Module) -> None:
     known = [w.numpy().tobytes() for w in weights if w.device.type == "cpu"]
     drawn = int(torch.randint(2**62, (), device="cpu"))
     torch.default_generator.manual_seed(drawn ^ zlib.crc32(b"".join(known)))
-
-
-def _warn_of_earlier(student: nn.Module, tape: Tape) -> None:
-    """Warn of KD layers of an earlier handle that is still in use, as in a cell that is rerun."""
-    earlier = [h.name for _, _, h in inserts(student) if h.tape is not tape and h.tape.armed]
-    if earlier:
-        warn(
-            f"the student still contains the KD layers at {earlier} of an earlier attach_kd: call "
-            "kd.remove() on the earlier handle first to remove them, or kd.detach() to keep them",
-        )
-
-
-def _warn_of_adapters(student: nn.Module) -> None:
-    """Warn of a student that peft has wrapped, because peft does not save layers added later."""
-    part = peft_part(student)
-    if part is not None:
-        warn(
-            f"the student already has adapters of peft (a {part}): peft will save them without the "
-            "KD layers, so that a resumed run starts with new KD layers; call attach_kd first, and "
-            'then get_peft_model(student, LoraConfig(..., modules_to_save=["kd"]))'
-        )
-
-
-def _warn_of_other_teachers(terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
-    """Warn of terms that were fitted to something else and that ``kd.fit`` will not fit again."""
-    for term in terms:
-        source = term.learnt_elsewhere(teachers)
-        if source is not None:
-            warn(
-                f"{term.name} keeps what it learnt from {source} in an earlier kd.fit, because "
-                "kd.fit(loader) only learns what is missing: make new targets for this attach_kd, "
-                "or call kd.fit(loader, refit=True)"
-            )
-
-
-def _warn_of_buffers(teachers: Sequence[Teacher]) -> None:
-    """Warn of buffers of the teachers that a forward changes."""
-    changed = [name for teacher in teachers for name in teacher.traced.changed_buffers]
-    if changed:
-        names = ", ".join(map(repr, changed[:3])) + (", ..." if len(changed) > 3 else "")
-        warn(
-            f"a forward of the teacher changes its buffers {names} even in eval mode, as observers "
-            "for quantisation do; kd.fit and kd.loss run the teacher on every batch, so these "
-            "buffers will change in training: switch the observers off before, for instance with "
-            "teacher.apply(torch.ao.quantization.disable_observer)"
-        )
-
-
-def _warn_of_probabilities(terms: Sequence[Term], teachers: Sequence[Teacher]) -> None:
-    """Warn of losses on logits whose teacher has applied a softmax already."""
-    for term in terms:
-        softens = term.loss.on_logits or isinstance(term.loss, ChannelWiseLoss)
-        index = term.teacher_index
-        for each in teachers if index is None else [teachers[index]]:
-            if softens and term.point is None and are_probabilities(each.traced.logits):
-                warn(
-                    f"{term.name} reads the logits of the teacher ({type(each.model).__name__}), "
-                    "but its output on the example sums to 1 over the classes, as after a softmax, "
-                    "which the loss would apply once more: let the teacher return its logits, or "
-                    "give the loss the module that makes them, at=(student's name, teacher's name)"
-                )
 
 
 def check_losses(losses: Iterable[DistillLoss]) -> list[DistillLoss]:

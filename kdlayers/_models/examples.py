@@ -38,8 +38,8 @@ def example_for(model: nn.Module, example: Any = None) -> tuple[Any, ...]:
     channels = _stated_channels(model)
     if channels is None:
         raise ArgumentError(
-            f"no input can be made for {type(model).__name__}, which has no convolution of images; "
-            "pass example= with a small batch of your images"
+            f"no input can be made for {type(model).__name__}, which has no convolution of images "
+            "(nn.Conv2d); pass example= with a small batch of your images"
         )
     return (torch.zeros(2, channels, *_stated_size(model), device="cpu"),)
 
@@ -98,14 +98,20 @@ def run_example(model: nn.Module, example: tuple[Any, ...], label: str) -> Any:
         shapes = [tuple(tensor.shape) for _, tensor in leaves(example)]
         raise ArgumentError(
             f"the {label} ({type(model).__name__}) could not run on an example of shape {shapes}: "
-            f"{error}; pass example= with a small batch of your images{_ADVICE.get(label, '')}"
+            f"{error}; pass example= with a small batch of your images"
+            f"{_OF_TEACHERS if label == 'teacher' else ''}"
+            f"{_OF_PARTS if label == 'teacher' and len(shapes) > 1 else ''}"
         ) from error
 
 
-_ADVICE = {
-    "teacher": "; the teacher gets the student's images: if it needs others, convert them with "
+_OF_TEACHERS = (
+    "; the teacher gets the student's images: if it needs others, convert them with "
     "teacher_transform="
-}
+)
+_OF_PARTS = (
+    "; if only the student takes more than the images, such as a text, attach to its part that "
+    "takes images, such as student.visual, and train the student as a whole"
+)
 
 
 def to_model(example: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:

@@ -9,16 +9,18 @@ from typing import Literal, TypeAlias
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlayers._models.probe import Growth, Shape
+from kdlayers._models.probe import MOST_PREFIXES, Growth, Shape
 from kdlayers.errors import LayoutError, ShapeError
 
 Kind: TypeAlias = Literal["NCHW", "NHWC", "tokens", "vector"]
 
-
 Size: TypeAlias = tuple[int, int]
 
 # Parameters that are put before the tokens of an image, by their usual names.
-_PREFIXES = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
+_PREFIXES = (
+    *("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token"),
+    *("reg_token", "register_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _token_layout(
     growth: Growth | None,
     grids: Collection[Size],
 ) -> Layout:
-    if any(type(module).__name__ == "Unroll" for module in root.modules()):
+    if any(map(_unrolls, root.modules())):
         raise LayoutError(
             f"the tokens of {name!r} are not in raster order: {type(root).__name__} unrolls its "
             "windows, so they cannot be matched with another model's positions; use losses on the "
@@ -173,8 +175,8 @@ def _token_layout(
             "point, find_points(model) lists them"
         )
     # A class token, also with a distillation token; four registers, with or without a class token.
-    stated = _stated_prefixes(root)
-    prefixes = list(dict.fromkeys((*stated, 0, 1, 2, 4, 5)))
+    stated = _stated_prefixes(root, name)
+    prefixes = list(dict.fromkeys((*stated, 0, 1, 2, 4, MOST_PREFIXES)))
     found = _token_grids(shape[1], prefixes, image, grids)
     if not found:
         raise LayoutError(
@@ -212,12 +214,35 @@ def _token_grids(
     return [(p, grid) for p, grid in made if grid is not None]
 
 
-def _stated_prefixes(root: nn.Module) -> list[int]:
-    """Numbers of prefix tokens: timm's attribute, and the count of parameters with usual names."""
-    stated = getattr(root, "num_prefix_tokens", None)
-    own = [p for name, p in root.named_parameters() if name.rsplit(".", 1)[-1] in _PREFIXES]
-    counted = sum(p.shape[1] if p.dim() == 3 else 1 for p in own)
-    return [*([stated] if isinstance(stated, int) else []), *([counted] if counted else [])]
+def holders(root: nn.Module, name: str) -> list[nn.Module]:
+    """The module ``name`` and those that hold it, the innermost first, ``root`` last."""
+    parts = name.split(".") if name else []
+    paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return [*map(root.get_submodule, paths), root]
+
+
+def _stated_prefixes(root: nn.Module, name: str) -> list[int]:
+    """Numbers of prefix tokens of the network around module ``name``, perhaps inside a wrapper.
+
+    First timm's attribute, of the outermost module that has it; then the count of parameters with
+    usual names, in the innermost module that has any.
+    """
+    around = holders(root, name)
+    stated = [getattr(module, "num_prefix_tokens", None) for module in reversed(around)]
+    found = [number for number in stated if isinstance(number, int)][:1]
+    counts = (_prefix_parameters(module) for module in around)
+    return [*found, *[count for count in counts if count][:1]]
+
+
+def _prefix_parameters(module: nn.Module) -> int:
+    """The number of tokens in the parameters that have the usual names of prefix tokens."""
+    own = [p for name, p in module.named_parameters() if name.rsplit(".", 1)[-1] in _PREFIXES]
+    return sum(p.shape[1] if p.dim() == 3 else 1 for p in own)
+
+
+def _unrolls(module: nn.Module) -> bool:
+    """Whether this module of a Hiera, of timm or transformers, reorders tokens by windows."""
+    return type(module).__name__ == "Unroll" or hasattr(module, "unroll_schedule")
 
 
 def _grows(prefix: int, grid: Size, growth: Growth | None) -> bool:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kdlayers._utils.torch_internals import is_functional, plain
+from kdlayers._models.values import is_softmax
 from kdlayers._utils.tree import Path, first_tensor, leaves
 from kdlayers.errors import AttachError
 
@@ -16,7 +15,8 @@ NAMES = ("logits", "out", "prediction", "predictions", "pred", "preds", "output"
 
 def main_output(output: Any) -> Tensor | None:
     """The logits, or the first tensor if they are ambiguous; None if there is no tensor."""
-    return _found(output) if why_unclear(output) is None else first_tensor(output)
+    found = _found(output)
+    return first_tensor(output) if found is None else found
 
 
 def why_unclear(output: Any, image: tuple[int, int] | None = None) -> str | None:
@@ -36,8 +36,8 @@ def why_unclear(output: Any, image: tuple[int, int] | None = None) -> str | None
     )
     return (
         f"it returns several tensors ({parts}), and neither a name nor a shape shows which of them "
-        "are the logits; return the logits alone, or a dict or named tuple with the key 'logits', "
-        "or give the loss the name of the module that makes them, at=(student's, teacher's)"
+        "are the logits; return the logits alone, or a dict or named tuple with the key 'logits'; "
+        "a loss can also read a module that returns what it compares: at=(student's, teacher's)"
     )
 
 
@@ -58,7 +58,7 @@ def features_of(output: Any, path: Path, name: str) -> Any:
     """
     found = output
     for key in path:
-        if isinstance(found, Tensor):  # the key would take one image of it
+        if not _holds(found, key):
             raise AttachError(_other_form(output, name))
         found = found[key]
     if isinstance(found, (tuple, list, dict)):
@@ -66,11 +66,19 @@ def features_of(output: Any, path: Path, name: str) -> Any:
     return found
 
 
+def _holds(tree: Any, key: int | str) -> bool:
+    """Whether a container has this key; a tensor is none, whose key would take one image."""
+    if isinstance(tree, dict):
+        return key in tree
+    return isinstance(tree, (tuple, list)) and isinstance(key, int) and key < len(tree)
+
+
 def _other_form(output: Any, name: str) -> str:
     return (
         f"the module at {name!r} returned a {type(output).__name__} in this forward, which it did "
-        "not in the dry run of attach_kd, in eval mode; choose a point whose output has one form "
-        "in training and in eval mode; find_points(model) lists points"
+        "not in the dry run of attach_kd, in eval mode; call the model without options that change "
+        "its output (return_dict=False), or choose a point whose output has one form in training "
+        "and in eval mode; find_points(model) lists points"
     )
 
 
@@ -86,39 +94,22 @@ def _found(output: Any) -> Tensor | None:
         return named
     if is_detections(output):
         return None
-    candidates = [t for _, t in leaves(output) if t.is_floating_point() and t.dim() > 1]
+    floats = [item for item in leaves(output) if item[1].is_floating_point() and item[1].dim() > 1]
+    candidates = [tensor for path, tensor in floats if not _is_mask(path)]
     if len(candidates) < 2:
         return candidates[0] if candidates else first_tensor(output)
     # Equal shapes are a main and auxiliary classifiers, the main one first, as in torchvision, or
     # probabilities before their logits.
     if not isinstance(output, Mapping) and len({tuple(t.shape) for t in candidates}) == 1:
         main, *others = candidates
-        return next((t for t in others if _is_softmax(main, t)), main)
+        return next((t for t in others if is_softmax(main, t)), main)
     vectors = [t for t in candidates if t.dim() == 2]
     return vectors[0] if len(vectors) == 1 else None
 
 
-def _is_softmax(shares: Tensor, logits: Tensor) -> bool:
-    """Whether ``shares`` are the probabilities of ``logits``; the first image shows it."""
-    shares, logits = (plain(t)[:1].detach() for t in (shares, logits))
-    if shares.device != logits.device or not _has_numbers(shares):
-        return False
-    return torch.allclose(shares, logits.to(shares).softmax(1), rtol=0, atol=1e-5)
-
-
-def _has_numbers(tensor: Tensor) -> bool:
-    """Whether a test on the values can be made: not of meta, fake and functional tensors."""
-    real = type(tensor) is Tensor and not tensor.is_meta and not is_functional(tensor)
-    return real and bool(tensor.numel())
-
-
-def are_probabilities(output: Tensor) -> bool:
-    """Whether the numbers of all classes are 0 or more and sum to 1, as after a softmax."""
-    output = plain(output).detach().float()
-    if output.dim() < 2 or output.shape[1] < 2 or not _has_numbers(output):
-        return False
-    one = torch.ones((), device=output.device)
-    return bool((output >= 0).all()) and torch.allclose(output.sum(1), one, rtol=0, atol=1e-2)
+def _is_mask(path: Path) -> bool:
+    """Whether a name says that the tensor is a mask, as of the patches that ViTMAE left out."""
+    return any(isinstance(key, str) and key.endswith("mask") for key in path)
 
 
 def _named(output: Any) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Finds the spatial axes of a module's output by running larger images."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from kdlayers._utils.tree import Path, leaves, mapped, pick
 Shape = tuple[int, ...]
 IMAGES = 2
 """This many images are enough to see how shapes grow."""
+MOST_PREFIXES = 5
+"""The largest number of prefix tokens that is tried without being stated."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,16 @@ def _shapes(model: nn.Module, args: tuple[Any, ...], paths: Mapping[str, Path]) 
         except Exception:  # a model with a fixed input size may raise anything
             return {}
     return shapes
+
+
+def are_fixed_tokens(shape: Shape, own: Growth, maps: Sequence[tuple[Shape, Growth]]) -> bool:
+    """Whether larger images give as many tokens, although ``maps`` of the model grow.
+
+    Tokens of a map that was pooled to a fixed size have a grid, and a single token needs none.
+    """
+    if len(shape) != 3 or shape[1] == 1 or {own.tall[1:], own.wide[1:]} != {shape[1:]}:
+        return False
+    grows = any(found.height is not None and found.width is not None for _, found in maps)
+    pooled = [size[1:] for size, found in maps if found.tall[1:] == found.wide[1:] == size[1:]]
+    positions = {count for a, b, c in pooled for count in (a * b, b * c)}
+    return grows and positions.isdisjoint(range(shape[1] - MOST_PREFIXES, shape[1] + 1))

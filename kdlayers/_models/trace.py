@@ -20,7 +20,7 @@ from kdlayers._models.layouts import (
 )
 from kdlayers._models.names import match
 from kdlayers._models.outputs import is_detections, main_output, why_unclear
-from kdlayers._models.probe import Growth, growth
+from kdlayers._models.probe import Growth, Shape, are_fixed_tokens, growth
 from kdlayers._models.undisturbed import undisturbed
 from kdlayers._models.wrappers import innermost, plainly_named
 from kdlayers._utils.torch_internals import child_table, is_batch_norm, runs_forward_of
@@ -146,7 +146,8 @@ class Trace:
             raise LayoutError(
                 f"the output of {name!r} has shape {call.shape}, and the {self.label} takes inputs "
                 "of five axes, such as volumes: kdlayers compares the positions of images only; "
-                "use losses on logits [B, K], or on vectors [B, C] such as those of a pooling layer"
+                "use losses on the logits, losses=[KDLoss()], or a point that returns vectors [B, "
+                "C], such as a pooling layer"
             )
         if call.shape[0] != self.logits.shape[0]:
             raise LayoutError(
@@ -162,9 +163,21 @@ class Trace:
                 "images: it holds positions, not the batch, as in nn.TransformerEncoder without "
                 "batch_first=True; find_points(model) lists usable points"
             )
+        if found is not None and are_fixed_tokens(call.shape, found, self._grown_maps()):
+            raise LayoutError(
+                f"the output of {name!r} has shape {call.shape}, and larger images give as many "
+                "tokens: these are no positions of the image, but for instance the queries of a "
+                "detector, which student and teacher order differently; choose a point before, "
+                "such as in the backbone or the encoder, find_points(model) lists them"
+            )
         evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
         evidence["grids"] = self._grids() if len(call.shape) in (3, 4) else ()
         return find_layout(name, module, self.model, call.shape, self.image, **evidence)
+
+    def _grown_maps(self) -> list[tuple[Shape, Growth]]:
+        """Shape and growth of everything with four axes."""
+        named = ((self.calls[name].shape, found) for name, found in self._grown().items())
+        return [(shape, found) for shape, found in named if len(shape) == 4]
 
     def _grids(self) -> list[Size]:
         """Rows and columns of all maps whose layout is certain, in forward order."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kdlayers._models.layouts import Layout, Size
+from kdlayers._models.layouts import Layout, Size, holders
 from kdlayers._models.trace import Trace
 from kdlayers.errors import ArgumentError
 
@@ -44,8 +44,8 @@ def vectors(
         ArgumentError: if class tokens are asked for, and neither point has one.
     """
     layouts = student.layout(point), teacher.layout(tap)
-    pairs = zip((student, teacher), layouts, strict=True)
-    found = [tokens == "cls" and has_class_token(traced.model, y) for traced, y in pairs]
+    places = zip((student, teacher), (point, tap), layouts, strict=True)
+    found = [tokens == "cls" and has_class_token(t.model, name, y) for t, name, y in places]
     if tokens == "cls" and not any(found):
         raise ArgumentError(
             f'tokens="cls" compares class tokens, but neither {point!r} of the student '
@@ -56,9 +56,14 @@ def vectors(
     return ours, theirs
 
 
-def has_class_token(model: nn.Module, layout: Layout) -> bool:
-    """Whether the first token of ``layout`` is a class token and not a register."""
+def has_class_token(model: nn.Module, name: str, layout: Layout) -> bool:
+    """Whether the first token of ``layout``, at module ``name``, is a class token, no register."""
     if layout.kind != "tokens" or layout.prefix == 0:
         return False
-    stated = getattr(model, "has_class_token", None)  # timm's attribute, for models with registers
-    return bool(stated) if stated is not None else getattr(model, "cls_token", True) is not None
+    for module in holders(model, name):  # the network may be inside a wrapper
+        stated = getattr(module, "has_class_token", None)  # timm's, for models with registers
+        if stated is not None:
+            return bool(stated)
+        if hasattr(module, "cls_token"):
+            return module.cls_token is not None
+    return True

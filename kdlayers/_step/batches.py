@@ -45,8 +45,8 @@ def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
 
     A model with several inputs gets a tuple or list of tensors instead of the images, ``((a, b),
     labels)``, as the default collation makes them; they are returned as a tuple. Dicts must have
-    the keys of Hugging Face's image models, ``pixel_values`` and ``labels``. Errors say that
-    ``function`` got the batch.
+    the keys of Hugging Face's image models, ``pixel_values`` and ``labels``, without which they do
+    if these are a detector's boxes. Errors say that ``function`` got the batch.
 
     Raises:
         ArgumentError: if the batch is neither.
@@ -55,6 +55,8 @@ def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
         return batch, None
     if isinstance(batch, Mapping) and isinstance(batch.get(_HF[0]), Tensor):
         batch = tuple(batch.get(key) for key in _HF)
+        if _are_boxes(batch[1]):
+            batch = (batch[0], None)
     if isinstance(batch, (tuple, list)):
         images, labels = (*batch, None, None)[:2]
         sample = isinstance(labels, int) or (isinstance(labels, Tensor) and labels.dim() == 0)
@@ -69,7 +71,7 @@ def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
         found = f"a {type(batch).__name__} ({kinds})"
         if sample:
             found += ", one sample of a data set: pass DataLoader(dataset, batch_size=64)"
-        elif isinstance(labels, (tuple, list)) and any(isinstance(i, Mapping) for i in labels):
+        elif _are_boxes(labels):
             found += ", as a detector's loader gives: attach to the detector as a whole, "
             found += 'attach_kd(detector, teacher, at=["backbone...."]), or pass '
             found += (
@@ -88,6 +90,11 @@ def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
         found = type(batch).__name__
     name = function.removeprefix("kd.")
     raise ArgumentError(f"{name}() expects batches (images, labels) of tensors, got {found}")
+
+
+def _are_boxes(labels: Any) -> bool:
+    """Whether this is a detector's list of dicts, one for each image; nothing fitted reads them."""
+    return isinstance(labels, (tuple, list)) and any(isinstance(i, Mapping) for i in labels)
 
 
 def _pairs_of(batch: Mapping[Any, Any], function: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from kdlayers._utils.tree import leaves
 from kdlayers.errors import ArgumentError, CaptureError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
+Key = TypeVar("Key")
 _LABELS = ("labels", "targets", "target")
 """Keywords that hold labels for the student's own loss. Names that end in ``_labels`` also do."""
 
@@ -32,7 +33,7 @@ def for_teacher(
         return args, kept
     known = {p.name for p in parameters if p.kind is not Parameter.VAR_POSITIONAL}
     if not args:
-        first = next((k for k, v in kept.items() if isinstance(v, Tensor)), None)
+        first = _images(kept)
         if first is not None and first not in known:
             args = (kept.pop(first),)
     # An unknown keyword with a tensor is kept, so that the teacher itself raises the error.
@@ -48,7 +49,8 @@ def transformed(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs of a forward with the images sent through ``transform``.
 
-    The images are the first argument, or the first tensor among the keywords.
+    The images are the first tensor of three or more axes, which the tokens of a text have not, else
+    the first argument or the first tensor among the keywords.
     """
     if args and isinstance(args[0], Mapping):
         raise CaptureError(
@@ -57,14 +59,21 @@ def transformed(
             "`with kd.batch(images):` around the call, and the teacher gets these"
         )
     if args:
-        return (_converted(args[0], transform), *args[1:]), kwargs
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return args, {**kwargs, key: _converted(value, transform)}
+        at = _images(dict(enumerate(args))) or 0
+        return (*args[:at], _converted(args[at], transform), *args[at + 1 :]), kwargs
+    key = _images(kwargs)
+    if key is not None:
+        return args, {**kwargs, key: _converted(kwargs[key], transform)}
     raise CaptureError(
         "teacher_transform found no images: student(...) was called without a tensor; call "
         "student(x) or student(name=x), or wrap the call in `with kd.batch(x):`"
     )
+
+
+def _images(values: dict[Key, Any]) -> Key | None:
+    """The key of the images among the arguments of a call; None if no argument is a tensor."""
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    return next((key for key, t in tensors.items() if t.dim() > 2), next(iter(tensors), None))
 
 
 def _converted(images: Any, transform: Transform) -> Any:

@@ -89,7 +89,7 @@ def describe(traced: Trace, taps: Iterable[str]) -> dict[str, Any]:
     described = []
     for tap in sorted(taps, key=lambda tap: traced.call(tap).order):
         layout, shape = traced.layout(tap), traced.call(tap).shape
-        token = has_class_token(traced.model, layout)
+        token = has_class_token(traced.model, tap, layout)
         described.append([tap, layout.kind, layout.prefix, token, shape[layout.channel_dim]])
     logits = traced.logits.shape[1:]
     return {"logits": [*logits[:1], *(1 for _ in logits[1:])], "taps": described}

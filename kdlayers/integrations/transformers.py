@@ -1,5 +1,7 @@
 """Hugging Face's Trainer with a distillation loss added to its own."""
 
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,24 @@ from kdlayers._utils.files import replacing
 _hf: Any = import_module("transformers")
 _Trainer: Any = _hf.Trainer
 
+_CONVERSIONS = "_weight_conversions"
+"""Attribute with the renamings that ``save_pretrained`` reverts, since transformers 5."""
 FILE = "kd.pt"
 """File name of the handle's state in the folder of a checkpoint."""
+
+
+@contextmanager
+def _names_of(model: Any) -> Generator[None, None, None]:
+    """Let ``save_pretrained`` keep the model's own names, not those of the published weights."""
+    own = vars(model)
+    missing = _CONVERSIONS not in own
+    before, own[_CONVERSIONS] = own.get(_CONVERSIONS), []
+    try:
+        yield
+    finally:
+        own[_CONVERSIONS] = before
+        if missing:
+            del own[_CONVERSIONS]
 
 
 class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
@@ -77,7 +95,12 @@ class KDTrainer(_Trainer):  # pyright: ignore[reportUntypedBaseClass]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and next to it ``kd.pt``: targets, train-only parameters and the step."""
-        super().save_model(output_dir, _internal_call)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # Trainer loads its checkpoints with load_state_dict, which skips names that do not exist.
+        # It writes them with both arguments, and those for the hub without a folder.
+        checkpoint = _internal_call and output_dir is not None
+        with _names_of(model) if checkpoint else nullcontext():
+            super().save_model(output_dir, _internal_call)
         if self.kd is not None and self.args.should_save:
             with replacing(Path(output_dir or self.args.output_dir, FILE)) as file:
                 torch.save(self.kd.state_dict(), file)

@@ -192,6 +192,13 @@ class LogitLoss(DistillLoss):
                 "or ChannelWiseLoss for class maps, KD layers (at=...) or losses on features, such "
                 "as FitNetLoss(at=...)"
             )
+        if isinstance(student, Tensor) and student.dim() == 3:
+            raise ShapeError(
+                f"{type(self).__name__} compares logits [batch, classes], but it would get "
+                f"{check.shape(student)}: scores of the queries of a detector, which two models "
+                "order differently, or tokens of an encoder without a head; use KD layers (at=...) "
+                "or losses on features, such as FitNetLoss(at=...), in the backbone or the encoder"
+            )
         check.floats("student", student)
         check.floats("teacher", teacher)
         if student.dim() == teacher.dim() == 2 and student.shape[1] != teacher.shape[1]:

@@ -39,7 +39,8 @@ def read_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             raise ShapeError(
                 "tokens [batch, tokens, channels] can only be compared with the same number of "
                 f"tokens, got {check.shape(student)} and {check.shape(teacher)}; attach_kd "
-                "converts tokens to maps; without it use "
+                'converts the tokens of points, at=("student\'s", "teacher\'s"), to maps, or to '
+                'vectors with tokens="cls" or "pooled"; without it use '
                 "tokens.transpose(1, 2).unflatten(2, (height, width))"
             )
         return student, teacher

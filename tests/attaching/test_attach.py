@@ -142,7 +142,7 @@ class Flat(Net):
     [
         (Flat(), ["last"], AttachError, "returns no tensor"),
         (Dropped(), ["last"], AttachError, "its eval-mode forward is random"),
-        (nn.Linear(3, 3), [""], ArgumentError, "has no convolution of images; pass example="),
+        (nn.Linear(3, 3), [""], ArgumentError, "has no convolution of images .*; pass example="),
         (Twice(), ["again"], NoMatchError, "no module 'again' runs in the teacher"),
     ],
 )

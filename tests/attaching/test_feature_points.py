@@ -111,9 +111,11 @@ def test_missing_class_tokens_are_an_error(theirs):
         attach_kd(Net(8, stride=2), make(), losses=[loss], example=IMAGES)
 
 
-def test_registers_are_not_used_as_a_class_token():
+@pytest.mark.parametrize("wrapper", ["", "0."])
+def test_registers_are_not_used_as_a_class_token(wrapper):
     teacher = vit(class_token=False, reg_tokens=4, global_pool="avg")
-    loss = FeatureLoss(at=("last", "blocks.1"), tokens="cls")
+    teacher = nn.Sequential(teacher) if wrapper else teacher
+    loss = FeatureLoss(at=("last", f"{wrapper}blocks.1"), tokens="cls")
     with pytest.raises(ArgumentError, match='use tokens="pooled"'):
         attach_kd(Net(8, stride=2), teacher, losses=[loss], example=IMAGES)
 

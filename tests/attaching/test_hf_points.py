@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kdlayers import KDPoint, attach_kd, find_points
+from kdlayers.errors import LayoutError
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,3 +49,16 @@ def test_blocks_are_listed_and_take_a_layer(family):
             kd = attach_kd(model, at=[KDPoint(point.name, num_templates=2)], example=images)
             assert list(kd.layers) == [point.name]
             kd.remove()
+
+
+def test_tokens_that_hiera_unrolls_are_refused():
+    options = {"image_size": [64, 64], "depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16}
+    options |= {"masked_unit_size": [4, 4], "num_query_pool": 1}
+    model = transformers.HieraModel(transformers.HieraConfig(**options))
+    images = torch.randn(2, 3, 64, 64)
+    found = find_points(model, images)
+    assert not found
+    assert found.left_out["encoder.stages.0"].startswith("the tokens of this module are not in")
+    point = KDPoint("encoder.stages.0", num_templates=2)
+    with pytest.raises(LayoutError, match="not in raster order: HieraModel unrolls its windows"):
+        attach_kd(model, at=[point], example=images)

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlayers import AEKTLoss, KDLoss, KDPoint, attach_kd, load_student, save_student
+from kdlayers import (
+    AEKTLoss,
+    CodebookTargets,
+    KDLoss,
+    KDPoint,
+    attach_kd,
+    load_student,
+    save_student,
+)
 from tests.docs_blocks import small_codebooks
 from tests.integrations.data import Images, hf_model, image_rows
 from tests.integrations.pages import diffs, loop
@@ -58,6 +66,31 @@ def test_the_script_goes_on_exactly(tmp_path):
     assert resumed.kd.step == whole.kd.step == 4
     for key, value in resumed.model.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+def vit(width):
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 2}
+    config = hf.ViTConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=8, num_labels=3)
+    return hf.ViTForImageClassification(config)
+
+
+def test_a_model_whose_published_names_differ_goes_on_exactly(tmp_path):
+    rows = [{"pixel_values": IMAGES[i], "labels": LABELS[i]} for i in range(4)]
+    teacher = vit(32)
+
+    def trained(folder, start=None):
+        torch.manual_seed(0)
+        student = vit(16)
+        point = KDPoint("vit.layers.0", targets=CodebookTargets(4))
+        kd = attach_kd(student, teacher, [point], example=IMAGES)
+        kd.fit([(IMAGES, LABELS)], progress=False)
+        trainer = KDTrainer(student, arguments(folder), kd=kd, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=start)
+        return student.state_dict()
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-1"))
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
 
 
 def test_the_best_model_becomes_a_student(tmp_path):

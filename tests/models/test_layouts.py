@@ -11,6 +11,7 @@ from kdlayers.errors import LayoutError, ShapeError
 
 def find(shape, image=(32, 32), module=None, root=None, growth=None):
     module, root = module or nn.Identity(), root or nn.Identity()
+    root.tap = module
     return find_layout("tap", module, root, shape, image, growth=growth)
 
 
@@ -54,6 +55,20 @@ def test_a_declared_prefix_takes_precedence():
     assert find((2, 9, 64), root=root).prefix == 5
     with pytest.raises(LayoutError, match=r"3 x 3 after 0 or 2 x 2 after 5 .*num_prefix_tokens"):
         find((2, 9, 64))
+
+
+def test_the_prefix_is_that_of_the_network_around_the_module():
+    def network(registers):
+        made = Root(cls_token=nn.Parameter(torch.zeros(1, 1, 64)), tap=nn.Identity())
+        made.reg_token = nn.Parameter(torch.zeros(1, registers, 64))
+        return made
+
+    root = Root(ours=network(4), theirs=network(0))
+    layout = find_layout("ours.tap", nn.Identity(), root, (2, 9, 64), (32, 32))
+    assert (layout.prefix, layout.grid) == (5, (2, 2))
+    root.theirs.num_prefix_tokens = 0  # timm's attribute of a network in a wrapper
+    layout = find_layout("theirs.tap", nn.Identity(), root, (2, 9, 64), (32, 32))
+    assert (layout.prefix, layout.grid) == (0, (3, 3))
 
 
 def test_inner_modules_or_declared_layouts_resolve_equal_axes():

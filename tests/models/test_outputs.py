@@ -18,8 +18,8 @@ from kdlayers import (
     KDPoint,
     attach_kd,
 )
-from kdlayers._models.outputs import main_output, why_unclear
-from kdlayers.errors import ArgumentError, CaptureError, KDLayersWarning, LayoutError
+from kdlayers._models.outputs import features_of, main_output, why_unclear
+from kdlayers.errors import ArgumentError, AttachError, CaptureError, KDLayersWarning, LayoutError
 from kdlayers.functional import kd as kd_formula
 from tests.nets import Net, batch
 
@@ -47,6 +47,8 @@ Outputs = namedtuple("Outputs", ["aux", "logits"])
         Outputs(AUXILIARY, LOGITS),
         {"logits": (LOGITS, AUXILIARY)},
         {"count": torch.tensor([3]), "scores": LOGITS},
+        {"scores": LOGITS, "mask": torch.ones(4, 16)},
+        OrderedDict(hidden=(MAPS, MAPS), scores=LOGITS, bool_mask=torch.ones(4, 16)),
     ],
 )
 def test_by_name_then_by_shape(output):
@@ -57,7 +59,7 @@ def test_by_name_then_by_shape(output):
 @pytest.mark.parametrize(
     ("output", "sentence"),
     [
-        ((FEATURES, LOGITS), r"\(0 \[4, 7\], 1 \[4, 3\]\).* with the key 'logits'"),
+        ((FEATURES, LOGITS), r"\(0 \[4, 7\], 1 \[4, 3\]\).* with the key 'logits'; .*at=\("),
         ({"a": LOGITS, "b": AUXILIARY}, r"a \[4, 3\], b \[4, 3\]"),
         ({"0": MAPS, "1": MAPS}, "several tensors"),
         ([{"boxes": torch.zeros(300, 4), "scores": torch.zeros(300)}], "returns detections"),
@@ -184,6 +186,18 @@ def test_an_output_that_is_ambiguous_only_in_training():
     with kd.batch(IMAGES):
         _, logits = student.forward(IMAGES)
     assert kd.loss(LABELS, logits=logits).isfinite()
+
+
+def test_a_mask_alone_beside_the_tokens_is_not_taken():
+    tokens = torch.randn(4, 5, 7)
+    assert main_output(OrderedDict(last_hidden_state=tokens, mask=torch.ones(4, 16))) is tokens
+
+
+@pytest.mark.parametrize("other", [(MAPS,), {"maps": MAPS}, MAPS, ()])
+def test_features_of_another_form_are_an_error(other):
+    assert features_of({"last": MAPS}, ("last",), "block") is MAPS
+    with pytest.raises(AttachError, match=r"'block' returned a \w+ in this .*return_dict=False"):
+        features_of(other, ("last",), "block")
 
 
 class Detector(nn.Module):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from kdlayers import CodebookTargets, KDLoss, KDPoint, attach_kd
+from kdlayers import CodebookTargets, DecisionTargets, KDLoss, KDPoint, attach_kd
 from kdlayers._step.call import for_teacher
+from kdlayers.errors import FitError
 from kdlayers.functional import kd as kd_of
 from tests.nets import Net
 
@@ -52,6 +53,18 @@ def test_the_call_of_its_scripts_works(kind):
     assert all(torch.isfinite(p.grad).all() for p in student.parameters())
 
 
+def test_fit_leaves_the_boxes_of_a_detection_loader_out():
+    kd = attach_kd(Net(4), Net(6), [KDPoint("last", targets=CodebookTargets(4))], example=IMAGES)
+    boxes = [{"class_labels": torch.tensor([0]), "boxes": torch.rand(1, 4)}] * 4
+    mask = torch.ones(4, 32, 32)
+    kd.fit([{"pixel_values": IMAGES, "pixel_mask": mask, "labels": boxes}], progress=False)
+    kd.student(IMAGES)
+    assert kd.loss().isfinite()
+    kd = attach_kd(Net(4), Net(6), [KDPoint("last", targets=DecisionTargets(1))], example=IMAGES)
+    with pytest.raises(FitError, match="DecisionTargets learns from labels"):
+        kd.fit([{"pixel_values": IMAGES, "labels": boxes}], progress=False)
+
+
 class Named(nn.Module):
     def forward(self, images, mask=None):
         return images
@@ -72,6 +85,9 @@ def test_what_a_teacher_is_called_with():
     assert args == ()
     assert kwargs["images"] is IMAGES
     assert kwargs["mask"] is mask
+    args, kwargs = for_teacher(Named(), (), {"input_ids": LABELS, "pixel_values": IMAGES})
+    assert args[0] is IMAGES
+    assert kwargs == {"input_ids": LABELS}  # the teacher's error names it
     args, kwargs = for_teacher(Open(), (), {"pixel_values": IMAGES, **switches})
     assert args == ()
     assert set(kwargs) == {"pixel_values", "output_hidden_states"}

@@ -183,9 +183,9 @@ def test_volumes_have_vectors_and_logits_but_no_grid():
     assert not points
     assert "takes inputs of five axes, such as volumes" in points.left_out["tokens"]
     for name in ("maps", "tokens"):
-        with pytest.raises(LayoutError, match=f"output of '{name}' .* five axes.* on vectors"):
+        with pytest.raises(LayoutError, match=f"output of '{name}' .* five axes.* returns vectors"):
             attach_kd(student, teacher, losses=[FeatureLoss(at=name)], example=volumes)
-        with pytest.raises(LayoutError, match=f"output of '{name}' .* five axes.* on vectors"):
+        with pytest.raises(LayoutError, match=f"output of '{name}' .* five axes.* returns vectors"):
             attach_kd(student, at=[KDPoint(name, num_templates=4)], example=volumes)
     decisions = [KDPoint("mean", targets=DecisionTargets(1))]
     losses = [KDLoss(), RKDLoss(at="mean"), FeatureLoss(at="mean")]

@@ -181,6 +181,25 @@ def test_warns_when_a_loss_was_fitted_to_another_teacher():
         attached(Net(6), losses=[loss])
 
 
+class Drawn(Net):
+    """Reads the rows of the images in a random order in eval mode too."""
+
+    def forward(self, x):
+        return super().forward(x[:, :, torch.randperm(x.shape[2])].cumsum(2))
+
+
+def test_warns_of_a_teacher_that_is_random_in_eval_mode():
+    with pytest.warns(KDLayersWarning, match=r"two forwards of the teacher \(Drawn\) in eval mode"):
+        attach_kd(Net(4), teacher := Drawn(6), losses=[KDLoss()], example=IMAGES)
+    assert teacher.training
+    models = Net(4), Net(6)
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach_kd(*models, losses=[KDLoss()], example=IMAGES)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_intended_uses_do_not_warn():
     teacher, targets = Net(6), CodebookTargets(4)
     attached(teacher, targets)[1].fit(LOADER)
