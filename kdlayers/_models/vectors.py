@@ -57,7 +57,7 @@ def vectors(
 
 
 def has_class_token(model: nn.Module, name: str, layout: Layout) -> bool:
-    """Whether the first token of ``layout``, at module ``name``, is a class token, no register."""
+    """Whether the first token at module ``name`` is a class token and not a register."""
     if layout.kind != "tokens" or layout.prefix == 0:
         return False
     for module in holders(model, name):  # the network may be inside a wrapper

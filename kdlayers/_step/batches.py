@@ -45,8 +45,8 @@ def split_batch(batch: Any, function: str = FIT) -> tuple[Any, Tensor | None]:
 
     A model with several inputs gets a tuple or list of tensors instead of the images, ``((a, b),
     labels)``, as the default collation makes them; they are returned as a tuple. Dicts must have
-    the keys of Hugging Face's image models, ``pixel_values`` and ``labels``, without which they do
-    if these are a detector's boxes. Errors say that ``function`` got the batch.
+    the keys of Hugging Face's image models, ``pixel_values`` and ``labels``; a detector's boxes
+    there are left out, as if there were no labels. Errors say that ``function`` got the batch.
 
     Raises:
         ArgumentError: if the batch is neither.
