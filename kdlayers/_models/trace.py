@@ -149,7 +149,7 @@ class Trace:
                 "use losses on the logits, losses=[KDLoss()], or a point that returns vectors [B, "
                 "C], such as a pooling layer"
             )
-        if call.shape[0] != self.logits.shape[0]:
+        if call.shape[:1] != self.logits.shape[:1]:
             raise LayoutError(
                 f"the output of {name!r} has shape {call.shape}, but the batch has "
                 f"{self.logits.shape[0]} images: its first axis is not the batch; "

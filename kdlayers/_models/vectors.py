@@ -65,5 +65,5 @@ def has_class_token(model: nn.Module, name: str, layout: Layout) -> bool:
         if stated is not None:
             return bool(stated)
         if hasattr(module, "cls_token"):
-            return module.cls_token is not None
+            return getattr(module, "cls_token", None) is not None
     return True

@@ -125,8 +125,8 @@ def plain(tensor: Tensor) -> Tensor:
     Such a class need not support all that tensors do. Fake and distributed tensors dispatch on
     their own, and are returned as they are.
     """
-    kind = type(tensor)
-    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    own, plainly = (getattr(kind, "__torch_dispatch__", None) for kind in (type(tensor), Tensor))
+    if type(tensor) is Tensor or own is not plainly:
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)
