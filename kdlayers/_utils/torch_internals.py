@@ -119,14 +119,19 @@ _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # no stub names
 is_functional: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 
 
+def dispatches(tensor: Tensor) -> bool:
+    """Whether the class of ``tensor`` dispatches on its own, as fake and distributed tensors do."""
+    own, usual = (getattr(kind, "__torch_dispatch__", None) for kind in (type(tensor), Tensor))
+    return type(tensor) is not Tensor and own is not usual
+
+
 def plain(tensor: Tensor) -> Tensor:
     """``tensor`` without a class of its own that adds, for instance, an image's metadata.
 
-    Such a class need not support all that tensors do. Fake and distributed tensors dispatch on
-    their own, and are returned as they are.
+    Such a class need not support all that tensors do. Tensors that dispatch on their own are
+    returned as they are.
     """
-    own, plainly = (getattr(kind, "__torch_dispatch__", None) for kind in (type(tensor), Tensor))
-    if type(tensor) is Tensor or own is not plainly:
+    if type(tensor) is Tensor or dispatches(tensor):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlayers._utils.torch_internals import is_any_autocast, is_functional
+from kdlayers._utils.torch_internals import dispatches, is_any_autocast, is_functional
 from kdlayers.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 P = ParamSpec("P")
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 NARROW = (torch.float16, torch.bfloat16)
 """The dtypes in which nothing is summed."""
-_DISPATCH = "__torch_dispatch__"
 _FIVE = (
     ": class maps of volumes are not compared; of stacked maps of images, as of deep supervision, "
     "pass the main one to kd.loss(y, logits=maps[:, 0])"
@@ -258,9 +257,7 @@ def readable(tensor: Tensor) -> bool:
     Reading from an accelerator waits for the device. Fake and distributed tensors, the graphs of
     ``torch.compile`` and the tensors of ``torch.func`` have no values to read.
     """
-    kind = type(tensor)
-    # Fake and distributed tensors dispatch on their own; other subclasses are read like tensors.
-    if kind is not Tensor and getattr(kind, _DISPATCH) is not getattr(Tensor, _DISPATCH):
+    if dispatches(tensor):
         return False
     return tensor.is_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
 
