@@ -50,7 +50,7 @@ class FoldedKDLayer(nn.Module):
         """Features with the recognised knowledge added: same shape, same dtype."""
         simple = is_scripting() or not isinstance(x, Tensor)  # torch.fx traces with symbols
         if not simple and self.chunked(x.device):
-            return x + self._in_chunks(x, plain(x).movedim(self.channel_dim, -1))
+            return x + self._in_chunks(x)
         return folded(x, self.matching, self.threshold, self.values, self.channel_dim)
 
     @torch.jit.unused
@@ -60,9 +60,9 @@ class FoldedKDLayer(nn.Module):
         return quiet and device.type in DEVICES and not in_transform()
 
     @torch.jit.unused
-    def _in_chunks(self, x: Tensor, features: Tensor) -> Tensor:
+    def _in_chunks(self, x: Tensor) -> Tensor:
         """What is added to ``x``."""
-        dtype = product_dtype(x)
+        features, dtype = plain(x).movedim(self.channel_dim, -1), product_dtype(x)
         units = (features * inverse_norm(features)).to(dtype).flatten(0, -2)
         matching, values = self.matching.to(dtype), self.values.to(dtype)
         value = recognise_frozen(units, matching, self.threshold, values).view_as(features)

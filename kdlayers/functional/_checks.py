@@ -257,7 +257,7 @@ def readable(tensor: Tensor) -> bool:
     Reading from an accelerator waits for the device. Fake and distributed tensors, the graphs of
     ``torch.compile`` and the tensors of ``torch.func`` have no values to read.
     """
-    if dispatches(tensor):
+    if type(tensor) is not Tensor and dispatches(tensor):
         return False
     return tensor.is_cpu and not torch.compiler.is_compiling() and not is_functional(tensor)
 
