@@ -222,7 +222,7 @@ def test_a_module_of_ones_own_is_tried_without_a_trace():
         (
             lambda: FeatureLoss()(torch.rand(2, 9, 3), torch.rand(2, 4, 3)),
             ShapeError,
-            r"attach_kd converts the tokens of points.* to maps.*; without it use tokens.transpose\(1, 2\)",
+            r"attach_kd converts the tokens of points.* to maps.*; without it use tokens.tr",
         ),
         (lambda: FeatureLoss()(torch.rand(2), torch.rand(2, 4)), ShapeError, "must be maps .* got"),
     ],

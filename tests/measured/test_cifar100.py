@@ -164,18 +164,25 @@ def test_what_the_page_says_of_all_images():
     runs, page = accuracies("cifar100-all"), text_of("results-cifar100-all.md")
     seeds = {name: set(found) for name, found in runs.items()}
     # Write the page anew when there are more.
-    assert seeds == {"labels only": {0}, "KD": {0}, "letKD-2": {0}}
-    for other, sentence in (
-        ("KD", "is {} points above KD"),
-        ("labels only", "and {} points above"),
+    assert seeds == {name: {0} for name in ("labels only", "KD", "DKD", "letKD-1", "letKD-2")}
+    for name, other, sentence in (
+        ("KD", "labels only", "KD is {} points above labels only"),
+        ("DKD", "KD", "DKD is {} points above KD"),
+        ("letKD-2", "KD", "letKD-2 is {} points above KD, and"),
+        ("KD", "letKD-1", "letKD-1 is {} points below it"),
     ):
-        gain = runs["letKD-2"][0] - runs[other][0]
-        assert sentence.format(f"{gain:.1f}") in page
-    gain = runs["KD"][0] - runs["labels only"][0]
-    assert f"KD is {gain:.1f} points better than labels only** (one seed" in page
+        assert sentence.format(f"{runs[name][0] - runs[other][0]:.1f}") in page
+    gain, lost = (abs(runs[name][0] - runs["KD"][0]) for name in ("letKD-2", "letKD-1"))
+    found = text_of("letkd.md")
+    assert f"is {gain:.1f} points above KD, and letKD-1 is {lost:.1f} points below it" in found
+    assert f"letKD-2 is only {gain:.1f} points above KD" in text_of("README.md")
     few = accuracies("cifar100-10000")
-    gain = difference(few["KD"], few["labels only"])[0]
-    assert f"With 10,000 images and 20 epochs, KD is {gain:.1f} points better" in page
+    gains = (difference(few[name], few["KD"])[0] for name in ("letKD-2", "letKD-1"))
+    assert "they are {:.1f} and {:.1f} points better than KD".format(*gains) in page
+    trained = {
+        run["method"]: run["training_accuracy"] for run in lines("results/cifar100-all.jsonl")
+    }
+    assert max(trained["letKD-1"], trained["letKD-2"]) < trained["labels only"]
 
 
 @pytest.mark.parametrize(
