@@ -34,6 +34,19 @@ from tests.nets import Net
 STAGES = ("points", "attach", "train", "copy", "save, load", "bake", "export")
 CLASSES = 4
 ROOT = Path(__file__).parent.parent
+OTHERS = (
+    "Models of other libraries were tried by hand, with random weights, and are not in the table:",
+    "",
+    "- transformers 5: ViT, DeiT, BEiT, Swin, DINOv2 (also with registers), ConvNeXtV2, ResNet,",
+    "  CLIP, SigLIP and MobileViT; SegFormer and UperNet; backbone and encoder of DETR, RT-DETR,",
+    "  and Mask2Former",
+    "- open_clip 3: the towers of images, as students and as teachers",
+    "- segmentation_models_pytorch 0.6: Unet, Unet++, MAnet, Linknet, PSPNet, DeepLabV3,",
+    "  UPerNet and DPT",
+    "- ultralytics 8.4: detectors, segmentation models and classifiers of YOLOv8 and YOLO11",
+    "- MONAI 1.6, for images: UNet, DynUNet, SegResNet, DenseNet, ViT, UNETR, SwinUNETR, others",
+)
+"""What was tried by hand. Most of these libraries are not installed for the tests."""
 
 
 def torchvision_models() -> dict[str, tuple[Callable[[], nn.Module], int]]:
@@ -260,6 +273,8 @@ def write_table(results: dict[str, dict[str, object]]) -> None:
         "Weights are random, in float32 on a CPU. A detector is attached at its `backbone`, which",
         "is then copied, saved, baked and exported; training runs the whole detector.",
         "`python -m tests.zoo` writes this page.",
+        "",
+        *OTHERS,
         "",
         f"{len(passed)} of {len(results)} models pass every stage.",
         "",
