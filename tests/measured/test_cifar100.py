@@ -173,7 +173,14 @@ def test_what_the_page_says_of_all_images():
     ):
         assert sentence.format(f"{runs[name][0] - runs[other][0]:.1f}") in page
     gain, lost = (abs(runs[name][0] - runs["KD"][0]) for name in ("letKD-2", "letKD-1"))
-    found = text_of("letkd.md")
+    tried = {
+        run["recipe"]["layer_weight"]: run["validation_accuracy"]
+        for run in lines("results/cifar100-all.tuning.jsonl")
+    }
+    assert tried.keys() == {1, 10}
+    found, below = text_of("letkd.md"), f"{tried[10] - tried[1]:.1f} points below letKD-1 with"
+    assert f"letKD-1 with a weight of 1 was {below} 10" in found
+    assert f"letKD-1 with a weight of 1 is {below} a weight of 10" in page
     assert f"is {gain:.1f} points above KD, and letKD-1 is {lost:.1f} points below it" in found
     assert f"letKD-2 is only {gain:.1f} points above KD" in text_of("README.md")
     few = accuracies("cifar100-10000")
