@@ -1,4 +1,4 @@
-"""What attach_kd warns of: models and losses that would train something else than was meant."""
+"""What attach_kd warns of: models and losses that may not do what the user means."""
 
 from collections.abc import Sequence
 
@@ -71,8 +71,8 @@ def warn_of_random(teachers: Sequence[Teacher]) -> None:
         if random:
             warn(
                 f"two forwards of the teacher ({type(model).__name__}) in eval mode on the same "
-                "images differ, as of a masked auto-encoder that draws the patches it reads, so "
-                "its features do not belong to the student's positions; pass a teacher that is not "
+                "images differ, as those of a masked auto-encoder do, which reads random patches; "
+                "its features do not belong to the student's positions: pass a teacher that is not "
                 "random, such as a ViTModel with the weights of a ViTMAE"
             )
 

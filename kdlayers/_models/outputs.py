@@ -1,6 +1,7 @@
 """Finds the logits in a model's output by name, then by shape, and the features in a module's."""
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -45,9 +46,8 @@ def _after_map(output: Any, found: Tensor, image: tuple[int, int] | None) -> boo
     """Whether the vector ``found`` comes after a map of the size of the images."""
     if image is None or found.dim() != 2 or _named(output) is found:
         return False
-    maps = [tensor.dim() == 4 and tuple(tensor.shape[2:]) == image for _, tensor in leaves(output)]
-    where = next(i for i, (_, tensor) in enumerate(leaves(output)) if tensor is found)
-    return any(maps[:where])
+    before = takewhile(lambda tensor: tensor is not found, (t for _, t in leaves(output)))
+    return any(tensor.dim() == 4 and tuple(tensor.shape[2:]) == image for tensor in before)
 
 
 def features_of(output: Any, path: Path, name: str) -> Any:
@@ -67,7 +67,7 @@ def features_of(output: Any, path: Path, name: str) -> Any:
 
 
 def _holds(tree: Any, key: int | str) -> bool:
-    """Whether a container has this key; a tensor is none, whose key would take one image."""
+    """Whether a container has this key. Tensors do not count: a key would take one image."""
     if isinstance(tree, dict):
         return key in tree
     return isinstance(tree, (tuple, list)) and isinstance(key, int) and key < len(tree)

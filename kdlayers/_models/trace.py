@@ -166,9 +166,9 @@ class Trace:
         if found is not None and are_fixed_tokens(call.shape, found, self._grown_maps()):
             raise LayoutError(
                 f"the output of {name!r} has shape {call.shape}, and larger images give as many "
-                "tokens: these are no positions of the image, but for instance the queries of a "
-                "detector, which student and teacher order differently; choose a point before, "
-                "such as in the backbone or the encoder, find_points(model) lists them"
+                "tokens: these are not positions of the image but, for example, the queries of a "
+                "detector, which student and teacher order differently; choose an earlier point, "
+                "such as one in the backbone or the encoder, find_points(model) lists them"
             )
         evidence: dict[str, Any] = {"growth": found, "stated": call.stated}
         evidence["grids"] = self._grids() if len(call.shape) in (3, 4) else ()

@@ -103,7 +103,7 @@ def _pairs_of(batch: Mapping[Any, Any], function: str) -> str:
     images = next((key for key, value in tensors.items() if value.dim() >= 3), "images")
     if function != FIT:
         return f"pass the images alone: [batch[{images!r}] for batch in loader]"
-    count = next((len(value) for key, value in tensors.items() if key == images), 0)
+    count = len(tensors[images]) if images in tensors else 0
     # A detector's batch has one label for each box, and no label for each image.
     each = [key for key, v in tensors.items() if key != images and v.dim() and len(v) == count]
     labels = next((key for key in each if not tensors[key].is_floating_point()), None)

@@ -22,7 +22,7 @@ _FIVE = (
     "pass the main one to kd.loss(y, logits=maps[:, 0])"
 )
 _ONE_CLASS = (
-    "the softmax of one class is always 1: compare one logit by FeatureLoss(distance='mse', "
+    "the softmax of one class is always 1: compare one logit with FeatureLoss(distance='mse', "
     "projector=None)"
 )
 

@@ -162,7 +162,7 @@ def test_another_name_of_a_module_leads_to_its_usual_name():
 
 
 class OfVolumes(nn.Module):
-    """A classifier of volumes, by tokens of which there are 4 x 2 x 1."""
+    """A classifier of volumes that has 4 x 2 x 1 tokens."""
 
     def __init__(self, channels=5):
         super().__init__()
