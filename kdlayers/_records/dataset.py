@@ -1,6 +1,7 @@
 """The data set of a record: every sample in the view that the teacher saw, with its key."""
 
 import re
+from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ class RecordedDataset(Dataset[tuple[Any, ...]]):
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes draw images; they do not read the record."""
         return {**self.__dict__, "_reader": None}
+
+    def __copy__(self) -> "RecordedDataset":
+        copied = RecordedDataset(self.dataset, self.reader)
+        copied._epoch = self._epoch
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordedDataset":
+        copied = RecordedDataset(deepcopy(self.dataset, memo), self.reader)
+        copied._epoch.fill_(self._epoch)  # the tensor's own copy would not be in shared memory
+        return copied
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the views of this epoch.

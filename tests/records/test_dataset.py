@@ -1,6 +1,7 @@
 # ruff: noqa: NPY002 - transforms of users draw from NumPy's global generator
 """Views are the same in every process, and a changed data set is noticed."""
 
+import copy
 import random
 
 import numpy as np
@@ -44,6 +45,22 @@ def test_workers_draw_the_same_views_and_follow_the_epoch(workers, tmp_path):
         assert torch.equal(images, torch.stack([image for image, _, _ in here]))
         assert labels.tolist() == [label for _, label, _ in here]
         assert torch.equal(keys, torch.stack([key for _, _, key in here]))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_reads_the_record_and_its_workers_follow_its_epoch(copied, tmp_path):
+    dataset = write(tmp_path / "record")
+    recorded = from_reader(Reader(tmp_path / "record"), dataset)
+    recorded.set_epoch(1)
+    other = copied(recorded)
+    loader = DataLoader(other, batch_size=24, num_workers=1, persistent_workers=True)
+    for epoch in (1, 2):
+        other.set_epoch(epoch)
+        (_, _, keys) = next(iter(loader))
+        assert torch.equal(keys, torch.stack([other[i][2] for i in range(24)]))
+    assert torch.equal(other[0][2], recorded[0][2]) == (copied is copy.copy)
+    other.check_inputs = False
+    assert other.reader is recorded.reader
 
 
 def test_drawing_leaves_the_users_random_states_alone():
