@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from kdlayers import CodebookTargets, FitNetLoss, KDLoss, KDPoint, attach_kd
@@ -49,6 +50,8 @@ def test_a_checkpointed_block_with_a_layer_may_be_compiled(losses):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_an_export_leaves_nothing_in_the_handle(strict, training):
+    if strict and torch.__version__ < TorchVersion("2.10"):
+        pytest.skip("strict export of torch 2.9 does not trace these hooks")
     student = Net(4)
     points = [KDPoint("last", targets=CodebookTargets(4))]
     kd = attach_kd(student, Net(6).eval(), points, example=IMAGES)
