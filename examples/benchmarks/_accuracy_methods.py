@@ -172,6 +172,7 @@ def recipes(o: Options, classes: int = 10) -> dict[str, Recipe]:
         "KD": {"losses": [kd(o)]},
         "letKD-1": {"layers": [codebook(o)]},
         "letKD-2": {"layers": both},
+        "letKD-2, falling": {"layers": both} | falling,
         "QuEST": {"layers": [codebook(o, alpha=0.0)]},
         "layers only (2)": {"layers": both} | free,
         "letKD-2 + KD": {"layers": both, "losses": [kd(o)]},

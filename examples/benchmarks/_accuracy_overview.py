@@ -18,6 +18,7 @@ SHOWN = (
     "DKD",
     "letKD-1",
     "letKD-2",
+    "letKD-2, falling",
     "letKD-2 + KD",
     "letKD-2 + KD, falling",
     "layers only (2)",

@@ -53,7 +53,8 @@ REGIMES: dict[str, dict[str, Any]] = {
     "fashion-mnist": {},
     "cifar100-10000": CIFAR | {"images": 10_000, "epochs": 20, "views": 4, "draw": 0, "warmup": 2},
     "cifar100-all": CIFAR
-    | {"validation": 0, "images": 0, "epochs": 30, "views": 4, "draw": 0, "warmup": 3},
+    | {"validation": 0, "images": 0, "epochs": 30, "views": 4, "draw": 0, "warmup": 3}
+    | {"layer_epochs": 30},
     "cifar10-500": FOREIGN | {"images": 500},
     "cifar10-5000": FOREIGN
     | {"images": 5000, "epochs": 30, "views": 4}

@@ -57,6 +57,7 @@ CONTROLS = (
     ("layers only (2)", "labels only", "two layers: does their size alone help?"),
     ("letKD-1", "QuEST", "does adding the value help (alpha 1, not 0)?"),
     ("letKD-2", "letKD-1", "does the second layer help?"),
+    ("letKD-2, falling", "letKD-2", "does it help if the weight of the layers' loss decays to 0?"),
     ("letKD-2", "wider, same parameters", "against a wider student with as many parameters"),
     ("letKD-2", "wider, same MACs", "against a wider student with as many multiply-adds"),
     ("letKD-1 + KD", "KD", "does one layer help KD?"),
@@ -258,7 +259,8 @@ def main_table(runs: dict[str, list[Line]]) -> str:
     head = ("", "seeds", "test accuracy %", *(f"minus {name}" for name in REFERENCES))
     head = (*head, "training accuracy %", "parameters", "MACs")
     missing = [name for name in methods_of(runs) if name not in runs]
-    note = f"\n\nNot run yet: {', '.join(missing)}." if missing else ""
+    names = ", ".join(f"*{name}*" for name in missing)
+    note = f"\n\nNot run yet: {names}." if missing else ""
     cost = (
         "Parameters and multiply-adds (MACs) are those of the student at inference, including its "
         "KD layers."

@@ -261,15 +261,17 @@ def test_weights_are_those_of_the_recipe(splits):
         torch.testing.assert_close(weighted, weight * kd.terms["TemplateLoss.last"])
 
 
-def test_a_weight_of_the_layers_may_fall(splits):
-    falling = Options(templates=8, subclasses=1, layer_weight_beside=2.0, layer_epochs=4)
-    assert "layer_epochs" not in recipes(falling)["letKD-2 + KD"]
+@pytest.mark.parametrize("method", ["letKD-2", "letKD-2 + KD"])
+def test_a_weight_of_the_layers_may_fall(method, splits):
+    weights = {"layer_weight": 2.0, "layer_weight_beside": 2.0}
+    falling = Options(templates=8, subclasses=1, **weights, layer_epochs=4)
+    assert "layer_epochs" not in recipes(falling)[method]
     student, (x, y) = (
         new_model("resnet8", splits, 3, width=8),
         next(iter(splits.train.batches(140))),
     )
     teacher = new_model("resnet8", splits, 4)
-    kd = attach(recipes(falling)["letKD-2 + KD, falling"], student, teacher, x, 1)
+    kd = attach(recipes(falling)[f"{method}, falling"], student, teacher, x, 1)
     kd.fit([(x, y)], progress=False)
     found = []
     for _ in range(6):

@@ -209,11 +209,11 @@ def test_the_page_says_what_was_run_and_what_was_not(bench, tmp_path):
     title = f"Fashion-MNIST, resnet8 to resnet8, 40 images, {runs[0]['recipe']['epochs']} epochs"
     assert f"\n# {title}\n" in page
     assert "- **CIFAR-100, all images**: not run yet.\n" in first
-    assert f"[{title}](results-tiny.md): 3 of 30 methods, 2 seeds" in first
+    assert f"[{title}](results-tiny.md): 3 of 31 methods, 2 seeds" in first
     assert re.findall(r"^\| letKD-1 \| \S+ \(2 seeds\) \|$", first, re.M)
     assert (tmp_path / "figures" / "results.svg").stat().st_size > 1000
     assert f"**{runs[0]['teacher']['test_accuracy']:.2f} %** of the test" in page
-    assert "Not run yet: letKD-2, QuEST" in page
+    assert "Not run yet: *letKD-2*, *letKD-2, falling*, *QuEST*" in page
     assert "## Found\n\nNothing.\n" in page
     rows = [line for line in page.splitlines() if line.startswith("| KD |")]
     mean = sum(line["test_accuracy"] for line in runs if line["method"] == "KD") / 2

@@ -190,6 +190,19 @@ def test_what_the_page_says_of_all_images():
         run["method"]: run["training_accuracy"] for run in lines("results/cifar100-all.jsonl")
     }
     assert max(trained["letKD-1"], trained["letKD-2"]) < trained["labels only"]
+    three = ("letKD-2", "KD", "labels only")
+    early = "is {} with letKD-2, {} with KD and {} with labels only"
+    assert early.format(*cross_entropies("cifar100-all", three, 12)) in page
+    for stem, epoch in (("cifar100-all", 30), ("cifar100-10000", 20)):
+        late = cross_entropies(stem, three, epoch)
+        assert "in the last epoch it is {}, {} and {}.".format(*late) in page.replace("In", "in")
+
+
+def cross_entropies(stem, methods, epoch):
+    """The mean cross-entropy of the training images in an epoch, with the seed 0."""
+    curves = {r["method"]: r["curve"] for r in lines(f"results/{stem}.jsonl") if r["seed"] == 0}
+    assert all(len(curves[name]) >= epoch for name in methods)
+    return [f"{curves[name][epoch - 1]['cross-entropy']:.2f}" for name in methods]
 
 
 @pytest.mark.parametrize(
