@@ -89,6 +89,8 @@ NEEDS_A_COMPILER = ("compile.md", "export.md")
 @pytest.mark.parametrize("page", [_page(page) for page in PAGES])
 @pytest.mark.filterwarnings("ignore:the optimiser changed the student")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore::DeprecationWarning")
+# torch.ao, in export.md, warns of itself.
+@pytest.mark.filterwarnings("ignore:(Please use quant_min|torch.quantize_per_tensor)")
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_codebooks(monkeypatch)

@@ -13,6 +13,7 @@ from kdlayers._attaching.attach_warnings import (
     warn_of_buffers,
     warn_of_earlier,
     warn_of_other_teachers,
+    warn_of_prepared_graphs,
     warn_of_random,
     warn_of_values,
 )
@@ -152,6 +153,7 @@ def attach_kd(
     warn_of_earlier(student, tape)
     if points:
         warn_of_adapters(whole)
+    warn_of_prepared_graphs(student, [point.student for point in points])
     warn_of_other_teachers(terms, teachers)
     warn_of_shared_losses(terms, tape)
     warn_of_buffers(teachers)

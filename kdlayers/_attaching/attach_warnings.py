@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from torch.fx import GraphModule
 
 from kdlayers._models.randomness import is_random
 from kdlayers._models.trace import Trace
@@ -34,6 +35,22 @@ def warn_of_adapters(student: nn.Module) -> None:
             f"the student already has adapters of peft (a {part}): peft will save them without the "
             "KD layers, so that a resumed run starts with new KD layers; call attach_kd first, and "
             'then get_peft_model(student, LoraConfig(..., modules_to_save=["kd"]))'
+        )
+
+
+def warn_of_prepared_graphs(student: nn.Module, points: Sequence[str]) -> None:
+    """Warn of KD layers in a graph of torch.fx that was prepared for quantisation.
+
+    Such a graph calls its modules in its own code, where hooks are unknown, and `convert_fx`
+    replaces these modules.
+    """
+    observed = any(hasattr(module, "fake_quant_enabled") for module in student.modules())
+    if points and observed and isinstance(student, GraphModule):
+        warn(
+            f"the student was already prepared for quantisation: convert_fx would lose the KD "
+            f"layers at {list(points)} without an error; train the KD layers in the float model "
+            "first, call kd.detach(), and then prepare_qat_fx(student, ...), which puts them into "
+            "the graph; losses can be attached to the prepared model"
         )
 
 
