@@ -95,8 +95,9 @@ def attach_kd(
     Warns:
         KDLayersWarning: if student and teacher state different normalisations and no
             ``teacher_transform`` is given, if a teacher is random in eval mode, if a loss on logits
-            reads probabilities or vectors of length 1, if peft has wrapped the student before, or
-            if a loss with parameters or buffers belongs to another handle that is in use.
+            reads probabilities or vectors of length 1, if peft has wrapped the student before, if
+            the student is a graph that was prepared for quantisation and gets KD layers, or if a
+            loss with parameters or buffers belongs to another handle that is in use.
 
     Raises:
         NoMatchError: if a name matches no module that runs; the message lists the nearest names.

@@ -47,7 +47,7 @@ def warn_of_prepared_graphs(student: nn.Module, points: Sequence[str]) -> None:
     observed = any(hasattr(module, "fake_quant_enabled") for module in student.modules())
     if points and observed and isinstance(student, GraphModule):
         warn(
-            f"the student was already prepared for quantisation: convert_fx would lose the KD "
+            "the student was already prepared for quantisation: convert_fx would lose the KD "
             f"layers at {list(points)} without an error; train the KD layers in the float model "
             "first, call kd.detach(), and then prepare_qat_fx(student, ...), which puts them into "
             "the graph; losses can be attached to the prepared model"

@@ -30,10 +30,6 @@ def train(student, kd, steps=10):
         optimizer.step()
 
 
-def point():
-    return KDPoint("last.0", "last", targets=CodebookTargets(4))
-
-
 def test_kd_layers_are_trained_before_and_losses_during_quantisation():
     student, teacher = Net(4), Net(6).eval()
     kd = attach_kd(student, teacher, [KDPoint("last", targets=CodebookTargets(4))], example=IMAGES)
@@ -61,8 +57,9 @@ def test_kd_layers_are_trained_before_and_losses_during_quantisation():
 
 def test_kd_layers_in_a_prepared_graph_give_a_warning_because_they_are_lost():
     graph, teacher = prepared(Net(4)), Net(6).eval()
+    points = [KDPoint("last.0", "last", targets=CodebookTargets(4))]
     with pytest.warns(KDLayersWarning, match=r"would lose the KD layers at \['last.0'\]"):
-        kd = attach_kd(graph, teacher, [point()], example=IMAGES)
+        kd = attach_kd(graph, teacher, points, example=IMAGES)
     kd.fit([(IMAGES, LABELS)], progress=False)
     train(graph, kd)
     kd.detach()
