@@ -36,9 +36,10 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     wider, free = "wider, same MACs + KD", "layers only (2) + KD"
     assert set(runs["letKD-2"]) == {0, 1, 2, 3, 4}
     assert set(runs[free]) == set(runs["QuEST"]) == {0, 1, 2, 3, 4}
-    three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD", "AT", "IE-KD")
-    three += ("SKD + KD", "AEKT chi2", "wider, same MACs", "wider, same parameters")
-    three += ("wider, same parameters + KD",)
+    three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD")
+    three += ("SKD + KD", "wider, same MACs", "wider, same parameters")
+    five = ("AT", "IE-KD", "wider, same parameters + KD")
+    assert all(set(runs[name]) == {0, 1, 2, 3, 4} for name in five)
     assert all(set(runs[name]) == {0, 1, 2} for name in three)
     pairs = {
         ("FitNet", "labels only"): (1,),
@@ -67,7 +68,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
         ("letKD-2 + KD", "AT"): (1,),
         ("letKD-1", "AT"): (1,),
         ("IE-KD", "labels only"): (1,),
-        ("IE-KD", "KD"): (0,),
+        ("KD", "IE-KD"): (1,),
         ("letKD-1", "IE-KD"): (1,),
         ("KD", "SKD + KD"): (1,),
         ("letKD-1", "QuEST"): (0, "letkd.md"),
@@ -234,7 +235,7 @@ def test_what_a_weight_that_began_with_0_changed(stem, name, expected, sentence)
             assert "warmup" in loss  # the name of the ramp that begins with 0
             first = run.get("curve", [None])[0]
             assert not first or loss["warmup"] == 1 or first[f"{loss['loss']}.weighted"] == 0
-    assert before.keys() == now.keys() == {0, 1, 2}
+    assert before.keys() == {0, 1, 2} <= now.keys()
     assert verdict(now, before) == expected
     numbers = (f"{number:.1f}" for number in difference(now, before))
     page = text_of(f"results-{stem}.md").replace("](#earlier-recipes)", "").replace("[", "")
