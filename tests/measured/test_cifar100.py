@@ -38,7 +38,7 @@ def test_what_the_pages_say_of_letkd_alone_and_of_controls_on_cifar100():
     assert set(runs[free]) == set(runs["QuEST"]) == {0, 1, 2, 3, 4}
     three = ("letKD-1", "layers only (2)", "FitNet", "labels only", "DKD")
     three += ("SKD + KD", "wider, same MACs", "wider, same parameters")
-    five = ("AT", "IE-KD", "wider, same parameters + KD")
+    five = ("AT", "IE-KD", "AEKT chi2", "wider, same parameters + KD")
     assert all(set(runs[name]) == {0, 1, 2, 3, 4} for name in five)
     assert all(set(runs[name]) == {0, 1, 2} for name in three)
     pairs = {
