@@ -18,9 +18,9 @@ from kdlayers import losses as losses
 from kdlayers import schedules as schedules
 from kdlayers import viz as viz
 from kdlayers._attaching.attach import attach_kd as attach_kd
+from kdlayers._attaching.candidates import find_points as find_points
 from kdlayers._attaching.mutual import attach_mutual as attach_mutual
 from kdlayers._attaching.points import KDPoint as KDPoint
-from kdlayers._attaching.points import find_points as find_points
 from kdlayers._layer.layer import KDLayer as KDLayer
 from kdlayers._layer.layer import TemplateHead as TemplateHead
 from kdlayers._leaving.bake import bake as bake

@@ -95,6 +95,7 @@ def test_the_remarks_column_appears_only_when_needed():
 def test_modules_that_cannot_be_points_are_named_with_the_reason():
     found = find_points(Awkward(), torch.zeros(2, 3, 8, 8))
     assert found.left_out == {
+        "idle": "it did not run, or its output is not a floating-point tensor",
         "again": "it runs 2 times in one forward",
         "wide": "the output of this module has shape (4, 5, 8, 4), but the batch has 2 images: its "
         "first axis is not the batch",
