@@ -119,9 +119,7 @@ def find_points(model: nn.Module, example: Any = None) -> Candidates:
     return found
 
 
-def _silent(
-    model: nn.Module, modules: Mapping[str, nn.Module], traced: Trace
-) -> dict[str, str]:
+def _silent(model: nn.Module, modules: Mapping[str, nn.Module], traced: Trace) -> dict[str, str]:
     """Stages and blocks that returned no features in the dry run, without those inside them."""
     graph = isinstance(innermost(model), GraphModule)
     said = "it did not run, or its output is not a floating-point tensor"
