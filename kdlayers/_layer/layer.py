@@ -266,9 +266,10 @@ class LayerParts(nn.Module):
         """Whether a forward would take the fused path now, rather than the plain operations.
 
         Training forwards of enough positions (``rows``) do, on CPUs and CUDA devices, where head,
-        norm and value are as the layer made them; exports and traces see the plain operations.
+        norm and value are as the layer made them; exports, traces and transforms of torch.func see
+        the plain operations.
         """
-        if not (self.training and self.norm.training) or is_tracing():
+        if not (self.training and self.norm.training) or is_tracing() or in_transform():
             return False
         size = (self.head.in_channels, self.head.num_templates)
         wanted = self.memory == "low" or worthwhile(rows, *size)

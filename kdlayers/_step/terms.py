@@ -314,8 +314,12 @@ class _Nothing(torch.autograd.Function):
     """The number 0, which depends on a tensor and gives it no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(tensor: Tensor) -> Tensor:
         return tensor.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass  # torch.func needs it
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> None:  # noqa: ARG004

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from kdlayers._targets.fitter import Fitter, fit_rows
 from kdlayers._utils import chunks
 from kdlayers._utils.plain_tensors import finite, why_not_plain
+from kdlayers._utils.torch_internals import in_transform
 from kdlayers.errors import CheckpointError, NotFittedError, ShapeError
 from kdlayers.functional import _checks as check
 from kdlayers.functional import template_kl
@@ -178,7 +179,7 @@ class TemplateTargets(nn.Module):
 
 def _fuses(student: Tensor, templates: Tensor | None) -> bool:
     """Whether the fused operators accept these tensors, and are faster."""
-    usable = student.is_floating_point() and student.numel() > 0
+    usable = student.is_floating_point() and student.numel() > 0 and not in_transform()
     if not usable or student.device.type not in chunks.DEVICES:
         return False
     if templates is None:
