@@ -18,17 +18,23 @@ from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError
 
 
+MERGING = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods that merge the parts of a module, by the names that timm and others look for."""
+
+
 class _Baked(nn.Module):
     """A module, its first child, followed by a KD layer; has the module's attributes too."""
 
     def __getattr__(self, name: str) -> Any:
         # The parent may read them, such as the stride of a convolution. Neither special methods
-        # (copying would copy the module without its layer) nor the children of a Sequential.
+        # (copying would copy the module without its layer), nor the children of a Sequential, nor
+        # methods that return the module in another form, which would take the place of the layer.
         try:
             return super().__getattr__(name)
         except AttributeError:
             module = next(iter(self.__dict__.get("_modules", {}).values()), None)
-            if module is None or name.startswith("__") or not name.isidentifier():
+            special = name.startswith("__") or not name.isidentifier() or name in MERGING
+            if module is None or special:
                 raise
             return getattr(module, name)
 
