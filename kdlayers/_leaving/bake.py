@@ -17,7 +17,6 @@ from kdlayers._utils.torch_internals import drop_hooks, move_later_hooks
 from kdlayers._utils.tree import Path, pick, put
 from kdlayers.errors import AttachError
 
-
 MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that merge the parts of a module, by the names that timm and others look for."""
 
