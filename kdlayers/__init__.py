@@ -37,6 +37,7 @@ from kdlayers._targets import CodebookTargets as CodebookTargets
 from kdlayers._targets import DecisionTargets as DecisionTargets
 from kdlayers.losses import AEKTLoss as AEKTLoss
 from kdlayers.losses import AttentionTransferLoss as AttentionTransferLoss
+from kdlayers.losses import BinaryKDLoss as BinaryKDLoss
 from kdlayers.losses import ChannelWiseLoss as ChannelWiseLoss
 from kdlayers.losses import DistillLoss as DistillLoss
 from kdlayers.losses import DISTLoss as DISTLoss

@@ -13,7 +13,7 @@ So the kept logits are exact, and the probabilities sum to one.
 import torch
 from torch import Tensor
 
-from kdlayers.losses._base import DistillLoss
+from kdlayers.losses import BinaryKDLoss, DistillLoss
 
 
 def compress(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -38,6 +38,9 @@ def expand(values: Tensor, kept: Tensor, classes: int) -> Tensor:
 
 def why_unsuited(loss: DistillLoss) -> str | None:
     """Why ``loss`` would be far off if it read logits from :func:`expand`; None if it may."""
-    if getattr(getattr(loss, "base", loss), "standardize", False):
+    compared = getattr(loss, "base", loss)
+    if isinstance(compared, BinaryKDLoss):
+        return "compares every class on its own, but only the softmax of all classes is kept"
+    if getattr(compared, "standardize", False):
         return "standardises the logits, but the standard deviation of the small ones is lost"
     return None if loss.on_logits else "does not compare probabilities"

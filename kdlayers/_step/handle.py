@@ -17,6 +17,7 @@ from kdlayers._step.learning import Learning
 from kdlayers._step.optimizer_check import OptimiserWatch, parameter_groups
 from kdlayers._step.ranks import ranks_of
 from kdlayers._step.replay import read_batch
+from kdlayers._step.several_labels import SeveralLabels
 from kdlayers._step.sites import take_out
 from kdlayers._step.tape import Ahead, Forward, Tape, check_labels, check_taught, versions_of
 from kdlayers._step.teacher import Teacher
@@ -80,6 +81,7 @@ class KDHandle(Learning):
         self._untried = list(self._terms)
         self._images = ImageStatistics()
         self._balance = Balance(self._terms)
+        self._several = SeveralLabels(self._terms)
         own, added = parameter_groups(self.student, self._terms)
         self._watch = OptimiserWatch(self.student, own, added)
         self._ranks = ranks_of(self._terms)
@@ -302,6 +304,8 @@ class KDHandle(Learning):
         # A student may return its own loss, one number, or a vector of its parts.
         images = found if self._plan.wanted.logits else forward.any_recorded()
         labels = check_labels(targets, images)
+        if self._several.names and labels is not None:
+            self._several.look(labels)
         if not self._images.done:
             self._images.of_training((forward.args, forward.kwargs))
         plan = self._plan

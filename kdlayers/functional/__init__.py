@@ -4,6 +4,7 @@ This folder imports `_utils` and `errors`. It knows no models, layers or hooks.
 """
 
 from kdlayers.functional._aekt import aekt as aekt
+from kdlayers.functional._binary import binary_kd as binary_kd
 from kdlayers.functional._channelwise import channelwise as channelwise
 from kdlayers.functional._dist import dist as dist
 from kdlayers.functional._dkd import dkd as dkd

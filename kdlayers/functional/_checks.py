@@ -22,8 +22,8 @@ _FIVE = (
     "pass the main one to kd.loss(y, logits=maps[:, 0])"
 )
 _ONE_CLASS = (
-    "the softmax of one class is always 1: compare one logit with FeatureLoss(distance='mse', "
-    "projector=None)"
+    "the softmax of one class is always 1: compare one logit, which is trained with binary "
+    "cross-entropy, with BinaryKDLoss()"
 )
 
 

@@ -57,7 +57,8 @@ def classes_of(targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
     if wrong or not fewest:
         raise ArgumentError(
             "labels given as probabilities must be finite and 0 or more, with a class above 0 in "
-            "every row, as mixup, CutMix and label smoothing produce them"
+            "every row, as mixup, CutMix and label smoothing produce them; for several labels per "
+            "image, or none, use BinaryKDLoss()"
         )
     if most == 1:
         return labels.argmax(dim=-1), None

@@ -7,6 +7,7 @@ folders above it import this one.
 from kdlayers.losses._aekt import AEKTLoss as AEKTLoss
 from kdlayers.losses._attention import AttentionTransferLoss as AttentionTransferLoss
 from kdlayers.losses._base import DistillLoss as DistillLoss
+from kdlayers.losses._binary import BinaryKDLoss as BinaryKDLoss
 from kdlayers.losses._channelwise import ChannelWiseLoss as ChannelWiseLoss
 from kdlayers.losses._dist import DISTLoss as DISTLoss
 from kdlayers.losses._dkd import DKDLoss as DKDLoss

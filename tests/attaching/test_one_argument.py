@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from kdlayers import (
     AEKTLoss,
+    BinaryKDLoss,
     ChannelWiseLoss,
     DISTLoss,
     DKDLoss,
@@ -35,6 +36,7 @@ ON_LOGITS = {
     "standardised DKD": partial(DKDLoss, standardize=True),
     "standardised AEKT": partial(AEKTLoss, standardize=True),
     "DIST": DISTLoss,
+    "binary": BinaryKDLoss,
 }
 ON_FEATURES = {
     "cosine": FeatureLoss,

@@ -50,6 +50,7 @@ def test_the_printed_loss_shows_its_numbers():
         (KDLoss, 4.0),
         (losses.DKDLoss, 1.0),
         (losses.MutualLoss, 1.0),
+        (losses.BinaryKDLoss, 1.0),
         (losses.AEKTLoss, "chi2"),
         (losses.StudentFriendlyKDLoss, None),
         (losses.InheritExploreLoss, 64),

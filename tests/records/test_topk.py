@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kdlayers import DKDLoss, FeatureLoss, KDLoss, StudentFriendlyKDLoss, attach_kd
+from kdlayers import (
+    BinaryKDLoss,
+    DKDLoss,
+    FeatureLoss,
+    KDLoss,
+    StudentFriendlyKDLoss,
+    attach_kd,
+)
 from kdlayers._records.topk import compress, expand
 from kdlayers.errors import ArgumentError, RecordError
 from tests.records.data import Squares
@@ -50,8 +57,9 @@ class Mean(nn.Module):
         (lambda: KDLoss(standardize=True), "KDLoss standardises"),
         (lambda: StudentFriendlyKDLoss(base=DKDLoss(standardize=True)), "KDLoss standardises"),
         (lambda: FeatureLoss(projector=None), "FeatureLoss does not compare probabilities"),
+        (BinaryKDLoss, "BinaryKDLoss compares every class on its own"),
     ],
-    ids=["KD", "student-friendly", "features"],
+    ids=["KD", "student-friendly", "features", "binary"],
 )
 def test_losses_that_need_all_logits_are_refused(loss, why, tmp_path):
     data, student, teacher = Squares(8), Mean(), Mean()

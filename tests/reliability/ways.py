@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 
 from kdlayers import (
     AttentionTransferLoss,
+    BinaryKDLoss,
     ChannelWiseLoss,
     CodebookTargets,
     DecisionTargets,
@@ -55,6 +56,7 @@ LOSSES: dict[str, Callable[[Pair], DistillLoss]] = {
     "KD": lambda at: KDLoss(),
     "DKD": lambda at: DKDLoss(),
     "DIST": lambda at: DISTLoss(),
+    "binary": lambda at: BinaryKDLoss(),
     "features": lambda at: FeatureLoss(at=at, normalize_teacher=True, name="features"),
     "pooled": lambda at: FeatureLoss(at=at, tokens="pooled", distance="smooth_l1", name="pooled"),
     "FitNet": lambda at: FitNetLoss(at=at),

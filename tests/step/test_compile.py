@@ -14,6 +14,7 @@ from torch.torch_version import TorchVersion
 from kdlayers import (
     AEKTLoss,
     AttentionTransferLoss,
+    BinaryKDLoss,
     ChannelWiseLoss,
     CodebookTargets,
     DecisionTargets,
@@ -103,6 +104,7 @@ CASES = {
     "AttentionTransferLoss": (AttentionTransferLoss, maps),
     "KDLoss, standardised": (lambda: KDLoss(standardize=True), logits),
     "DISTLoss": (DISTLoss, logits),
+    "BinaryKDLoss": (BinaryKDLoss, logits),
     "RKDLoss": (RKDLoss, maps),
     "SimilarityPreservingLoss": (SimilarityPreservingLoss, maps),
     "ChannelWiseLoss": (ChannelWiseLoss, maps),

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from kdlayers import (
     AEKTLoss,
     AttentionTransferLoss,
+    BinaryKDLoss,
     ChannelWiseLoss,
     CodebookTargets,
     DecisionTargets,
@@ -83,6 +84,7 @@ LOSSES = {
     "IE": lambda at: InheritExploreLoss(at=at, epochs=2),
     "Feature": lambda at: FeatureLoss(at=at, tokens="pooled", normalize_teacher=True),
     "DIST": lambda _: DISTLoss(weight=0.5),
+    "Binary": lambda _: BinaryKDLoss(temperature=2.0),
     "RKD": lambda at: RKDLoss(at=at, weight=0.1),
     "SP": lambda at: SimilarityPreservingLoss(at=at, weight=10.0),
     "CWD": lambda at: ChannelWiseLoss(at=at, temperature=1.0),
@@ -98,6 +100,7 @@ NAMES = {
     "IE": "InheritExploreLoss.{last}",
     "Feature": "FeatureLoss.{last}",
     "DIST": "DISTLoss",
+    "Binary": "BinaryKDLoss",
     "RKD": "RKDLoss.{last}",
     "SP": "SimilarityPreservingLoss.{last}",
     "CWD": "ChannelWiseLoss.{last}",

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from kdlayers import (
     AEKTLoss,
     AttentionTransferLoss,
+    BinaryKDLoss,
     ChannelWiseLoss,
     CodebookTargets,
     DecisionTargets,
@@ -37,7 +38,7 @@ from tests.nets import Net, batch
 IMAGES, LABELS = batch()
 LOSSES = [
     *(KDLoss(), KDLoss(standardize=True), DKDLoss(), AEKTLoss(), StudentFriendlyKDLoss()),
-    *(DISTLoss(), RKDLoss(at="last"), SimilarityPreservingLoss(at="last")),
+    *(BinaryKDLoss(), DISTLoss(), RKDLoss(at="last"), SimilarityPreservingLoss(at="last")),
     *(FitNetLoss(at="last"), FeatureLoss(at="last", normalize_teacher=True)),
     *(AttentionTransferLoss(at="first"), ChannelWiseLoss(at="first")),
     InheritExploreLoss(at="first", epochs=1, split="random"),
