@@ -157,8 +157,11 @@ def test_help_begins_with_what_the_script_shows_and_leaves_out_the_commands(file
     assert "python examples" not in described
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("quickstart", 60), ("label_free", 15)])
-def test_the_epochs_are_those_that_help_says(name, epochs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "epochs", "students"),
+    [("quickstart", 60, 8), ("label_free", 15, 3), ("several_labels", 60, 6)],
+)
+def test_the_epochs_are_those_that_help_says(name, epochs, students, tmp_path, monkeypatch, capsys):
     module, trained = importlib.import_module(name), []
     train, digits = module.train, module.data.digits
 
@@ -177,7 +180,7 @@ def test_the_epochs_are_those_that_help_says(name, epochs, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--epochs", "7"])
     monkeypatch.setattr(module.data, "digits", lambda end: digits(end).first(300, 50))
     module.main()
-    assert trained.count(7) == (8 if name == "quickstart" else 3)
+    assert trained.count(7) == students
 
 
 def test_a_foundation_model_teaches_without_labels(tmp_path):
@@ -187,6 +190,12 @@ def test_a_foundation_model_teaches_without_labels(tmp_path):
     for line in lines:
         measures = ["k-NN", "linear"] + ["fine-tuned"] * (line["model"] != "teacher")
         assert all(0 <= line[measure] <= 100 for measure in measures)
+
+
+def test_images_with_several_labels(tmp_path):
+    found = [json.loads(line) for line in run("several_labels", tmp_path).splitlines()]
+    assert [line["model"] for line in found] == ["teacher", "labels only", "BinaryKDLoss"]
+    assert all(0 <= line["mAP"] <= 100 for line in found)
 
 
 def test_a_teacher_of_timm_by_its_name(tmp_path, monkeypatch, capsys):

@@ -54,6 +54,18 @@ def test_the_table_of_label_free_distillation():
     assert table["teacher"][:2] == [shown([teacher[m]]) for m in ("k-NN", "linear")]
 
 
+def test_what_the_page_says_of_several_labels():
+    found = lines("recipes/several-labels.jsonl")
+    students = [
+        shown([line["mAP"] for line in found if line["model"] == model])
+        for model in ("labels only", "BinaryKDLoss")
+    ]
+    (teacher,) = (line["mAP"] for line in found if line["model"] == "teacher")
+    page = text_of("more-losses.md")
+    assert f"precision of {teacher:.1f} %" in page
+    assert "have {} % with labels only, and {} %".format(*students) in page
+
+
 def test_the_table_of_the_quickstart():
     printed = (RECIPES / "quickstart.txt").read_text("utf-8")
     rows = cells("quickstart.md", "| test accuracy %")
