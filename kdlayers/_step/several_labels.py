@@ -22,10 +22,11 @@ class SeveralLabels:
     def look(self, labels: Tensor) -> None:
         """Take the labels of the first step, class indices or ``[B, classes]``."""
         names, self.names = self.names, []
-        if labels.dim() != 2 or not labels.is_floating_point():
+        if labels.dim() != 2:
             return
-        most = float(labels.detach().float().sum(dim=1).max())
-        if most > ONE:
+        labels = labels.detach().float()
+        most = float(labels.sum(dim=1).max())
+        if most > ONE and labels.max() <= 1:  # not class indices
             warn(
                 f"in {', '.join(names)}, the probabilities of all classes sum to 1, but the labels "
                 f"of an image sum to {most:.3g}: it has several labels, as for binary "

@@ -19,19 +19,21 @@ def attached(*losses):
     return student, attach_kd(student, Net(6), losses=losses, example=IMAGES)
 
 
-def test_a_softmax_over_several_labels_warns_once():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+def test_a_softmax_over_several_labels_warns_once(dtype):
     student, kd = attached(KDLoss(), DISTLoss())
     student(IMAGES)
     with pytest.warns(KDLayersWarning, match=r"in KDLoss, DISTLoss, .* sum to 3: it has several"):
-        kd.loss(SEVERAL).backward()
+        kd.loss(SEVERAL.to(dtype)).backward()
     student(IMAGES)
-    kd.loss(SEVERAL).backward()  # warnings are errors
+    kd.loss(SEVERAL.to(dtype)).backward()  # warnings are errors
 
 
 @pytest.mark.parametrize(
     ("losses", "labels"),
     [
         ([KDLoss()], LABELS),
+        ([KDLoss()], torch.stack([LABELS, LABELS + 1], dim=1)),  # of two tasks
         ([KDLoss()], None),
         ([KDLoss(), DKDLoss()], torch.full((6, 3), 1 / 3).half()),
         ([KDLoss()], torch.tensor([[0.7, 0.3, 0.0]]).expand(6, 3).bfloat16()),
