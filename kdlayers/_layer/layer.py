@@ -269,12 +269,12 @@ class LayerParts(nn.Module):
         norm and value are as the layer made them; exports, traces and transforms of torch.func see
         the plain operations.
         """
-        if not (self.training and self.norm.training) or is_tracing() or in_transform():
+        if not (self.training and self.norm.training) or is_tracing():
             return False
         size = (self.head.in_channels, self.head.num_templates)
         wanted = self.memory == "low" or worthwhile(rows, *size)
         ready = self.why_plain(device) is None and not torch.compiler.is_exporting()
-        return wanted and ready and rows > 1
+        return wanted and ready and rows > 1 and not in_transform()
 
     @torch.jit.unused
     def why_plain(self, device: torch.device) -> str | None:

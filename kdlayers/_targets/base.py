@@ -179,12 +179,14 @@ class TemplateTargets(nn.Module):
 
 def _fuses(student: Tensor, templates: Tensor | None) -> bool:
     """Whether the fused operators accept these tensors, and are faster."""
-    usable = student.is_floating_point() and student.numel() > 0 and not in_transform()
+    usable = student.is_floating_point() and student.numel() > 0
     if not usable or student.device.type not in chunks.DEVICES:
         return False
     if templates is None:
-        return student.numel() >= chunks.LEAST_SCORES
-    return templates.dtype == student.dtype
+        wanted = student.numel() >= chunks.LEAST_SCORES
+    else:
+        wanted = templates.dtype == student.dtype
+    return wanted and not in_transform()
 
 
 def divergence_from(assignment: Tensor, student: Tensor, templates: Tensor | None) -> Tensor:
