@@ -40,7 +40,7 @@ def why_unsuited(loss: DistillLoss) -> str | None:
     """Why ``loss`` would be far off if it read logits from :func:`expand`; None if it may."""
     compared = getattr(loss, "base", loss)
     if isinstance(compared, BinaryKDLoss):
-        return "compares every class on its own, but only the softmax of all classes is kept"
+        return "compares every class on its own, but all small logits share one value"
     if getattr(compared, "standardize", False):
         return "standardises the logits, but the standard deviation of the small ones is lost"
     return None if loss.on_logits else "does not compare probabilities"

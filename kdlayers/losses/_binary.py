@@ -64,8 +64,8 @@ class BinaryKDLoss(LogitLoss):
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The mean divergence for logits ``[B, K]`` or class maps; the labels are not used."""
-        independent(student, teacher, sized=False)
-        if student.dim() == 4:
+        if check.is_map(student):
+            independent(student, teacher, sized=False)
             teacher = resized(teacher, student)
         return binary_kd(student, teacher, temperature=self.temperature)
 
